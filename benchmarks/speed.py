@@ -1,0 +1,97 @@
+"""`compress` against llm-compressor, in turn in one run: from loading the model to the saved folder, imports not counted.
+
+    python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install llmcompressor==0.14.0.1
+    python -m benchmarks.speed --text wiki.test.raw --peer peer/bin/python
+
+The machine must be otherwise idle: both use every core that they are given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+
+from benchmarks.protocol import arguments, compress, machine, perplexity, plain_model, prepare, split_text, table
+
+GOALS = {("wanda", "0.5"): 2.0, ("sparsegpt", "0.5"): 2.4, ("wanda", "2:4"): None, ("sparsegpt", "2:4"): None}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--peer", required=True, help="Python of an environment with llmcompressor 0.14.0.1")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patterns", default="0.5", help="comma-separated")
+    args = parser.parse_args()
+    if args.text is None:
+        parser.error("--text is needed")
+    prepare(args)
+    model = plain_model(args.work)
+    evaluation, calibration = split_text(args.text, args.work, model)
+    print(f"{machine()}; median of {args.rounds} rounds\n")
+    rows = []
+    for (method, pattern), goal in GOALS.items():
+        if pattern not in args.patterns.split(","):
+            continue
+        theirs, ours, peaks = [], [], []
+        for _ in range(args.rounds):
+            peer = _peer(args, method, pattern, model, calibration)
+            report = compress(model, args.work / "out", method, pattern, calibration, args.threads)
+            theirs.append(peer["seconds"])
+            ours.append(report["seconds"])
+            peaks.append((peer["peak_bytes"], report["peak_bytes"]))
+            print(f"{method} {pattern}: theirs {theirs[-1]:.1f} s, ours {ours[-1]:.1f} s", flush=True)
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        peer_ppl = perplexity(args.work / "peer", evaluation)
+        rows.append(
+            [
+                f"{method} {pattern}",
+                f"{statistics.median(theirs):.1f}",
+                f"{statistics.median(ours):.1f}",
+                f"{ratio:.2f}×",
+                f"{goal}×" if goal else "",
+                f"{max(p for p, _ in peaks) / 2**20:.0f}",
+                f"{max(p for _, p in peaks) / 2**20:.0f}",
+                f"{peer_ppl:.2f}",
+                f"{perplexity(args.work / 'out', evaluation):.2f}",
+            ]
+        )
+    table(
+        [
+            "",
+            "llm-compressor, s",
+            "secateur, s",
+            "faster",
+            "goal",
+            "its peak MiB",
+            "our peak MiB",
+            "its perplexity",
+            "ours",
+        ],
+        rows,
+    )
+
+
+def _peer(args, method: str, pattern: str, model: Path, calibration: Path) -> dict[str, float]:
+    script = Path(__file__).with_name("peer_llmcompressor.py")
+    command = [
+        args.peer,
+        str(script),
+        method,
+        pattern,
+        str(model),
+        str(calibration),
+        str(args.work / "peer"),
+        str(args.threads),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise SystemExit(f"the peer failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

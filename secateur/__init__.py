@@ -1,0 +1,27 @@
+"""secateur prunes Hugging Face causal language models without training, and writes smaller checkpoints that load.
+
+Importing it registers its quantizer with transformers, so that `from_pretrained` reads what it wrote.
+"""
+
+from secateur._version import __version__
+from secateur.errors import CheckpointError, SecateurError, UsageError
+from secateur.formats.hf import register as _register
+from secateur.pipeline.compress import compress
+from secateur.pipeline.load import load
+from secateur.pipeline.report import Progress, Report
+from secateur.recipe import Calibration, Recipe
+
+_register()
+
+__all__ = [
+    "Calibration",
+    "CheckpointError",
+    "Progress",
+    "Recipe",
+    "Report",
+    "SecateurError",
+    "UsageError",
+    "__version__",
+    "compress",
+    "load",
+]

@@ -1,0 +1,75 @@
+"""Calibration text that a model writes itself: no data set and no network needed.
+
+B: texts of a batch, L: tokens of a text, N: windows, S: tokens of a window, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+# Short texts cover more of what a model can say than few long ones, and their keys and values stay small.
+TEXT_TOKENS = 128
+# Texts written at a time: enough that every weight is read for many tokens at once.
+BATCH_TEXTS = 128
+
+
+@torch.no_grad()
+def sample_windows(
+    model: Any,
+    start: int,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Sample texts token by token from the model's own distribution, and lay them end to end into windows.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        start: the token every text begins with.
+        samples, seq_len: N and S.
+        seed: of the draws.
+        progress: called with (tokens written, tokens in total).
+
+    Returns:
+        ids_NS: int64, on the CPU.
+
+    Raises:
+        SecateurError: the model's predictions are not finite.
+    """
+    length = min(TEXT_TOKENS, seq_len)
+    texts = -(-samples * seq_len // length)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    batches = []
+    for done in range(0, texts, BATCH_TEXTS):
+        count = min(BATCH_TEXTS, texts - done)
+
+        def report(step: int, done: int = done, count: int = count) -> None:
+            progress(done * length + count * step, texts * length)
+
+        batches.append(_sample_batch(model, start, count, length, generator, report))
+    return torch.cat(batches).reshape(-1)[: samples * seq_len].view(samples, seq_len)
+
+
+def _sample_batch(
+    model: Any, start: int, count: int, length: int, generator: torch.Generator, report: Callable[[int], None]
+) -> Tensor:
+    ids_BL = torch.full((count, length), start, dtype=torch.int64, device=model.device)
+    cache = None
+    for step in range(1, length):
+        out = model(input_ids=ids_BL[:, step - 1 : step], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        p_BV = out.logits[:, -1].float().softmax(-1)
+        if not torch.isfinite(p_BV).all():
+            raise SecateurError(
+                "the model's predictions are not finite: it is damaged; choose a text with --calibration"
+            )
+        ids_BL[:, step] = torch.multinomial(p_BV, 1, generator=generator)[:, 0]
+        report(step + 1)
+    return ids_BL.cpu()

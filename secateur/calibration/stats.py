@@ -1,0 +1,118 @@
+"""What a linear's inputs tell a solver: additive statistics over calibration tokens.
+
+T: tokens, I: input features.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows of the Gram matrix computed at a time: only the upper triangle is needed, and panels of this height skip most of
+# the lower one while each product stays large enough to run at full speed.
+_PANEL = 192
+
+
+class Level(enum.IntEnum):
+    """How much is gathered; each level holds what the ones below it hold."""
+
+    NONE = 0
+    MOMENTS = 1
+    GRAM = 2
+
+
+@dataclass
+class InputStats:
+    """Sums over the inputs `x_TI` of one linear, or of several that read the same input.
+
+    Additive: the statistics of two halves of the data merge into those of the whole by `+`.
+
+    Attributes:
+        level: what is gathered.
+        tokens: how many inputs have been seen.
+        sum_I: Σx, float32.
+        square_I: Σx², float32. At `Level.GRAM` it is the diagonal of the Gram matrix.
+        upper_II: Σxᵀx, float32; only the upper triangle is meaningful, see `gram`.
+    """
+
+    level: Level
+    tokens: int
+    sum_I: Tensor
+    square_I: Tensor
+    upper_II: Tensor | None = None
+
+    @classmethod
+    def empty(cls, features: int, level: Level, device: torch.device | str = "cpu") -> InputStats:
+        """Statistics of no tokens at all, for inputs of `features` features."""
+        zeros_I = torch.zeros(features, device=device)
+        upper_II = torch.zeros(features, features, device=device) if level >= Level.GRAM else None
+        return cls(level, 0, zeros_I, zeros_I.clone(), upper_II)
+
+    @property
+    def features(self) -> int:
+        return self.sum_I.numel()
+
+    def add(self, x_TI: Tensor) -> None:
+        """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`."""
+        if self.level == Level.NONE:
+            return
+        x_TI = x_TI.float()
+        self.tokens += x_TI.shape[0]
+        # Sums over tokens as products with ones: many times as fast as a reduction over the first dimension.
+        ones_T = torch.ones_like(x_TI[:, 0])
+        self.sum_I += ones_T @ x_TI
+        if self.upper_II is None:
+            self.square_I += ones_T @ x_TI.square()
+            return
+        for i in range(0, self.features, _PANEL):
+            self.upper_II[i : i + _PANEL, i:].addmm_(x_TI[:, i : i + _PANEL].T, x_TI[:, i:])
+        self.square_I = self.upper_II.diagonal().clone()
+
+    def __add__(self, other: InputStats) -> InputStats:
+        """The statistics of both sets of tokens together."""
+        if (self.level, self.features) != (other.level, other.features):
+            raise ValueError(
+                f"cannot merge {self.level.name} statistics of {self.features} features with "
+                f"{other.level.name} of {other.features}"
+            )
+        upper_II = None
+        if self.upper_II is not None and other.upper_II is not None:
+            upper_II = self.upper_II + other.upper_II
+        return InputStats(
+            self.level,
+            self.tokens + other.tokens,
+            self.sum_I + other.sum_I,
+            self.square_I + other.square_I,
+            upper_II,
+        )
+
+    @property
+    def finite(self) -> bool:
+        """Whether every input seen so far was finite (and no sum overflowed float32)."""
+        return bool(torch.isfinite(self.square_I).all())
+
+    def gram(self) -> Tensor:
+        """The symmetric Gram matrix Σxᵀx as a new `[I, I]` float32 tensor.
+
+        Raises:
+            ValueError: these statistics were gathered below `Level.GRAM`.
+        """
+        if self.upper_II is None:
+            raise ValueError(f"the Gram matrix was not gathered: these statistics are at level {self.level.name}")
+        gram_II = self.upper_II.triu()
+        return gram_II.add_(gram_II.triu(1).T)
+
+    def norm(self) -> Tensor:
+        """‖x_j‖₂ / √T of each feature j, `[I]`: the root mean square of the inputs."""
+        return (self.square_I / max(self.tokens, 1)).sqrt()
+
+    def mean(self) -> Tensor:
+        """The mean of each feature, `[I]`."""
+        return self.sum_I / max(self.tokens, 1)
+
+    def variance(self) -> Tensor:
+        """The (biased) variance of each feature, `[I]`, never negative."""
+        return (self.square_I / max(self.tokens, 1) - self.mean().square()).clamp_(min=0)

@@ -1,0 +1,445 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from secateur._version import __version__
+from secateur.errors import SecateurError, UsageError, one_line
+
+app = typer.Typer(
+    name="secateur",
+    help="Prune Hugging Face causal language models without training, and write smaller checkpoints that load.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+err = Console(stderr=True, highlight=False)
+_debug = False
+
+
+def _set_debug(value: bool) -> bool:
+    global _debug
+    _debug = _debug or value
+    return value
+
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")]
+Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda or sparsegpt.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
+    refine: Annotated[str | None, typer.Option(help="Improve the mask: dsnot.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Glob of linears to compress; repeatable.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Glob of linears to leave alone; repeatable.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="self, docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split]."),
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Where the text of a row stands.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of whatever is drawn.")] = None,
+    format: Annotated[str | None, typer.Option(help="auto, dense, bitmap or nm.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights written: auto, bfloat16, float16, float32.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe or manifest; other options override it.")] = None,
+    device: Device = "cpu",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens run at a time (default: by free memory).", min=1)
+    ] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON to standard output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL and write it to the folder OUT."""
+    from secateur.pipeline.compress import compress as run
+    from secateur.recipe import Recipe
+
+    base = Recipe.read(recipe) if recipe is not None else Recipe()
+    given: dict[str, Any] = {
+        "prune": prune,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "refine": refine,
+        "format": format,
+        "dtype": dtype,
+        "targets": tuple(targets) if targets else None,
+        "ignore": tuple(ignore) if ignore else None,
+    }
+    text = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed, "text_field": text_field}
+    wanted = _override(base, {**given, "calibration": _override(base.calibration, text)})
+    with _Display(quiet) as display:
+        report = run(
+            model,
+            out,
+            wanted,
+            device=device,
+            batch_tokens=batch_tokens,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=display,
+        )
+    if as_json:
+        _print_json({**dataclasses.asdict(report), "out": str(report.out), "sparsity": report.sparsity})
+    if quiet:
+        return
+    for note in report.notes[:5]:
+        _say(f"note: {note}")
+    if len(report.notes) > 5:
+        _say(f"note: {len(report.notes) - 5} more like these are in secateur.json")
+    _say(
+        f"{out}: {report.sparsity:.2%} of {len(report.linears)} linears pruned, {_size(report.source_bytes)} → "
+        f"{_size(report.bytes)} ({8 * report.bytes / report.parameters:.2f} bits per weight), "
+        f"{report.seconds:.1f} s, peak memory {_size(report.peak_bytes)}"
+    )
+
+
+def _override(base: Any, given: dict[str, Any]) -> Any:
+    """A frozen dataclass with what was given in place of what it had."""
+    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+class _Display:
+    """Shows progress: a live bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.live = err.is_terminal and not quiet
+        self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), console=err)
+        self.task = self.bar.add_task("", total=None, state="")
+        self.stage = ""
+        self.block = 0
+        self.seen: list[Any] = []
+        self.said = 0.0
+
+    def __enter__(self) -> _Display:
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, progress: Any) -> None:
+        if self.quiet:
+            return
+        linear = progress.linear
+        if self.live:
+            if linear is None:
+                self.bar.update(self.task, description=escape(progress.stage), state="")
+            else:
+                state = (
+                    f"{linear.name.split('.', 2)[-1]} error {linear.error:.2e}, "
+                    f"{progress.seconds_left:.0f} s left, {_size(progress.peak_bytes)}"
+                )
+                done = progress.block + 1
+                self.bar.update(
+                    self.task,
+                    description=f"block {done} of {progress.blocks}",
+                    total=progress.blocks,
+                    completed=done,
+                    state=state,
+                )
+            return
+        if linear is None or progress.block != self.block:
+            self._tell_block()
+        if linear is None:
+            # A stage that counts up is told of now and then.
+            name = progress.stage.partition(":")[0]
+            if name != self.stage or time.monotonic() - self.said > 10:
+                _say(progress.stage)
+                self.stage, self.said = name, time.monotonic()
+        else:
+            self.block = progress.block
+            self.seen.append(progress)
+
+    def _tell_block(self) -> None:
+        """One line on the block that is done."""
+        if self.seen:
+            last, worst = self.seen[-1], max((p.linear for p in self.seen), key=lambda linear: linear.error)
+            _say(
+                f"block {last.block + 1} of {last.blocks}: {len(self.seen)} linears, largest error {worst.error:.2e} in "
+                f"{worst.name}, {last.seconds_left:.0f} s left, peak memory {_size(last.peak_bytes)}"
+            )
+            self.seen.clear()
+
+
+def _say(line: str) -> None:
+    err.print(escape(line), soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    data: Annotated[
+        str, typer.Option(help="docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split].")
+    ] = "docs",
+    text_field: Annotated[str, typer.Option(help="Where the text of a row stands.")] = "text",
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
+    windows: Annotated[int, typer.Option(help="How many windows.", min=1)] = 12,
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")
+    ] = "float32",
+    device: Device = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
+    ] = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the perplexity of MODEL, and how far it is from a reference."""
+    from secateur.evaluate.run import evaluate as run
+
+    def tell(done: int, total: int) -> None:
+        if not quiet and err.is_terminal:
+            err.print(f"window {done} of {total}", end="\r")
+
+    result = run(
+        model,
+        reference,
+        data=data,
+        text_field=text_field,
+        seq_len=seq_len,
+        windows=windows,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=tell,
+    )
+    if json_file is not None:
+        _write_json(result.to_dict(), json_file)
+    if quiet or str(json_file) == "-":
+        return
+    table = Table(title=f"{windows} windows of {seq_len} tokens of {escape(data)}", title_justify="left")
+    table.add_column("")
+    table.add_column(escape(model), justify="right")
+    quality = result.quality
+    rows: list[tuple[str, str, str]] = [
+        ("perplexity", f"{quality.perplexity:.3f}", f"{quality.reference_perplexity or math.nan:.3f}"),
+        ("size on disk", _size(result.size.bytes), _size(result.reference_size.bytes) if result.reference_size else ""),
+        (
+            "bits per weight",
+            f"{result.size.bits_per_weight:.2f}",
+            f"{result.reference_size.bits_per_weight:.2f}" if result.reference_size else "",
+        ),
+    ]
+    if quality.kl is not None and quality.agreement is not None:
+        table.add_column(escape(reference or ""), justify="right")
+        rows.append(("KL divergence, nats per token", f"{quality.kl:.4f}", ""))
+        rows.append(("same most likely token", f"{quality.agreement:.2%}", ""))
+    for row in rows:
+        table.add_row(*(row if reference else row[:2]))
+    Console().print(table)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")] = False,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Show the layout, sparsity, bits, bytes and error of every linear of MODEL."""
+    from secateur.pipeline.inspect import inspect as run
+    from secateur.pipeline.source import open_source
+
+    found = run(open_source(model, trust_remote_code))
+    if as_json:
+        totals = {
+            "sparsity": found.sparsity,
+            "linear_weights": found.linear_weights,
+            "linear_bytes": found.linear_bytes,
+        }
+        _print_json({**dataclasses.asdict(found), **totals})
+        return
+    table = Table()
+    for heading in ("linear", "shape", "layout", "sparsity", "bits", "bytes", "error"):
+        table.add_column(heading, justify="left" if heading in ("linear", "layout") else "right")
+    for linear in found.linears:
+        error = "–" if math.isnan(linear.error) else f"{linear.error:.2e}"
+        O, I = linear.shape
+        table.add_row(
+            escape(linear.name),
+            f"{O}×{I}",
+            linear.layout,
+            f"{linear.sparsity:.2%}",
+            f"{linear.bits:.2f}",
+            str(linear.bytes),
+            error,
+        )
+    table.add_section()
+    bits = 8 * found.linear_bytes / found.linear_weights
+    table.add_row("all linears", "", "", f"{found.sparsity:.2%}", f"{bits:.2f}", str(found.linear_bytes), "")
+    bits = 8 * found.weight_bytes / found.parameters
+    table.add_row("whole model, files", "", "", "", f"{bits:.2f}", str(found.weight_bytes), "")
+    Console().print(table)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    to: Annotated[str, typer.Option(help="dense (every tool reads it) or secateur.")],
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the same weights in another form."""
+    from secateur.pipeline.export import export as run
+
+    run(model, out, to, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    if not quiet:
+        _say(f"{model} is written as {to} to {out}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="How much to write at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt as a user's message, by the chat template.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")] = "auto",
+    device: Device = "cpu",
+    backend: Annotated[str, typer.Option(help="dense: weights are unpacked while loading.")] = "dense",
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Let MODEL go on from a prompt."""
+    from secateur.evaluate.run import generate as run
+
+    text = run(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        trust_remote_code=trust_remote_code,
+    )
+    print(text)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def _plain_json(value: Any) -> str:
+    """JSON without NaN or infinity, which other programs do not read: null instead."""
+
+    def clean(v: Any) -> Any:
+        if isinstance(v, float) and not math.isfinite(v):
+            return None
+        if isinstance(v, dict):
+            return {k: clean(x) for k, x in v.items()}
+        return [clean(x) for x in v] if isinstance(v, list | tuple) else v
+
+    return json.dumps(clean(value), indent=2, default=str)
+
+
+def _print_json(value: Any) -> None:
+    print(_plain_json(value))
+
+
+def _write_json(value: Any, file: Path) -> None:
+    if str(file) == "-":
+        _print_json(value)
+        return
+    try:
+        file.write_text(_plain_json(value) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {file} cannot be written: {error.strerror or error}") from error
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def run(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; what goes wrong is one line on standard error, unless --debug."""
+    try:
+        command()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        err.print("interrupted: nothing is left behind")
+        return 130
+    except Exception as error:
+        if _debug:
+            err.print_exception()
+        elif isinstance(error, SecateurError):
+            _say(f"error: {error}")
+        else:
+            _say(f"error: {type(error).__name__}: {one_line(error)} (run again with --debug for details)")
+        return error.exit_code if isinstance(error, SecateurError) else 1
+    return 0
+
+
+def main() -> None:
+    """The command `secateur`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(app))
+
+
+if __name__ == "__main__":
+    main()

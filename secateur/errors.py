@@ -1,0 +1,27 @@
+"""The errors a user can cause.
+
+Each carries one line that says what is wrong, where, and what to do about it. The command line prints that line and
+exits with `exit_code`; a script catches `SecateurError`.
+"""
+
+
+class SecateurError(Exception):
+    """Something the user can act on: 1 is the exit code of a check that failed or a run that could not be finished."""
+
+    exit_code = 1
+
+
+class UsageError(SecateurError):
+    """What was asked for cannot be done as it was asked: exit code 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(SecateurError):
+    """A checkpoint's files are missing, damaged, or disagree with each other."""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of somebody else's error on one line of reasonable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:297] + "..."

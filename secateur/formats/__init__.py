@@ -1,0 +1,9 @@
+"""How compressed weights lie on disk: one codec per layout, the checkpoint reader and writer, transformers' side of loading.
+
+Each layout is a file of this folder and registers itself under the name that a checkpoint's config gives.
+"""
+
+from secateur.formats import bitmap, nm
+from secateur.formats.layout import LAYOUTS, Layout, layout_from_config
+
+__all__ = ["LAYOUTS", "Layout", "bitmap", "layout_from_config", "nm"]

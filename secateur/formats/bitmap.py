@@ -1,0 +1,62 @@
+"""The layout `bitmap`: the nonzero weights row after row, and one bit per weight that says where they belong.
+
+O: output features, I: input features, B: bytes of a row's mask, ⌈I/8⌉.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.formats.layout import FLOAT_DTYPES, check_parts, layout, read_shape
+from secateur.kernels.expand import compress_bitmap, count_rows, expand_bitmap
+
+
+@layout
+@dataclass(frozen=True)
+class Bitmap:
+    """`compressed [nnz]`, `bitmask uint8 [O, B]` (least significant bit first), `shape int64 [2]`.
+
+    The published layout `sparse-bitmask` also stores `row_offsets`, the running count of the mask's bits. They say nothing
+    that the mask does not and cost 64 bits a row, so they are not written; where a file has them they must agree.
+    """
+
+    name: ClassVar[str] = "bitmap"
+    parts: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "shape", "row_offsets")
+
+    def pack(self, W_OI: Tensor) -> dict[str, Tensor]:
+        values, bitmask_OB = compress_bitmap(W_OI)
+        return {"compressed": values, "bitmask": bitmask_OB, "shape": torch.tensor(W_OI.shape)}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        check_parts(
+            tensors,
+            {
+                "compressed": lambda t: t.ndim == 1 and t.dtype in FLOAT_DTYPES,
+                "bitmask": lambda t: t.ndim == 2 and t.dtype == torch.uint8,
+                "shape": lambda t: t.numel() == 2,
+            },
+        )
+        O, I = read_shape(tensors["shape"])
+        bitmask_OB = tensors["bitmask"]
+        if bitmask_OB.shape != (O, (I + 7) // 8):
+            raise ValueError(
+                f"its bitmask is {list(bitmask_OB.shape)}, but a weight of shape [{O}, {I}] has [{O}, {(I + 7) // 8}]"
+            )
+        if "row_offsets" in tensors:
+            count_O = count_rows(bitmask_OB, I)
+            offset_O = tensors["row_offsets"].flatten()
+            if not torch.equal(offset_O, (count_O.cumsum(0) - count_O).to(offset_O)):
+                raise ValueError("its row_offsets are out of order: they do not match the bits of the mask")
+        return expand_bitmap(tensors["compressed"], bitmask_OB, I)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"layout": self.name}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Bitmap:
+        return cls()

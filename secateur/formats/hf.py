@@ -1,0 +1,164 @@
+"""How transformers loads and saves a secateur folder: `import secateur` registers this quantizer.
+
+Each packed weight is expanded to a dense one while the model loads; `save_pretrained` packs it again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from secateur.errors import CheckpointError
+from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS
+from secateur.formats.packed import PackedWeight
+from secateur.formats.reader import StoredTensors, find_entry, packed_weights, parse_quantization_config
+
+QUANT_METHOD = "secateur"
+_PARTS = sorted({part for layout in LAYOUTS.values() for part in layout.parts})
+
+
+class SecateurConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a secateur folder: a layout version, and the layout of each pattern of module names."""
+
+    def __init__(self, layout_version: Any = None, modules: Any = None, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.layout_version = layout_version
+        self.modules = modules
+        self.entries = parse_quantization_config({"layout_version": layout_version, "modules": modules})
+
+    def to_dict(self) -> dict[str, Any]:
+        return quantization_config(self.modules)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `config.json` says about a folder whose modules lie in these layouts."""
+    return {"quant_method": QUANT_METHOD, "layout_version": LAYOUT_VERSION, "modules": modules}
+
+
+class _Expand(ConversionOps):
+    """Turns the parts of one weight into the dense weight."""
+
+    def __init__(self, quantizer: SecateurQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Expand:
+        return self  # transformers copies the operation for every weight; the quantizer must stay the same
+
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = {
+            pattern.rpartition(".")[2]: found[0] if isinstance(found, list) else found
+            for pattern, found in input_dict.items()
+        }
+        try:
+            W = self.quantizer.decode(full_layer_name, tensors, model.get_parameter(full_layer_name))
+        except CheckpointError as error:
+            # transformers collects what an operation raises and would go on without the weight.
+            self.quantizer.errors.append(error)
+            raise
+        return {full_layer_name: W}
+
+
+class SecateurQuantizer(HfQuantizer):
+    """Loads secateur's layouts to dense weights, and saves dense weights in them."""
+
+    requires_calibration = True
+    quantization_config: SecateurConfig
+
+    def __init__(self, quantization_config: SecateurConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.errors: list[CheckpointError] = []
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        entries = self.quantization_config.entries
+        if checkpoint_files:
+            # A weight of which every part is missing would be filled with noise and a warning; here it is an error.
+            stored = StoredTensors([Path(file) for file in checkpoint_files])
+            found = {name.removesuffix(".weight") for name in packed_weights(stored, entries)}
+            prefix = f"{model.base_model_prefix}."
+            for name, module in model.named_modules():
+                if (
+                    hasattr(module, "weight")
+                    and find_entry(entries, name)
+                    and not {name, name.removeprefix(prefix)} & found
+                ):
+                    raise CheckpointError(
+                        f"{name}.weight should be packed, says config.json, but its tensors are missing"
+                    )
+        return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [WeightConverter([f"weight.{part}" for part in _PARTS], ["weight"], [_Expand(self)])]
+
+    def decode(self, name: str, tensors: dict[str, Tensor], parameter: Tensor) -> Tensor:
+        """The weight called `name` in the model, in the dtype and shape of the model's own parameter."""
+        entry = find_entry(self.quantization_config.entries, name.removesuffix(".weight"))
+        if entry is None:
+            raise CheckpointError(f"{name} is stored packed, but the config does not name its layout")
+        if "compressed" in tensors and tensors["compressed"].is_floating_point():
+            tensors["compressed"] = tensors["compressed"].to(parameter.dtype)
+        W = PackedWeight(entry[0], {part: part for part in tensors}, entry[1]).decode(name, tensors)
+        if W.shape != parameter.shape:
+            raise CheckpointError(f"{name} is {list(W.shape)} in the file, but {list(parameter.shape)} in the model")
+        return W
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.errors:
+            raise self.errors[0]
+        # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state = {}
+        for name, tensor in model.state_dict().items():
+            module, _, parameter = name.rpartition(".")
+            entry = find_entry(self.quantization_config.entries, module) if parameter == "weight" else None
+            if entry is None:
+                state[name] = tensor
+                continue
+            layout, transposed = entry
+            W_OI = tensor.T if transposed else tensor
+            try:
+                parts = layout.pack(W_OI.contiguous())
+            except ValueError as error:
+                raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
+            state.update({f"{name}.{part}": packed for part, packed in parts.items()})
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(op, _Expand) for op in getattr(conversion, "operations", []))
+
+
+def register() -> None:
+    """Make transformers know the quantizer; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SecateurConfig)
+        register_quantizer(QUANT_METHOD)(SecateurQuantizer)

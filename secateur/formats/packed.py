@@ -1,0 +1,61 @@
+"""Weights that lie packed in a checkpoint, and the view of a checkpoint in which they are dense.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.formats.layout import Layout
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Where and how one weight is stored.
+
+    Attributes:
+        layout: its codec.
+        parts: part of the layout → name of the tensor in the files.
+        transposed: the weight belongs to a Conv1D module, which keeps it as `[I, O]`.
+    """
+
+    layout: Layout
+    parts: dict[str, str]
+    transposed: bool = False
+
+    def decode(self, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight as its module keeps it. Raises CheckpointError, naming it, when its parts are damaged."""
+        try:
+            W_OI = self.layout.unpack({part: stored[key] for part, key in self.parts.items()})
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
+        return W_OI.T.contiguous() if self.transposed else W_OI
+
+
+class DecodedWeights(Mapping[str, Tensor]):
+    """A compressed checkpoint's weights under their own names, each decoded when it is asked for.
+
+    What is not packed is passed through.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], packed: dict[str, PackedWeight]) -> None:
+        self.stored = stored
+        self.packed = packed
+        parts = {name for weight in packed.values() for name in weight.parts.values()}
+        self._plain = [name for name in stored if name not in parts]
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.packed.get(name)
+        return self.stored[name] if weight is None else weight.decode(name, self.stored)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._plain
+        yield from self.packed
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self.packed)

@@ -1,0 +1,183 @@
+"""Reading a checkpoint folder as a mapping from weight names to dense tensors, whatever lies on disk.
+
+Nothing here trusts the files: safetensors checks every offset against the file, names in an index must stay in the folder,
+and each layout checks its tensors before it uses them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.formats import compressed_tensors
+from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout, layout_from_config
+from secateur.formats.packed import DecodedWeights, PackedWeight
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PARTS = {part for layout in LAYOUTS.values() for part in layout.parts}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it cannot be read or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or names a file that is missing or outside the folder.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        if (folder / SINGLE_NAME).exists():
+            return [folder / SINGLE_NAME]
+        found = sorted(folder.glob("*.safetensors"))
+        if found:
+            return found
+        others = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"}]
+        hint = f"; it has {others[0]}, a pickle, which secateur never opens: convert it first" if others else ""
+        raise CheckpointError(f"{folder} holds no weights: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
+    names = read_json(index_path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(f"{index_path} has no usable 'weight_map'")
+    files = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index_path} names {name!r}, which is not a safetensors file in this folder")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is missing: {INDEX_NAME} names it")
+        files.append(folder / name)
+    return files
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files under the names they have there, read at each access.
+
+    A tensor is a view of the mapped file: its pages leave memory with it. Nothing is kept open in between.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._file: dict[str, Path] = {}
+        for file in files:
+            with self._open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                    if name in self._file:
+                        raise CheckpointError(f"tensor {name!r} is both in {self._file[name]} and in {file}")
+                    self._file[name] = file
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        try:
+            return safe_open(str(file), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file[name]
+        with self._open(file) as handle:
+            try:
+                return handle.get_tensor(name)
+            except (SafetensorError, ValueError, RuntimeError) as error:
+                raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:
+    """Module patterns of a `quantization_config` of secateur, each with its layout and whether it is stored transposed.
+
+    Raises:
+        CheckpointError: the layout version is unknown, or something is missing or makes no sense.
+    """
+    version = config.get("layout_version")
+    if version != LAYOUT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has layout version {version!r}, and this secateur reads {LAYOUT_VERSION}: "
+            "install a version that matches"
+        )
+    modules = config.get("modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError("the checkpoint's quantization_config has no 'modules'")
+    return {pattern: (layout_from_config(entry), entry.get("transposed") is True) for pattern, entry in modules.items()}
+
+
+def find_entry(modules: Mapping[str, tuple[Layout, bool]], module: str) -> tuple[Layout, bool] | None:
+    """The entry whose pattern (`*` stands for anything) matches a module's name; the exact name comes first."""
+    if module in modules:
+        return modules[module]
+    return next((entry for pattern, entry in modules.items() if fnmatchcase(module, pattern)), None)
+
+
+def packed_weights(stored: Mapping[str, Tensor], modules: Mapping[str, tuple[Layout, bool]]) -> dict[str, PackedWeight]:
+    """The packed weights among stored names such as `….up_proj.weight.bitmask`."""
+    parts_of: dict[str, dict[str, str]] = {}
+    for name in stored:
+        weight, _, part = name.rpartition(".")
+        if part in _PARTS and weight.endswith(".weight"):
+            parts_of.setdefault(weight, {})[part] = name
+    packed = {}
+    for weight, parts in parts_of.items():
+        entry = find_entry(modules, weight.removesuffix(".weight"))
+        if entry is None:
+            raise CheckpointError(f"{weight} is stored packed, but the config does not name its layout")
+        packed[weight] = PackedWeight(entry[0], parts, entry[1])
+    return packed
+
+
+def open_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint folder: dense, in secateur's layouts, or in an old sparse layout of compressed-tensors.
+
+    Args:
+        folder: a Hugging Face folder.
+        config: its `config.json`.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the weights are quantized in a way that is not read here.
+    """
+    stored = StoredTensors(weight_files(folder))
+    quantization, method = config.get("quantization_config"), None
+    if quantization is None and isinstance(config.get("compression_config"), dict):
+        quantization, method = config["compression_config"], compressed_tensors.QUANT_METHOD
+    if quantization is None:
+        return stored
+    if isinstance(quantization, dict):
+        method = method or quantization.get("quant_method")
+    if method == "secateur":
+        return DecodedWeights(stored, packed_weights(stored, parse_quantization_config(quantization)))
+    if method == compressed_tensors.QUANT_METHOD:
+        return DecodedWeights(stored, compressed_tensors.packed_weights(stored, quantization))
+    raise CheckpointError(
+        f"{folder} is quantized with {method!r}: secateur reads dense checkpoints, its own, "
+        "and compressed-tensors' sparse-bitmask and sparse-24-bitmask"
+    )
+
+
+def first_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the first matrix, which stands for the checkpoint's."""
+    for name in weights:
+        tensor = weights[name]
+        if tensor.is_floating_point() and tensor.ndim == 2:
+            return tensor.dtype
+    raise CheckpointError("the checkpoint holds no weight matrices")

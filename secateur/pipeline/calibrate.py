@@ -1,0 +1,150 @@
+"""Token windows for calibration, from whatever source the recipe names.
+
+N: windows, S: tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windows
+from secateur.calibration.text import read_text
+from secateur.calibration.tokens import windows
+from secateur.errors import CheckpointError, UsageError
+from secateur.pipeline.load import load_source
+from secateur.pipeline.source import DEMO, Source
+from secateur.recipe import Calibration
+
+SELF = "self"
+_DEFAULTS = (128, 2048)
+_DEMO_DEFAULTS = (16, 512)
+_CHARS_PER_TOKEN = 4
+_LEAST_CHARS = 10_000_000
+
+
+def calibration_ids(
+    source: Source, wanted: Calibration, device: torch.device, say: Callable[[str], None]
+) -> tuple[Tensor, Calibration]:
+    """The windows that a recipe's calibration names, and the calibration with its numbers filled in.
+
+    Args:
+        source: the model to be calibrated.
+        wanted: the recipe's words.
+        device: where a model that writes its own text runs.
+        say: told what is going on.
+
+    Returns:
+        ids_NS (int64, on the CPU), and the calibration as it was carried out.
+
+    Raises:
+        UsageError: the text cannot be had or is too little, or windows are longer than the model takes.
+    """
+    samples, seq_len = _DEMO_DEFAULTS if source.name == DEMO else _DEFAULTS
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or seq_len
+    if wanted.seq_len is not None and wanted.seq_len > longest:
+        raise UsageError(f"--seq-len {wanted.seq_len} is more than the {longest} positions of {source.name}")
+    settings = replace(wanted, samples=wanted.samples or samples, seq_len=wanted.seq_len or min(seq_len, longest))
+    assert settings.samples is not None
+    assert settings.seq_len is not None
+    if settings.source == SELF:
+        return _self_sampled(source, settings.samples, settings.seq_len, settings.seed, device, say), settings
+    say(f"reading {settings.source}")
+    # A choice of windows sixteen times as many as are taken; no more of a data set is read.
+    documents = read_text(
+        settings.source,
+        settings.text_field,
+        max(16 * _CHARS_PER_TOKEN * settings.samples * settings.seq_len, _LEAST_CHARS),
+    )
+    ids_NS = windows(
+        documents,
+        source.tokenizer(),
+        settings.seq_len,
+        settings.samples,
+        seed=settings.seed,
+        what=f"--calibration {settings.source}",
+    )
+    vocabulary = source.config.get_text_config().vocab_size
+    if int(ids_NS.max()) >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer of {source.name} gives token {int(ids_NS.max())}, but the model has only {vocabulary}"
+        )
+    return ids_NS, settings
+
+
+def cache_folder() -> Path:
+    """Where sampled text is kept: `secateur` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+
+
+def _self_sampled(
+    source: Source, samples: int, seq_len: int, seed: int, device: torch.device, say: Callable[[str], None]
+) -> Tensor:
+    key = json.dumps(
+        [source.hashes(), samples, seq_len, seed, TEXT_TOKENS, BATCH_TEXTS, device.type, torch.__version__],
+        sort_keys=True,
+    )
+    file = cache_folder() / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    vocabulary = source.config.get_text_config().vocab_size
+    kept = _read_kept(file, (samples, seq_len), vocabulary)
+    if kept is not None:
+        say("taking the text that the model wrote before")
+        return kept
+    say("letting the model write its calibration text")
+    # In float32 on a CPU: half precision is emulated by most.
+    model = load_source(source, source.dtype if device.type == "cuda" else torch.float32, device)
+    ids_NS = sample_windows(
+        model,
+        _start_token(source),
+        samples,
+        seq_len,
+        seed,
+        lambda done, total: say(f"letting the model write its calibration text: {done} of {total} tokens"),
+    )
+    _keep(file, ids_NS)
+    return ids_NS
+
+
+def _start_token(source: Source) -> int:
+    config = source.config.get_text_config()
+    try:
+        tokenizer = source.tokenizer()
+    except CheckpointError:
+        tokenizer = None
+    for owner in (tokenizer, config):
+        for name in ("bos_token_id", "eos_token_id"):
+            found = getattr(owner, name, None)
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, int) and 0 <= found < config.vocab_size:
+                return found
+    raise UsageError(f"{source.name} names no token that begins a text: give a text with --calibration")
+
+
+def _read_kept(file: Path, shape: tuple[int, int], vocabulary: int) -> Tensor | None:
+    try:
+        ids_NS = load_file(file)["ids"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    fits = ids_NS.shape == shape and ids_NS.dtype == torch.int64 and ids_NS.min() >= 0 and ids_NS.max() < vocabulary
+    return ids_NS if fits else None
+
+
+def _keep(file: Path, ids_NS: Tensor) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent)
+        os.close(handle)
+        save_file({"ids": ids_NS}, name)
+        os.replace(name, file)
+    except (OSError, SafetensorError):
+        pass  # the cache saves time; a run does not fail for want of it

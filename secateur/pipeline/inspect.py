@@ -1,0 +1,99 @@
+"""What is in a checkpoint: the layout, sparsity, bits, bytes and error of every linear of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from secateur.formats.packed import DecodedWeights
+from secateur.formats.reader import read_json
+from secateur.formats.writer import MANIFEST_NAME
+from secateur.pipeline.report import LinearReport
+from secateur.pipeline.source import Source
+from secateur.pipeline.structure import block_linears, build_skeleton, find_blocks, weight_matrix
+from secateur.pipeline.weights import ModelWeights
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by its linears.
+
+    Attributes:
+        linears: those of the blocks; their `error` is what the manifest says, NaN without one.
+        parameters: of the whole model.
+        weight_bytes: of all weight files.
+    """
+
+    linears: list[LinearReport]
+    parameters: int
+    weight_bytes: int
+
+    @property
+    def linear_weights(self) -> int:
+        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+    @property
+    def linear_bytes(self) -> int:
+        return sum(linear.bytes for linear in self.linears)
+
+    @property
+    def sparsity(self) -> float:
+        zeros = sum(linear.sparsity * linear.shape[0] * linear.shape[1] for linear in self.linears)
+        return zeros / self.linear_weights
+
+
+def inspect(source: Source) -> Inspection:
+    """Read every linear of a checkpoint once and report on it.
+
+    Raises:
+        CheckpointError: files are damaged.
+    """
+    model = build_skeleton(source, torch.float32)
+    weights = ModelWeights(source, model)
+    errors = _errors(source)
+    linears = []
+    prefix, blocks = find_blocks(model)
+    for i, block in enumerate(blocks):
+        for name, linear in block_linears(block, f"{prefix}.{i}").items():
+            key = f"{name}.weight"
+            weight = weights[key]
+            packed = (
+                source.weights.packed.get(weights.name_in_files(key))
+                if isinstance(source.weights, DecodedWeights)
+                else None
+            )
+            if packed is None:
+                size, layout = weight.nbytes, "dense"
+            else:
+                assert isinstance(source.weights, DecodedWeights)
+                size = sum(source.weights.stored[part].nbytes for part in packed.parts.values())
+                layout = packed.layout.name
+            error, kind = errors.get(name, (float("nan"), "not recorded"))
+            O, I = weight_matrix(linear).shape
+            linears.append(
+                LinearReport(
+                    name=name,
+                    shape=(O, I),
+                    layout=layout,
+                    sparsity=1 - torch.count_nonzero(weight).item() / weight.numel(),
+                    bits=8 * size / weight.numel(),
+                    bytes=size,
+                    error=error,
+                    error_kind=kind,
+                )
+            )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Inspection(linears, parameters, sum(file.stat().st_size for file in source.files))
+
+
+def _errors(source: Source) -> dict[str, tuple[float, str]]:
+    """The errors in the manifest, as far as they are of the form that they should have."""
+    if source.folder is None or not (source.folder / MANIFEST_NAME).exists():
+        return {}
+    linears = read_json(source.folder / MANIFEST_NAME).get("linears")
+    found = {}
+    for name, entry in linears.items() if isinstance(linears, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("error"), int | float):
+            found[name] = (float(entry["error"]), str(entry.get("error_kind")))
+    return found

@@ -1,0 +1,113 @@
+"""What a run tells while it goes and when it has ended.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.calibration.stats import InputStats, Level
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What became of one linear.
+
+    Attributes:
+        name: of the module.
+        shape: (O, I).
+        layout: it is stored in.
+        sparsity: share of its weights that are zero.
+        bits: per weight, all its tensors counted.
+        bytes: of its tensors.
+        error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² as far as the statistics of the inputs tell, see `error_kind`.
+        error_kind: `output` (from the Gram matrix: exact), `independent inputs` (from each input's square sum alone), or
+            `weights` (‖Ŵ−W‖² / ‖W‖², when no inputs were seen).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    layout: str
+    sparsity: float
+    bits: float
+    bytes: int
+    error: float
+    error_kind: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `linear` is None for a stage that has no linears."""
+
+    stage: str
+    block: int = 0
+    blocks: int = 0
+    linear: LinearReport | None = None
+    seconds_left: float | None = None
+    peak_bytes: int = 0
+
+
+@dataclass
+class Report:
+    """The result of a run."""
+
+    out: Path
+    linears: list[LinearReport]
+    notes: list[str]
+    calibration: dict[str, Any]
+    bytes: int = 0
+    source_bytes: int = 0
+    parameters: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the weights of all compressed linears."""
+        return _weighted(self.linears, lambda linear: linear.sparsity)
+
+
+def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float]) -> float:
+    sizes = [linear.shape[0] * linear.shape[1] for linear in linears]
+    return sum(s * value(linear) for s, linear in zip(sizes, linears, strict=True)) / max(sum(sizes), 1)
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:
+    """The relative squared error of a linear's output, and how it is known: see `LinearReport`."""
+    change_OI = W_OI - dense_OI
+    if stats.upper_II is not None:
+        # Half the Gram matrix is enough: tr(ΔGΔᵀ) = 2 tr(ΔUΔᵀ) − tr(ΔDΔᵀ) for its upper triangle U and diagonal D.
+        upper_II = stats.upper_II.triu()
+
+        def energy(M_OI: Tensor) -> Tensor:
+            return 2 * ((M_OI @ upper_II) * M_OI).sum() - (M_OI.square() * stats.square_I).sum()
+
+        kind = "output"
+    elif stats.level == Level.MOMENTS:
+
+        def energy(M_OI: Tensor) -> Tensor:
+            return (M_OI.square() @ stats.square_I).sum()
+
+        kind = "independent inputs"
+    else:
+
+        def energy(M_OI: Tensor) -> Tensor:
+            return M_OI.square().sum()
+
+        kind = "weights"
+    total = energy(dense_OI).item()
+    return (max(energy(change_OI).item() / total, 0.0) if total > 0 else 0.0), kind

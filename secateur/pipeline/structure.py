@@ -1,0 +1,143 @@
+"""Finding a decoder's blocks, and the linears in them, by structure instead of by a list of architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import UsageError, one_line
+from secateur.pipeline.source import Source
+
+#: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
+LINEARS = (nn.Linear, Conv1D)
+Linear = nn.Module
+
+
+def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters on the meta device and its computed buffers (rotary frequencies, say) in place.
+
+    Raises:
+        UsageError: transformers cannot build it.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                source.config, dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
+    except Exception as error:
+        raise UsageError(f"{source.name} cannot be built by transformers: {one_line(error)}") from error
+    model.tie_weights()  # made on the meta device, every parameter is one of its own
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder blocks: the longest list of like modules with linears in them.
+
+    Of lists equally long the one with the most parameters is taken.
+
+    Raises:
+        UsageError: there is no such list.
+    """
+
+    def rank(blocks: nn.ModuleList) -> tuple[int, int]:
+        return len(blocks), sum(p.numel() for p in blocks.parameters())
+
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+        and any(isinstance(part, LINEARS) for block in module for part in block.modules())
+    }
+    if not candidates:
+        raise UsageError(f"{type(model).__name__} has no list of decoder blocks with linears: it cannot be compressed")
+    name = max(candidates, key=lambda n: rank(candidates[n]))
+    return name, candidates[name]
+
+
+def check_no_experts(block: nn.Module, name: str) -> None:
+    """Raise UsageError when a block routes its tokens to experts."""
+    for part, module in block.named_modules():
+        # A convolution, as blocks with a short memory have, keeps three dimensions too.
+        fused = not isinstance(module, nn.Conv1d) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        listed = isinstance(module, nn.ModuleList) and any(isinstance(m, LINEARS) for m in module.modules())
+        if fused or (listed and "expert" in part):
+            raise UsageError(
+                f"{name}.{part} holds a mixture of experts: secateur does not compress mixture-of-experts models yet"
+            )
+
+
+def block_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
+    """The linears of a block by full name, in the order they are defined."""
+    return {f"{prefix}.{name}": m for name, m in block.named_modules() if isinstance(m, LINEARS)}
+
+
+def select_linears(names: Iterable[str], targets: tuple[str, ...], ignore: tuple[str, ...]) -> list[str]:
+    """The names that match a target pattern (any, if there are none) and no pattern to ignore.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing is left.
+    """
+    names = list(names)
+    for option, patterns in (("--targets", targets), ("--ignore", ignore)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UsageError(f"{option} {pattern!r} matches none of the linears, which are called like {names[0]}")
+    chosen = [
+        name
+        for name in names
+        if (not targets or any(fnmatchcase(name, p) for p in targets)) and not any(fnmatchcase(name, p) for p in ignore)
+    ]
+    if not chosen:
+        raise UsageError("nothing is left to compress: --targets and --ignore rule every linear out")
+    return chosen
+
+
+def weight_matrix(linear: Linear) -> Tensor:
+    """The weight as `[O, I]`; a Conv1D keeps it the other way round."""
+    weight = linear.get_parameter("weight")
+    return weight.T if is_transposed(linear) else weight
+
+
+def is_transposed(linear: Linear) -> bool:
+    """Whether the module keeps its weight as `[I, O]`."""
+    return isinstance(linear, Conv1D)
+
+
+def generalise(entries: dict[str, dict[str, Any]], prefix: str, absent: set[str]) -> dict[str, dict[str, Any]]:
+    """Entries for modules of numbered blocks as few entries with `*` in place of the number.
+
+    A pattern stands only where every module it matches has the same entry; others are named one by one.
+
+    Args:
+        entries: module name → entry.
+        prefix: name of the list of blocks.
+        absent: linears without an entry, which no pattern may match.
+    """
+    patterns: dict[str, list[str]] = {}
+    for name in entries:
+        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        patterns.setdefault(f"{prefix}.*.{rest}" if number.isdigit() and rest else name, []).append(name)
+    result: dict[str, dict[str, Any]] = {}
+    for pattern, names in patterns.items():
+        matched = {name for name in [*entries, *absent] if fnmatchcase(name, pattern)}
+        if matched == set(names) and all(entries[name] == entries[names[0]] for name in names):
+            result[pattern] = entries[names[0]]
+        else:
+            result.update({name: entries[name] for name in names})
+    return result
+
+
+def parameters_outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers that are not in a block."""
+    inside = {id(t) for t in [*blocks.parameters(), *blocks.buffers()]}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in inside:
+            yield name, tensor

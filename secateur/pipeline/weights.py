@@ -1,0 +1,124 @@
+"""Putting stored weights into the modules of a skeleton, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from secateur.errors import CheckpointError, one_line
+from secateur.pipeline.source import Source
+
+
+class ModelWeights:
+    """The weights of a source under the names that the model's modules have.
+
+    Checkpoints may leave the name of the base model out (GPT-2's `h.0…` for `transformer.h.0…`) or carry it where the model
+    does not. Where names differ in other ways, transformers loads the model whole and its conversions apply.
+    """
+
+    def __init__(self, source: Source, model: nn.Module) -> None:
+        self._weights: Mapping[str, Tensor] = source.weights
+        self._stored: dict[str, str] = {}
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+        missing = []
+        for name in model.state_dict():
+            spellings = (name, name.removeprefix(prefix), prefix + name)
+            stored = next((s for s in spellings if s in source.weights), None)
+            if stored is not None:
+                self._stored[name] = stored
+            elif name not in tied:
+                missing.append(name)
+        if missing:
+            self._load_whole(source, missing)
+        used = set(self._stored.values())
+        #: Stored under names that no module has: kept as they are.
+        self.unused = [name for name in self._weights if name not in used]
+
+    def _load_whole(self, source: Source, missing: list[str]) -> None:
+        problem = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0]}"
+        if source.folder is None or not isinstance(source.weights, Mapping):
+            raise CheckpointError(problem)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=source.dtype, output_loading_info=True, trust_remote_code=source.trust_remote_code
+            )
+        except Exception as error:
+            raise CheckpointError(f"{problem}; transformers cannot load it either: {one_line(error)}") from error
+        if found["missing_keys"]:
+            raise CheckpointError(f"{problem}: its files are incomplete")
+        self._weights = model.state_dict()
+        self._stored = {name: name for name in self._weights}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of a parameter or buffer of the model, named as `model.state_dict()` names it."""
+        return self._weights[self._stored[name]]
+
+    def name_in_files(self, name: str) -> str:
+        """The name under which such a tensor is stored."""
+        return self._stored[name]
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor by the name it is stored under."""
+        return self._weights[name]
+
+
+def materialise(
+    module: nn.Module,
+    prefix: str,
+    names: Iterable[str],
+    weights: ModelWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give `module` (called `prefix` in the model) its weights: floating ones as `dtype`, all on `device`.
+
+    `names` are those below `prefix` that are wanted; those that are stored nowhere (tied, say) are left as they are.
+
+    Raises:
+        CheckpointError: a shape disagrees with the model's, or a value is not finite.
+    """
+    for name in names:
+        full = f"{prefix}.{name}" if prefix else name
+        if full not in weights:
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        expected = getattr(owner, leaf)
+        tensor = weights[full]
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{full} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
+            )
+        if tensor.is_floating_point():
+            if not all_finite(tensor):
+                raise CheckpointError(f"{full} holds NaN or infinity: the checkpoint is damaged")
+            tensor = tensor.to(dtype)
+        place(owner, leaf, tensor.to(device))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: both show in the extremes, which one pass without a copy finds."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def place(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer `leaf` of `owner`."""
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def release(module: nn.Module) -> None:
+    """Drop the memory of a module's parameters: they go back to the meta device."""
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,127 @@
+"""What the user asked for, as plain values that can be written down and read back.
+
+Whether a method of that name exists, and whether it fits the model, is the pipeline's to check before work starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from secateur.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the statistics are gathered on.
+
+    Attributes:
+        source: `self`, `docs`, a path, `wikitext2`, `c4`, or `hub-id[:config][:split]`.
+        samples, seq_len: how many windows of how many tokens; None takes 128 × 2048 (32 × 512 for the demo model), within
+            what the model's positions allow.
+        seed: of whatever is drawn.
+        text_field: where the text of a JSON line or table row stands.
+    """
+
+    source: str = "self"
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is to be compressed.
+
+    Attributes:
+        prune: name of the pruning method.
+        sparsity: share of weights to remove.
+        pattern: `unstructured` or `N:M`.
+        refine: name of the mask refiner, if any.
+        targets: glob patterns of the names of linears to compress; none means all inside the blocks.
+        ignore: glob patterns of linears to leave alone.
+        format: `auto` (by the pattern), or the name of a layout, or `dense`.
+        dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
+        calibration: the text.
+    """
+
+    prune: str = ""
+    sparsity: float | None = None
+    pattern: str | None = None
+    refine: str | None = None
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    format: str = "auto"
+    dtype: str = "auto"
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them."""
+        content = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Recipe:
+        """The recipe behind plain values; what is left out keeps its default.
+
+        Raises:
+            UsageError: an unknown key or a value of the wrong type, named.
+        """
+        content = _checked(cls, content, "recipe")
+        calibration = _checked(Calibration, content.pop("calibration", {}), "recipe's calibration")
+        return cls(**content, calibration=Calibration(**calibration))
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """The recipe in a YAML (or JSON) file, or in the manifest of a checkpoint.
+
+        Raises:
+            UsageError: the file cannot be read or holds no recipe.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {path} cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
+            content = content["recipe"]
+        return cls.from_dict(content)
+
+
+def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UsageError(f"the {what} must be a mapping of options to values")
+    hints = get_type_hints(cls)
+    checked = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise UsageError(f"the {what} has an unknown key {key!r}: it may have {', '.join(hints)}")
+        if hints[key] == tuple[str, ...]:
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                raise UsageError(f"{key!r} of the {what} must be a list of patterns")
+            value = tuple(value)
+        elif key != "calibration":
+            if hints[key] == float | None and type(value) is int:
+                value = float(value)
+            if type(value) is bool or not isinstance(value, hints[key]):
+                raise UsageError(f"{key!r} of the {what} is {value!r}, which is not a {_plain(hints[key])}")
+        checked[key] = value
+    return checked
+
+
+def _plain(hint: Any) -> str:
+    name = getattr(hint, "__name__", None) or str(hint)
+    names = {"str": "text", "int": "whole number", "float": "number"}
+    return " or ".join(names.get(part.strip(), part.strip()) for part in name.split("|") if part.strip() != "None")

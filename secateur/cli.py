@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-err = Console(stderr=True, highlight=False)
+# No emoji: `:M:` in a message is not to become a picture.
+err = Console(stderr=True, highlight=False, emoji=False)
 _debug = False
 
 
@@ -161,7 +162,8 @@ class _Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.live:
+            self.bar.stop()
 
     def __call__(self, progress: Any) -> None:
         if self.quiet:
@@ -274,7 +276,7 @@ def evaluate(
         rows.append(("same most likely token", f"{quality.agreement:.2%}", ""))
     for row in rows:
         table.add_row(*(row if reference else row[:2]))
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command()
@@ -317,7 +319,7 @@ def inspect(
     table.add_row("all linears", "", "", f"{found.sparsity:.2%}", f"{bits:.2f}", str(found.linear_bytes), "")
     bits = 8 * found.weight_bytes / found.parameters
     table.add_row("whole model, files", "", "", "", f"{bits:.2f}", str(found.weight_bytes), "")
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command()
@@ -407,8 +409,12 @@ def _write_json(value: Any, file: Path) -> None:
         raise UsageError(f"--json {file} cannot be written: {error.strerror or error}") from error
 
 
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
+class _Interrupted(BaseException):
+    """A signal to stop. Not a KeyboardInterrupt, which typer would keep to itself."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interrupted
 
 
 def run(command: Callable[[], object]) -> int:
@@ -417,7 +423,7 @@ def run(command: Callable[[], object]) -> int:
         command()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Interrupted):
         err.print("interrupted: nothing is left behind")
         return 130
     except Exception as error:
@@ -437,7 +443,9 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     sys.exit(run(app))
 
 

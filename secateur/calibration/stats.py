@@ -1,6 +1,6 @@
 """What a linear's inputs tell a solver: additive statistics over calibration tokens.
 
-T: tokens, I: input features.
+T: tokens, C: tokens of a chunk, I: input features.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 # Rows of the Gram matrix computed at a time: only the upper triangle is needed, and panels of this height skip most of
 # the lower one while each product stays large enough to run at full speed.
 _PANEL = 192
+# Tokens summed at a time: few enough to stay in cache and to keep the rounding of long sums small.
+_CHUNK = 512
 
 
 class Level(enum.IntEnum):
@@ -61,11 +63,13 @@ class InputStats:
             return
         x_TI = x_TI.float()
         self.tokens += x_TI.shape[0]
-        # Sums over tokens as products with ones: many times as fast as a reduction over the first dimension.
-        ones_T = torch.ones_like(x_TI[:, 0])
-        self.sum_I += ones_T @ x_TI
+        for x_CI in x_TI.split(_CHUNK):
+            # Sums over tokens as products with ones: many times as fast as a reduction over the first dimension.
+            ones_C = torch.ones_like(x_CI[:, 0])
+            self.sum_I += ones_C @ x_CI
+            if self.upper_II is None:
+                self.square_I += ones_C @ x_CI.square()
         if self.upper_II is None:
-            self.square_I += ones_T @ x_TI.square()
             return
         for i in range(0, self.features, _PANEL):
             self.upper_II[i : i + _PANEL, i:].addmm_(x_TI[:, i : i + _PANEL].T, x_TI[:, i:])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
@@ -29,7 +30,7 @@ class _Bitmask(Bitmap):
         shape = tensors.get("shape")
         if shape is None or shape.numel() != 1:
             return super().unpack(tensors)
-        row = {**tensors, "shape": shape.new_tensor([1, int(shape)])}
+        row = {**tensors, "shape": torch.cat([torch.ones_like(shape.flatten()), shape.flatten()])}
         if "bitmask" in row:
             row["bitmask"] = row["bitmask"].reshape(1, -1)
         return super().unpack(row)[0]

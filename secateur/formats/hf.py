@@ -5,6 +5,8 @@ Each packed weight is expanded to a dense one while the model loads; `save_pretr
 
 from __future__ import annotations
 
+from collections import defaultdict
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
-from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS
+from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
 from secateur.formats.packed import PackedWeight
-from secateur.formats.reader import StoredTensors, find_entry, packed_weights, parse_quantization_config
+from secateur.formats.reader import StoredTensors, find_entry, parse_quantization_config
 
 QUANT_METHOD = "secateur"
 _PARTS = sorted({part for layout in LAYOUTS.values() for part in layout.parts})
@@ -66,11 +68,11 @@ class _Expand(ConversionOps):
             for pattern, found in input_dict.items()
         }
         try:
-            W = self.quantizer.decode(full_layer_name, tensors, model.get_parameter(full_layer_name))
+            W = self.quantizer.decode(model, full_layer_name, tensors)
         except CheckpointError as error:
-            # transformers collects what an operation raises and would go on without the weight.
+            # transformers would catch it and raise one in its place that does not name the weight.
             self.quantizer.errors.append(error)
-            raise
+            return {}
         return {full_layer_name: W}
 
 
@@ -85,29 +87,31 @@ class SecateurQuantizer(HfQuantizer):
         self.errors: list[CheckpointError] = []
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-        entries = self.quantization_config.entries
         if checkpoint_files:
             # A weight of which every part is missing would be filled with noise and a warning; here it is an error.
-            stored = StoredTensors([Path(file) for file in checkpoint_files])
-            found = {name.removesuffix(".weight") for name in packed_weights(stored, entries)}
+            names = (name.rpartition(".") for name in StoredTensors([Path(file) for file in checkpoint_files]))
+            packed = {weight.removesuffix(".weight") for weight, _, part in names if part in _PARTS}
             prefix = f"{model.base_model_prefix}."
             for name, module in model.named_modules():
-                if (
-                    hasattr(module, "weight")
-                    and find_entry(entries, name)
-                    and not {name, name.removeprefix(prefix)} & found
-                ):
+                spellings = {name, name.removeprefix(prefix), prefix + name}
+                if hasattr(module, "weight") and self._entry(model, name) and not spellings & packed:
                     raise CheckpointError(
                         f"{name}.weight should be packed, says config.json, but its tensors are missing"
                     )
         return model
 
-    def get_weight_conversions(self) -> list[WeightConverter]:
-        return [WeightConverter([f"weight.{part}" for part in _PARTS], ["weight"], [_Expand(self)])]
+    def _entry(self, model: Any, module: str) -> tuple[Layout, bool] | None:
+        """What the config says about a module; `AutoModel` leaves the first part of the name out."""
+        entries = self.quantization_config.entries
+        return find_entry(entries, module) or find_entry(entries, f"{model.base_model_prefix}.{module}")
 
-    def decode(self, name: str, tensors: dict[str, Tensor], parameter: Tensor) -> Tensor:
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [_ExpandConverter([f"weight.{part}" for part in _PARTS], ["weight"], [_Expand(self)])]
+
+    def decode(self, model: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight called `name` in the model, in the dtype and shape of the model's own parameter."""
-        entry = find_entry(self.quantization_config.entries, name.removesuffix(".weight"))
+        parameter = model.get_parameter(name)
+        entry = self._entry(model, name.removesuffix(".weight"))
         if entry is None:
             raise CheckpointError(f"{name} is stored packed, but the config does not name its layout")
         if "compressed" in tensors and tensors["compressed"].is_floating_point():
@@ -121,15 +125,15 @@ class SecateurQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
+        if getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = {}
         for name, tensor in model.state_dict().items():
             module, _, parameter = name.rpartition(".")
-            entry = find_entry(self.quantization_config.entries, module) if parameter == "weight" else None
+            entry = self._entry(model, module) if parameter == "weight" else None
             if entry is None:
                 state[name] = tensor
                 continue
@@ -155,6 +159,23 @@ class SecateurQuantizer(HfQuantizer):
 
 def _is_ours(conversion: Any) -> bool:
     return any(isinstance(op, _Expand) for op in getattr(conversion, "operations", []))
+
+
+class _ExpandConverter(WeightConverter):
+    """transformers makes a deep copy of a converter for every tensor; only what it collects has to be its own."""
+
+    def __deepcopy__(self, memo: Any) -> _ExpandConverter:
+        twin = copy(self)
+        twin.collected_tensors = defaultdict(list)
+        twin.layer_targets = defaultdict(set)
+        return twin
+
+
+def attach_quantizer(model: Any, config: dict[str, Any]) -> None:
+    """Make a dense model that was loaded otherwise save itself packed, as `config` (a `quantization_config`) says."""
+    model.hf_quantizer = SecateurQuantizer(SecateurConfig(**config))
+    model.hf_quantizer.preprocess_model(model)
+    model.hf_quantizer.postprocess_model(model)
 
 
 def register() -> None:

@@ -86,7 +86,9 @@ def read_shape(shape: Tensor) -> tuple[int, int]:
 
     A limit of 2³¹ on each keeps products of the two within int64.
     """
+    if shape.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"its tensor 'shape' has dtype {shape.dtype}, not an integer's")
     values = shape.flatten().tolist()
-    if shape.is_floating_point() or len(values) != 2 or not all(0 < v < 2**31 for v in values):
+    if len(values) != 2 or not all(0 < v < 2**31 for v in values):
         raise ValueError(f"its tensor 'shape' is {values}, not two positive sizes")
     return values[0], values[1]

@@ -33,15 +33,18 @@ class NMBits:
     parts: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "shape")
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n < self.m):
+        if not (type(self.n) is type(self.m) is int and 0 < self.n < self.m):
             raise ValueError(f"N:M is {self.n}:{self.m}")
 
     def pack(self, W_OI: Tensor) -> dict[str, Tensor]:
         O, I = W_OI.shape
         if I % self.m:
             raise ValueError(f"{I} input features do not divide into groups of {self.m}")
-        W_GM = W_OI.reshape(-1, self.m)
-        set_GM = W_GM != 0
+        # As bits, which keeps a NaN as it is, and subnormals where the FPU flushes them to zero.
+        bits_dtype = {2: torch.int16, 4: torch.int32}[W_OI.element_size()]
+        minus_zero = torch.iinfo(bits_dtype).min
+        bits_GM = W_OI.view(bits_dtype).reshape(-1, self.m)
+        set_GM = bits_GM & ~minus_zero != 0
         count_G = set_GM.sum(1)
         if count_G.max() > self.n:
             row = int(count_G.argmax()) // (I // self.m)
@@ -51,8 +54,8 @@ class NMBits:
             fill_SM = ~set_GM[short_G]
             fill_SM &= fill_SM.cumsum(1) <= (self.n - count_G[short_G])[:, None]
             set_GM[short_G] |= fill_SM
-        # Adding zero turns a stored negative zero into zero.
-        values = (W_GM[set_GM] + 0).view(O, I // self.m * self.n)
+        values = bits_GM[set_GM]
+        values = values.masked_fill_(values == minus_zero, 0).view(W_OI.dtype).view(O, I // self.m * self.n)
         bitmask_OB = np.packbits(set_GM.view(O, I).cpu().numpy(), axis=1, bitorder="little")
         return {"compressed": values, "bitmask": torch.from_numpy(bitmask_OB), "shape": torch.tensor(W_OI.shape)}
 

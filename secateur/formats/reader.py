@@ -23,6 +23,7 @@ from secateur.formats.packed import DecodedWeights, PackedWeight
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_MAPPED_BYTES = 64 * 2**20
 _PARTS = {part for layout in LAYOUTS.values() for part in layout.parts}
 
 
@@ -71,17 +72,20 @@ def weight_files(folder: Path) -> list[Path]:
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a folder's safetensors files under the names they have there, read at each access.
 
-    A tensor is a view of the mapped file: its pages leave memory with it. Nothing is kept open in between.
+    A tensor is a view of the mapped file. What has been read of a mapping stays in memory until it is dropped, so a file is
+    mapped anew whenever some tens of megabytes have been read from it: not for every tensor, because that costs the
+    reading of its header.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self._file: dict[str, Path] = {}
+        self._mapped: tuple[Path, Any] | None = None
+        self._left = 0
         for file in files:
-            with self._open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
-                    if name in self._file:
-                        raise CheckpointError(f"tensor {name!r} is both in {self._file[name]} and in {file}")
-                    self._file[name] = file
+            for name in self._open(file).keys():  # noqa: SIM118 - a handle is not a mapping
+                if name in self._file:
+                    raise CheckpointError(f"tensor {name!r} is both in {self._file[name]} and in {file}")
+                self._file[name] = file
 
     @staticmethod
     def _open(file: Path) -> Any:
@@ -92,11 +96,16 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._file[name]
-        with self._open(file) as handle:
-            try:
-                return handle.get_tensor(name)
-            except (SafetensorError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
+        mapped = self._mapped
+        if mapped is None or mapped[0] != file or self._left <= 0:
+            mapped = self._mapped = (file, self._open(file))
+            self._left = _MAPPED_BYTES
+        try:
+            tensor = mapped[1].get_tensor(name)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
+        self._left -= tensor.nbytes
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

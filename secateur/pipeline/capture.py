@@ -110,6 +110,12 @@ class BlockCalls:
         def forward(i: int, block: nn.Module) -> Callable[..., Any]:
             def pass_on(*args: Any, **kwargs: Any) -> Any:
                 call = BlockCall.of(args, kwargs)
+                before = calls[i - 1] if i else None
+                if before is not None and call.hidden.data_ptr() != before.hidden.data_ptr():
+                    raise UsageError(
+                        f"block {i} is not given what block {i - 1} returned: a model that computes between its blocks "
+                        "is not supported"
+                    )
                 shared = BlockCall(call.hidden, *self._share((i,), (call.args, call.kwargs)))
                 calls[i] = shared
                 return call.hidden if self._extra is None else (call.hidden, *[None] * self._extra)

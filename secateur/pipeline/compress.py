@@ -24,6 +24,7 @@ from secateur.formats.hf import quantization_config
 from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.capture import BlockCall, BlockCalls, group_by_input
+from secateur.pipeline.load import open_device
 from secateur.pipeline.plan import Plan, plan
 from secateur.pipeline.report import LinearReport, Progress, Report, peak_memory, relative_error
 from secateur.pipeline.source import Source, open_source, save_config
@@ -78,7 +79,7 @@ def compress(
     """
     started = time.monotonic()
     resolved = plan(recipe)
-    target = _device(device)
+    target = open_device(device)
     with staged_folder(Path(out), overwrite) as folder, torch.no_grad():
         progress(Progress("opening the model"))
         source = open_source(model, trust_remote_code)
@@ -88,15 +89,6 @@ def compress(
     report.seconds = time.monotonic() - started
     report.peak_bytes = peak_memory()
     return report
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @dataclass
@@ -166,17 +158,21 @@ class _Run:
 
     def _write_plain(self, name: str) -> None:
         if name in self.weights and name not in self.written:
-            tensor = self.weights[name]
-            # A mapped tensor would keep its file in memory until the shard is written.
-            self.writer.add(name, tensor.to(self._dtype_for(tensor), copy=True))
+            self.writer.add(self.weights.name_to_write(name), self._converted(name, self.weights[name]))
             self.written.add(name)
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        # A copy: a mapped tensor would keep its file in memory until the shard is written.
+        converted = tensor.to(self._dtype_for(tensor), copy=True)
+        if converted.dtype != tensor.dtype and not all_finite(converted):
+            raise SecateurError(f"{name}: its values overflow {converted.dtype}: give another --dtype")
+        return converted
 
     def _write_outside(self) -> None:
         for name, _ in parameters_outside(self.model, self.blocks):
             self._write_plain(name)
         for name in self.weights.unused:
-            tensor = self.weights.stored(name)
-            self.writer.add(name, tensor.to(self._dtype_for(tensor), copy=True))
+            self.writer.add(name, self._converted(name, self.weights.stored(name)))
 
     # --- blocks
 

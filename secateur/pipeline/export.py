@@ -65,7 +65,7 @@ def export(
             module = name.removesuffix(".weight")
             layout = _layout(source, weights, name) if to == "secateur" and module in linears else None
             if layout is None:
-                writer.add(name, weights[name].clone())
+                writer.add(weights.name_to_write(name), weights[name].clone())
                 continue
             progress(module)
             transposed = is_transposed(linears[module])

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig
 
-from secateur.errors import CheckpointError, SecateurError, UsageError, one_line
-from secateur.formats.hf import QUANT_METHOD
-from secateur.formats.reader import read_json
+from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.formats.hf import attach_quantizer
+from secateur.formats.packed import DecodedWeights
 from secateur.pipeline.source import Source, open_source
 from secateur.pipeline.structure import build_skeleton
 from secateur.pipeline.weights import ModelWeights, materialise
 
 BACKENDS = ("dense",)
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises UsageError when there is none that can be computed on here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def load(
@@ -41,48 +55,51 @@ def load(
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not known: it can be {', '.join(BACKENDS)}")
-    model = str(model)
-    if _is_packed(Path(model)):
-        return _load_packed(model, dtype, torch.device(device), trust_remote_code)
-    source = open_source(model, trust_remote_code)
-    return load_source(source, dtype or source.dtype, torch.device(device))
+    target = open_device(device)
+    source = open_source(str(model), trust_remote_code)
+    return load_source(source, dtype or source.dtype, target)
 
 
-def _is_packed(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    quantization = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+class _DecodedAhead(Mapping[str, Tensor]):
+    """A checkpoint's weights, of which the packed ones are being decoded by other threads; each can be had once."""
 
+    def __init__(self, weights: DecodedWeights, pool: ThreadPoolExecutor) -> None:
+        self._weights = weights
+        self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed}
 
-def _load_packed(folder: str, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool) -> Any:
-    """By transformers, so that the model knows how to save itself packed."""
-    open_source(folder, trust_remote_code)  # finds what is wrong with the files and says it in one line
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", device_map={"": device}, trust_remote_code=trust_remote_code
-        )
-    except SecateurError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
-    return model
+    def __getitem__(self, name: str) -> Tensor:
+        future = self._futures.pop(name, None)
+        return self._weights[name] if future is None else future.result()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def load_source(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
     """The whole model of an open source, its floating weights as `dtype`.
 
+    A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
+
     Raises:
-        CheckpointError: a tensor is missing, has another shape than the model's, or is not finite.
+        CheckpointError: a tensor is missing or damaged, or has another shape than the model's.
     """
-    model: Any = build_skeleton(source, dtype)
-    weights = ModelWeights(source, model)
-    materialise(model, "", list(model.state_dict()), weights, dtype, device)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        if isinstance(source.weights, DecodedWeights):
+            # Decoding is C code that other threads run while this one builds the model.
+            source = replace(source, weights=_DecodedAhead(source.weights, pool))
+        model: Any = build_skeleton(source, dtype)
+        weights = ModelWeights(source, model)
+        materialise(model, "", list(model.state_dict()), weights, dtype, device, check_finite=False)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")
     model.to(device)  # buffers that are computed, not stored
+    if source.quantization is not None:
+        attach_quantizer(model, source.quantization)
     if source.folder is not None and (source.folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.formats.hf import QUANT_METHOD
 from secateur.formats.reader import first_dtype, open_weights, read_json, weight_files
 from secateur.formats.writer import MANIFEST_NAME, sha256
 
@@ -39,6 +40,7 @@ class Source:
         files: where they lie.
         folder: the Hugging Face folder, or None for a GGUF file.
         trust_remote_code: whether the user allowed the model's own code to run.
+        quantization: secateur's `quantization_config`, where the folder has one.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Source:
     files: tuple[Path, ...]
     folder: Path | None
     trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -114,7 +117,9 @@ def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
         config.__dict__.pop(key, None)
     dtype = first_dtype(weights)
     config.dtype = dtype
-    return Source(name, config, weights, dtype, tuple(weight_files(folder)), folder, trust_remote_code)
+    quantization = content.get("quantization_config")
+    ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
+    return Source(name, config, weights, dtype, tuple(weight_files(folder)), folder, trust_remote_code, ours)
 
 
 def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:

@@ -65,8 +65,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def check_no_experts(block: nn.Module, name: str) -> None:
     """Raise UsageError when a block routes its tokens to experts."""
     for part, module in block.named_modules():
-        # A convolution, as blocks with a short memory have, keeps three dimensions too.
-        fused = not isinstance(module, nn.Conv1d) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        # A convolution, as blocks with a short memory have, keeps three dimensions too; a vector may be kept as [1, 1, I].
+        fused = not isinstance(module, nn.Conv1d) and any(
+            p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False)
+        )
         listed = isinstance(module, nn.ModuleList) and any(isinstance(m, LINEARS) for m in module.modules())
         if fused or (listed and "expert" in part):
             raise UsageError(

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from secateur.errors import CheckpointError, one_line
 from secateur.pipeline.source import Source
@@ -16,20 +18,26 @@ class ModelWeights:
     """The weights of a source under the names that the model's modules have.
 
     Checkpoints may leave the name of the base model out (GPT-2's `h.0…` for `transformer.h.0…`) or carry it where the model
-    does not. Where names differ in other ways, transformers loads the model whole and its conversions apply.
+    does not, and transformers renames some tensors as it loads them (GPT-NeoX's `embed_out` is `lm_head`). Where names differ
+    in other ways, transformers loads the model whole and its conversions apply.
     """
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self._weights: Mapping[str, Tensor] = source.weights
         self._stored: dict[str, str] = {}
+        self._renamed: dict[str, str] = {}
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+        # Those that may be tied are no help: whether they are is up to the config.
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        renamed = _renamed(source.weights, model)
         missing = []
         for name in model.state_dict():
             spellings = (name, name.removeprefix(prefix), prefix + name)
             stored = next((s for s in spellings if s in source.weights), None)
             if stored is not None:
                 self._stored[name] = stored
+            elif name in renamed:
+                self._stored[name] = self._renamed[name] = renamed[name]
             elif name not in tied:
                 missing.append(name)
         if missing:
@@ -52,6 +60,7 @@ class ModelWeights:
             raise CheckpointError(f"{problem}: its files are incomplete")
         self._weights = model.state_dict()
         self._stored = {name: name for name in self._weights}
+        self._renamed = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -64,9 +73,26 @@ class ModelWeights:
         """The name under which such a tensor is stored."""
         return self._stored[name]
 
+    def name_to_write(self, name: str) -> str:
+        """The name under which such a tensor should be stored again: every tool knows it by the one that it had."""
+        return self._renamed.get(name, name)
+
     def stored(self, name: str) -> Tensor:
         """A tensor by the name it is stored under."""
         return self._weights[name]
+
+
+def _renamed(stored: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    found = {}
+    for name in stored:
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        if renamed != name:
+            found[renamed] = name
+    return found
 
 
 def materialise(
@@ -76,13 +102,15 @@ def materialise(
     weights: ModelWeights,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    check_finite: bool = True,
 ) -> None:
     """Give `module` (called `prefix` in the model) its weights: floating ones as `dtype`, all on `device`.
 
     `names` are those below `prefix` that are wanted; those that are stored nowhere (tied, say) are left as they are.
 
     Raises:
-        CheckpointError: a shape disagrees with the model's, or a value is not finite.
+        CheckpointError: a shape disagrees with the model's, or, if that is to be checked, a value is not finite.
     """
     for name in names:
         full = f"{prefix}.{name}" if prefix else name
@@ -97,7 +125,7 @@ def materialise(
                 f"{full} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
             )
         if tensor.is_floating_point():
-            if not all_finite(tensor):
+            if check_finite and not all_finite(tensor):
                 raise CheckpointError(f"{full} holds NaN or infinity: the checkpoint is damaged")
             tensor = tensor.to(dtype)
         place(owner, leaf, tensor.to(device))

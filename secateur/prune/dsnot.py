@@ -42,8 +42,9 @@ def dsnot(W_OI: Tensor, keep_OI: Tensor, stats: InputStats, pattern: Pattern) ->
     sign_O = error_O.sign()
 
     # The sign of a row's error never turns, so the order in which its removed weights are tried is known beforehand.
-    variance_I = stats.variance()
-    gain_OI = torch.where(keep_OI | (variance_I == 0), 0, effect_OI * sign_O[:, None] / variance_I)
+    # An input that never changes is the best of all to grow; the floor is what rounding may leave of its variance.
+    floor_I = 1e-5 * (stats.square_I / max(stats.tokens, 1)).clamp_(min=torch.finfo(torch.float32).tiny)
+    gain_OI = torch.where(keep_OI, 0, effect_OI * sign_O[:, None] / stats.variance().maximum(floor_I))
     cycles = min(MAX_CYCLES, I)
     gain_OC, grow_OC = gain_OI.topk(cycles, dim=1)
     # What may still be pruned: kept from the start, with an effect against the error's sign.

@@ -29,8 +29,8 @@ class Unstructured:
 
     def pruned(self, count: int) -> int:
         """How many of `count` weights are removed: never more than asked for."""
-        # The small term keeps 0.29 · 100 = 28.999999999999996 from losing a weight.
-        return int(self.sparsity * count + 1e-9)
+        # The small term keeps 0.29 · 100 = 28.999999999999996 from losing a weight, and must not add the last one.
+        return min(int(self.sparsity * count + 1e-9), max(count - 1, 0))
 
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} unstructured"
@@ -53,11 +53,19 @@ class NM:
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
+    def check_divides(self, features: int) -> None:
+        """Raise ValueError unless the inputs divide into whole groups."""
+        if features % self.m:
+            raise ValueError(f"{features} input features do not divide into groups of {self.m}")
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
 
 Pattern = Unstructured | NM
+
+# Up to this many scores a group, comparing all pairs is faster than sorting.
+_MOST_COMPARED = 8
 
 
 def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
@@ -76,7 +84,7 @@ def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
     if not match:
         raise UsageError(f"pattern {pattern!r} is not understood: use N:M such as 2:4, or 'unstructured'")
     found = NM(int(match[1]), int(match[2]))
-    if sparsity is not None and abs(sparsity - found.sparsity) > 1e-9:
+    if sparsity is not None and not abs(sparsity - found.sparsity) <= 1e-9:
         raise UsageError(
             f"--pattern {pattern} means a sparsity of {found.sparsity:g}, but --sparsity says {sparsity:g}: drop one"
         )
@@ -107,7 +115,8 @@ def drop_lowest(score_RC: Tensor, count: int) -> Tensor:
 def _kth_smallest(score_RC: Tensor, k: int) -> Tensor:
     if score_RC.device.type == "cpu":
         # Ten to fifty times as fast as torch's kthvalue.
-        return torch.from_numpy(np.partition(score_RC.float().numpy(), k - 1, axis=1)[:, k - 1 : k])
+        exact_RC = score_RC.detach() if score_RC.dtype == torch.float64 else score_RC.detach().float()
+        return torch.from_numpy(np.partition(exact_RC.numpy(), k - 1, axis=1)[:, k - 1 : k])
     return score_RC.kthvalue(k, dim=1, keepdim=True).values
 
 
@@ -126,10 +135,22 @@ def keep_best(score_OI: Tensor, pattern: Pattern) -> Tensor:
     O, I = score_OI.shape
     if isinstance(pattern, Unstructured):
         return ~drop_lowest(score_OI, pattern.pruned(I))
-    if I % pattern.m:
-        raise ValueError(f"{I} input features do not divide into groups of {pattern.m}")
-    score_GM = score_OI.reshape(-1, pattern.m)
-    order_GM = score_GM.argsort(dim=1, stable=True)
-    keep_GM = torch.ones_like(score_GM, dtype=torch.bool)
-    keep_GM.scatter_(1, order_GM[:, : pattern.m - pattern.n], False)
-    return keep_GM.view(O, I)
+    pattern.check_divides(I)
+    score_MG = score_OI.reshape(-1, pattern.m).T
+    return keep_in_groups(score_MG, pattern.n).T.reshape(O, I)
+
+
+def keep_in_groups(score_MG: Tensor, n: int) -> Tensor:
+    """Mask of the `n` highest of the M scores in each column; of equal scores the last are kept."""
+    M = len(score_MG)
+    if M > _MOST_COMPARED:
+        order_MG = score_MG.argsort(dim=0, stable=True)
+        return torch.ones_like(score_MG, dtype=torch.bool).scatter_(0, order_MG[: M - n], False)
+    # How many scores of its group each one exceeds, by comparing all pairs: for few scores faster than sorting.
+    rank_MG = torch.zeros(score_MG.shape, dtype=torch.uint8, device=score_MG.device)
+    for i in range(M):
+        for j in range(i + 1, M):
+            exceeds_G = score_MG[i] > score_MG[j]
+            rank_MG[i] += exceeds_G
+            rank_MG[j] += ~exceeds_G
+    return rank_MG >= M - n

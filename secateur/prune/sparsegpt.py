@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.stats import InputStats, Level
-from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_best
+from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_in_groups
 from secateur.prune.registry import Pruned, pruner
 
 BLOCK = 128
@@ -63,8 +63,13 @@ def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
         W_OI: weights, any floating dtype.
         stats: inputs at `Level.GRAM`. Weights of a dead input (always zero) are set to zero: nothing depends on them.
         pattern: how many to keep.
+
+    Raises:
+        ValueError: M does not divide the number of inputs, or the statistics are not finite.
     """
     I = W_OI.shape[1]
+    if isinstance(pattern, NM):
+        pattern.check_divides(I)
     U_II, damping = inverse_cholesky(stats.gram())
     dead_I = stats.square_I <= 0
     # Transposed: the weights of one input are contiguous, so a step of the sweep reads and writes straight lines.
@@ -88,8 +93,7 @@ def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
             W_SO, error_SO, U_SS = W_BO[first:last], error_BO[first:last], U_BB[first:last, first:last]
             W_SO.addmm_(U_BB[:first, first:last].T, error_BO[:first], alpha=-1)
             if isinstance(pattern, NM):
-                score_OS = (W_SO / pivot_B1[first:last]).square_().T
-                keep_BO[first:last] = keep_best(score_OS, pattern).T
+                keep_BO[first:last] = keep_in_groups((W_SO / pivot_B1[first:last]).square_(), pattern.n)
             removed_SO = torch.where(keep_BO[first:last], 0.0, 1 / pivot_B1[first:last])
             for i in range(last - first):
                 if i:

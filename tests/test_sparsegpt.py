@@ -311,6 +311,20 @@ def test_a_gram_matrix_that_is_not_finite_is_refused(bad):
         sparsegpt(W_OI, gather(x_TI), Unstructured(0.5))
 
 
+def test_stacked_linears_are_each_as_sparse_as_alone():
+    """One sweep over several linears that read the same input does what a sweep over each of them does."""
+    W_OI, x_TI = draw(24, 150)
+    W_OI[:8] *= 0.1  # ranked together, the first linear would lose nearly everything
+    stats, sizes = gather(x_TI), [8, 12, 4]
+    stacked = sparsegpt(W_OI, stats, Unstructured(0.5), sizes)
+    for part_OI, keep_OI, alone_OI in zip(
+        stacked.W_OI.split(sizes), stacked.keep_OI.split(sizes), W_OI.split(sizes), strict=True
+    ):
+        alone = sparsegpt(alone_OI, stats, Unstructured(0.5))
+        assert torch.equal(keep_OI, alone.keep_OI)
+        torch.testing.assert_close(part_OI, alone.W_OI)
+
+
 def test_groups_must_divide_the_inputs():
     W_OI, x_TI = draw(4, 30)
     with pytest.raises(ValueError, match="groups of 4"):

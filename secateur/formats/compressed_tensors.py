@@ -61,7 +61,7 @@ def packed_weights(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
     name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     if name == "dense":
         return {}
-    if name not in _LAYOUTS:
+    if not isinstance(name, str) or name not in _LAYOUTS:
         raise CheckpointError(
             f"compressed-tensors' sparse format {name!r} is not known: secateur reads {' and '.join(_LAYOUTS)}"
         )

@@ -106,7 +106,8 @@ class SecateurQuantizer(HfQuantizer):
         return find_entry(entries, module) or find_entry(entries, f"{model.base_model_prefix}.{module}")
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return [_ExpandConverter([f"weight.{part}" for part in _PARTS], ["weight"], [_Expand(self)])]
+        # By keyword: the order of its fields is not the same in all releases.
+        return [_ExpandConverter([f"weight.{part}" for part in _PARTS], ["weight"], operations=[_Expand(self)])]
 
     def decode(self, model: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight called `name` in the model, in the dtype and shape of the model's own parameter."""

@@ -34,10 +34,7 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         SecateurError: the disk is full.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists already: choose another folder, or give --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder: choose another name")
+    _check_free(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -49,6 +46,7 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         os.umask(umask)
         staging.chmod(0o777 & ~umask)
         yield staging
+        _check_free(out, overwrite)  # another run may have made it meanwhile
         _put_in_place(staging, out)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
@@ -62,18 +60,25 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists already: choose another folder, or give --overwrite to replace it")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder: choose another name")
+
+
 def _put_in_place(staging: Path, out: Path) -> None:
+    """Rename `staging` to `out`; wherever this stops, one of the two folders stands under the name."""
     if not out.exists():
         staging.rename(out)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.rename(retired / out.name)
     try:
+        out.rename(retired / out.name)
         staging.rename(out)
-    except OSError:
-        (retired / out.name).rename(out)
-        raise
     finally:
+        if not out.exists():
+            (retired / out.name).rename(out)
         shutil.rmtree(retired, ignore_errors=True)
 
 

@@ -276,22 +276,20 @@ class _Run:
     def _solve(self, names: list[str], stats: InputStats, linears: dict[str, Linear]) -> None:
         """Solve linears that read the same input as one matrix, put the result in place and hand it to the writer."""
         W_OI = torch.cat([weight_matrix(linears[name]).float() for name in names])
-        pruned = self.plan.pruner.solve(W_OI, stats, self.plan.pattern)
+        sizes = [weight_matrix(linears[name]).shape[0] for name in names]
+        pruned = self.plan.pruner.solve(W_OI, stats, self.plan.pattern, sizes)
         if self.plan.refiner is not None:
             keep_OI = self.plan.refiner.solve(W_OI, pruned.keep_OI, stats, self.plan.pattern)
             pruned = Pruned(W_OI * keep_OI, keep_OI, pruned.notes)
         for note in pruned.notes:
             self.notes.append(f"{', '.join(names)}: {note}")
-        rows = 0
-        for name in names:
-            O = weight_matrix(linears[name]).shape[0]
-            self._put(name, linears[name], W_OI[rows : rows + O], pruned.W_OI[rows : rows + O], stats)
-            rows += O
+        for name, dense_OI, new_OI in zip(names, W_OI.split(sizes), pruned.W_OI.split(sizes), strict=True):
+            self._put(name, linears[name], dense_OI, new_OI, stats)
 
     def _put(self, name: str, linear: Linear, dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> None:
         weight = f"{name}.weight"
         transposed = is_transposed(linear)
-        W_OI = W_OI.to(self._dtype_for(self.weights[weight])).contiguous()
+        W_OI = W_OI.to(self.plan.dtype or self.weights.dtype(weight)).contiguous()
         if not all_finite(W_OI):
             raise SecateurError(
                 f"{name}: weights that make up for removed ones overflow {W_OI.dtype}: give --dtype float32"

@@ -26,6 +26,7 @@ class ModelWeights:
         self._weights: Mapping[str, Tensor] = source.weights
         self._stored: dict[str, str] = {}
         self._renamed: dict[str, str] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         # Those that may be tied are no help: whether they are is up to the config.
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -67,7 +68,13 @@ class ModelWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a parameter or buffer of the model, named as `model.state_dict()` names it."""
-        return self._weights[self._stored[name]]
+        tensor = self._weights[self._stored[name]]
+        self._dtypes[name] = tensor.dtype
+        return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that has been read, without reading it again."""
+        return self._dtypes[name]
 
     def name_in_files(self, name: str) -> str:
         """The name under which such a tensor is stored."""

@@ -3,7 +3,7 @@
 O: output features, I: input features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,15 +27,16 @@ class Pruned:
     notes: tuple[str, ...] = ()
 
 
-PruneFunction = Callable[[Tensor, InputStats, Pattern], Pruned]
+PruneFunction = Callable[[Tensor, InputStats, Pattern, Sequence[int]], Pruned]
 RefineFunction = Callable[[Tensor, Tensor, InputStats, Pattern], Tensor]
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """`solve(W_OI, stats, pattern)` returns new weights and their mask, and changes none of its arguments.
+    """`solve(W_OI, stats, pattern, rows)` returns new weights and their mask, and changes none of its arguments.
 
-    `level` is the least statistics it works from.
+    Linears that read the same input come stacked as one `W_OI`; `rows` says how many rows each of them has (empty: it is one
+    linear), for methods that compare weights beyond their own row. `level` is the least statistics it works from.
     """
 
     name: str

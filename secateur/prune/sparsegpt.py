@@ -1,7 +1,10 @@
 """SparseGPT: "Massive Language Models Can Be Accurately Pruned in One-Shot", Frantar & Alistarh 2023, arXiv:2301.00774.
 
-O: output features, I: input features, B: input features of one column block, S: of one step within it.
+O: output features, R: those of one of several stacked linears, I: input features, B: input features of one column block,
+S: of one step within it, N: weights of a block.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,16 +56,17 @@ def inverse_cholesky(gram_II: Tensor, damping: float = DAMPING) -> tuple[Tensor,
 
 
 @pruner("sparsegpt", Level.GRAM)
-def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
+def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] = ()) -> Pruned:
     """Prune column by column, and let the columns still to come make up for what was removed (algorithm 1).
 
     The mask is chosen adaptively: for each block of 128 columns the weights of lowest W² / U² (equation 5) over all rows
-    together, or, for N:M, those of each group of M when the sweep reaches it.
+    of a linear, or, for N:M, those of each group of M when the sweep reaches it.
 
     Args:
         W_OI: weights, any floating dtype.
         stats: inputs at `Level.GRAM`. Weights of a dead input (always zero) are set to zero: nothing depends on them.
         pattern: how many to keep.
+        rows: how many rows each of the stacked linears has; empty if it is one.
 
     Raises:
         ValueError: M does not divide the number of inputs, or the statistics are not finite.
@@ -73,6 +77,7 @@ def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
     U_II, damping = inverse_cholesky(stats.gram())
     dead_I = stats.square_I <= 0
     # Transposed: the weights of one input are contiguous, so a step of the sweep reads and writes straight lines.
+    sizes = list(rows) or [len(W_OI)]
     W_IO = W_OI.float().T.masked_fill(dead_I[:, None], 0).contiguous()
     keep_IO = torch.ones_like(W_IO, dtype=torch.bool)
     step = pattern.m if isinstance(pattern, NM) else _STEP
@@ -86,8 +91,9 @@ def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
         error_BO = torch.empty_like(W_BO)
         if not isinstance(pattern, NM):
             score_BO = (W_BO / pivot_B1).square_()
-            count = pattern.pruned(score_BO.numel())
-            keep_BO.copy_(~drop_lowest(score_BO.view(1, -1), count).view_as(score_BO))
+            for keep_BR, score_BR in zip(keep_BO.split(sizes, 1), score_BO.split(sizes, 1), strict=True):
+                drop_1N = drop_lowest(score_BR.reshape(1, -1), pattern.pruned(score_BR.numel()))
+                keep_BR.copy_(~drop_1N.view_as(score_BR))
         for first in range(0, stop - start, step):
             last = min(first + step, stop - start)
             W_SO, error_SO, U_SS = W_BO[first:last], error_BO[first:last], U_BB[first:last, first:last]

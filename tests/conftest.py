@@ -1,0 +1,262 @@
+"""What many tests share: tiny random models of many families, a tokenizer and text for them, and a cache of their own."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+HIDDEN = 32
+INNER = 64
+POSITIONS = 64
+
+# Groups of linears that read the same input, in the order in which they are reached.
+_LLAMA_ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+_GATED = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+_LLAMA = [*_LLAMA_ATTENTION, *_GATED]
+_PARALLEL_LLAMA = [
+    [*_LLAMA_ATTENTION[0], *_GATED[0]],
+    *_LLAMA_ATTENTION[1:],
+    *_GATED[1:],
+]
+_NEOX = [
+    [f"{part}"] for part in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+]
+_FALCON_PARALLEL = [
+    ["self_attention.query_key_value", "mlp.dense_h_to_4h"],
+    ["self_attention.dense"],
+    ["mlp.dense_4h_to_h"],
+]
+_FALCON_SERIAL = [
+    ["self_attention.query_key_value"],
+    ["self_attention.dense"],
+    ["mlp.dense_h_to_4h"],
+    ["mlp.dense_4h_to_h"],
+]
+
+_LLAMA_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": None,
+}
+_LAYERS = ["sliding_attention", "full_attention"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models at its smallest.
+
+    Attributes:
+        config: name of its config class.
+        options: of that class, besides the vocabulary and the special tokens.
+        prefix: name of its list of blocks.
+        groups: the linears of one block by common input, in the order of a forward pass.
+    """
+
+    config: str
+    options: dict[str, Any]
+    prefix: str = "model.layers"
+    groups: list[list[str]] = field(default_factory=lambda: _LLAMA)
+
+    @property
+    def linears(self) -> set[str]:
+        return {name for group in self.groups for name in group}
+
+
+def _llama_like(config: str, groups: list[list[str]] = _LLAMA, **options: Any) -> Family:
+    return Family(config, {**_LLAMA_SIZES, **options}, groups=groups)
+
+
+FAMILIES = {
+    "llama": _llama_like("LlamaConfig", tie_word_embeddings=False),
+    "llama-tied": _llama_like("LlamaConfig", tie_word_embeddings=True),
+    "mistral": _llama_like("MistralConfig", sliding_window=8),
+    "qwen2": _llama_like("Qwen2Config"),
+    "qwen3": _llama_like("Qwen3Config", head_dim=16, tie_word_embeddings=True),
+    "gemma": _llama_like("GemmaConfig", head_dim=8),
+    "gemma2": _llama_like("Gemma2Config", head_dim=8, sliding_window=8, layer_types=_LAYERS),
+    "gemma3": _llama_like("Gemma3TextConfig", head_dim=8, sliding_window=8, layer_types=_LAYERS),
+    "phi3": _llama_like(
+        "Phi3Config",
+        [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
+        original_max_position_embeddings=POSITIONS,
+    ),
+    "starcoder2": _llama_like("Starcoder2Config", [*_LLAMA_ATTENTION, ["mlp.c_fc"], ["mlp.c_proj"]], use_bias=True),
+    "cohere": _llama_like("CohereConfig", _PARALLEL_LLAMA),
+    "olmo2": _llama_like("Olmo2Config"),
+    "opt": Family(
+        "OPTConfig",
+        {
+            "hidden_size": HIDDEN,
+            "word_embed_proj_dim": HIDDEN,
+            "ffn_dim": INNER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+        },
+        "model.decoder.layers",
+        [
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.out_proj"],
+            ["fc1"],
+            ["fc2"],
+        ],
+    ),
+    "gpt2": Family(
+        "GPT2Config",
+        {"n_embd": HIDDEN, "n_inner": INNER, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS},
+        "transformer.h",
+        [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    ),
+    "gpt-neox": Family(
+        "GPTNeoXConfig",
+        {
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+        },
+        "gpt_neox.layers",
+        _NEOX,
+    ),
+    "falcon": Family(
+        "FalconConfig",
+        {"hidden_size": HIDDEN, "ffn_hidden_size": INNER, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "transformer.h",
+        _FALCON_PARALLEL,
+    ),
+    "falcon-new": Family(
+        "FalconConfig",
+        {
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": INNER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+        },
+        "transformer.h",
+        _FALCON_SERIAL,
+    ),
+    "bloom": Family("BloomConfig", {"hidden_size": HIDDEN, "n_layer": 2, "n_head": 4}, "transformer.h", _FALCON_SERIAL),
+    "mpt": Family(
+        "MptConfig",
+        {"d_model": HIDDEN, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": POSITIONS},
+        "transformer.blocks",
+        [["attn.Wqkv"], ["attn.out_proj"], ["ffn.up_proj"], ["ffn.down_proj"]],
+    ),
+}
+
+
+def pytest_configure() -> None:
+    """One thread per operation: more only get in each other's way at these sizes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep sampled text out of the user's cache, and the hub out of everything."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Words in no order, with some punctuation."""
+    draw = random.Random(seed)
+    vocabulary = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "s", "ll", "ck")]
+    return "".join(draw.choice(vocabulary) + draw.choice([" "] * 8 + [", ", ".\n"]) for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCABULARY` tokens that begins a text with `<s>`."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([prose(2000)], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text of a good ten thousand tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(prose(6000, seed=1), encoding="utf-8")
+    return path
+
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build(tokenizer: PreTrainedTokenizerFast) -> MakeModel:
+    """Build a random model and save it as a folder: `build(folder, config, dtype=…, shard=…)`."""
+
+    def make(folder: Path, config: Any, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Biases and norms are not to be zeros and ones, nor blocks to add next to nothing.
+                noise = torch.randn_like(parameter)
+                parameter.copy_(parameter + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
+        model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory, build: MakeModel) -> MakeModel:
+    """`model_of("llama")`: the folder of that family's tiny model. Shared by all tests: not to be written to."""
+    made: dict[Any, Path] = {}
+
+    def make(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        key = (family, dtype, tuple(sorted(options.items())))
+        if key not in made:
+            found = FAMILIES[family]
+            config = getattr(transformers, found.config)(
+                **{"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, **found.options, **options}
+            )
+            made[key] = build(tmp_path_factory.mktemp(family) / "model", config, dtype)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def own_model(model_of: MakeModel, tmp_path: Path) -> MakeModel:
+    """The same as a copy that the test may spoil."""
+
+    def make(family: str, **options: Any) -> Path:
+        return Path(shutil.copytree(model_of(family, **options), tmp_path / f"own-{family}"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def family() -> dict[str, Family]:
+    """All families by name."""
+    return FAMILIES

@@ -1,14 +1,12 @@
 """Perplexity and divergence against a slow calculation in float64."""
 
-import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur.errors import CheckpointError, SecateurError, UsageError
+from secateur.errors import SecateurError, UsageError
 from secateur.evaluate import perplexity
 from secateur.evaluate.perplexity import Quality, measure
 

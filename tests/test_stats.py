@@ -210,3 +210,18 @@ def test_no_tokens_at_all(level):
     assert stats.finite
     for of_feature_I in (stats.norm(), stats.mean(), stats.variance()):
         assert torch.equal(of_feature_I, torch.zeros(3))
+
+
+@pytest.mark.parametrize("features", [5, 192, 200])
+def test_energy_is_the_squared_output(features):
+    """Exact with the Gram matrix; the diagonal's part of it without."""
+    generator = torch.Generator().manual_seed(1)
+    x_TI = torch.randn(300, features, generator=generator) + 0.5
+    W_OI = torch.randn(7, features, generator=generator)
+    gram, moments = InputStats.empty(features, Level.GRAM), InputStats.empty(features, Level.MOMENTS)
+    gram.add(x_TI)
+    moments.add(x_TI)
+    outputs_TO = x_TI.double() @ W_OI.double().T
+    torch.testing.assert_close(gram.energy(W_OI).double(), outputs_TO.square().sum(0), rtol=1e-4, atol=0)
+    alone_O = (x_TI.double().square().sum(0) * W_OI.double().square()).sum(1)
+    torch.testing.assert_close(moments.energy(W_OI).double(), alone_O, rtol=1e-5, atol=0)

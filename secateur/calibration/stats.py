@@ -1,6 +1,6 @@
 """What a linear's inputs tell a solver: additive statistics over calibration tokens.
 
-T: tokens, C: tokens of a chunk, I: input features.
+T: tokens, C: tokens of a chunk, I: input features, O: output features.
 """
 
 from __future__ import annotations
@@ -120,3 +120,18 @@ class InputStats:
     def variance(self) -> Tensor:
         """The (biased) variance of each feature, `[I]`, never negative."""
         return (self.square_I / max(self.tokens, 1) - self.mean().square()).clamp_(min=0)
+
+    def energy(self, W_OI: Tensor) -> Tensor:
+        """‖X w‖² of each row w of a matrix, `[O]`: the squared outputs that it gives on the inputs seen, summed over them.
+
+        Without the Gram matrix it is what it would be if the inputs were uncorrelated with mean zero.
+        """
+        diagonal_O = W_OI.square() @ self.square_I
+        if self.upper_II is None:
+            return diagonal_O
+        # Half the Gram matrix is enough: wGwᵀ = 2 wUwᵀ − wDwᵀ for its upper triangle U and its diagonal D.
+        upper_O = torch.zeros_like(diagonal_O)
+        for i in range(0, self.features, _PANEL):
+            panel_PI = self.upper_II[i : i + _PANEL, i:].triu()
+            upper_O += ((W_OI[:, i : i + _PANEL] @ panel_PI) * W_OI[:, i:]).sum(1)
+        return 2 * upper_O - diagonal_O

@@ -289,7 +289,8 @@ class _Run:
     def _put(self, name: str, linear: Linear, dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> None:
         weight = f"{name}.weight"
         transposed = is_transposed(linear)
-        W_OI = W_OI.to(self.plan.dtype or self.weights.dtype(weight)).contiguous()
+        # Adding zero leaves no negative zero where a negative weight was.
+        W_OI = W_OI.to(self.plan.dtype or self.weights.dtype(weight)).add(0).contiguous()
         if not all_finite(W_OI):
             raise SecateurError(
                 f"{name}: weights that make up for removed ones overflow {W_OI.dtype}: give --dtype float32"

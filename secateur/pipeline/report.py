@@ -89,25 +89,9 @@ def peak_memory() -> int:
 def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:
     """The relative squared error of a linear's output, and how it is known: see `LinearReport`."""
     change_OI = W_OI - dense_OI
-    if stats.upper_II is not None:
-        # Half the Gram matrix is enough: tr(ΔGΔᵀ) = 2 tr(ΔUΔᵀ) − tr(ΔDΔᵀ) for its upper triangle U and diagonal D.
-        upper_II = stats.upper_II.triu()
-
-        def energy(M_OI: Tensor) -> Tensor:
-            return 2 * ((M_OI @ upper_II) * M_OI).sum() - (M_OI.square() * stats.square_I).sum()
-
-        kind = "output"
-    elif stats.level == Level.MOMENTS:
-
-        def energy(M_OI: Tensor) -> Tensor:
-            return (M_OI.square() @ stats.square_I).sum()
-
-        kind = "independent inputs"
+    if stats.level == Level.NONE:
+        kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
     else:
-
-        def energy(M_OI: Tensor) -> Tensor:
-            return M_OI.square().sum()
-
-        kind = "weights"
-    total = energy(dense_OI).item()
-    return (max(energy(change_OI).item() / total, 0.0) if total > 0 else 0.0), kind
+        kind = "output" if stats.level == Level.GRAM else "independent inputs"
+        error, total = stats.energy(change_OI).sum(), stats.energy(dense_OI).sum()
+    return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind

@@ -107,7 +107,10 @@ class InputStats:
         if self.upper_II is None:
             raise ValueError(f"the Gram matrix was not gathered: these statistics are at level {self.level.name}")
         gram_II = self.upper_II.triu()
-        return gram_II.add_(gram_II.triu(1).T)
+        for i in range(0, self.features, _PANEL):
+            # Panel by panel, for want of room for another such matrix.
+            gram_II[i:, i : i + _PANEL] += self.upper_II[i : i + _PANEL, i:].triu(1).T
+        return gram_II
 
     def norm(self) -> Tensor:
         """‖x_j‖₂ / √T of each feature j, `[I]`: the root mean square of the inputs."""

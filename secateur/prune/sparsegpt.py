@@ -41,16 +41,19 @@ def inverse_cholesky(gram_II: Tensor, damping: float = DAMPING) -> tuple[Tensor,
     dead_I = diagonal_I <= 0
     mean = diagonal_I.mean().item() or 1.0
     while damping <= _MAX_DAMPING:
-        damped_II = gram_II.clone()
-        damped_II.diagonal().copy_(torch.where(dead_I, mean, diagonal_I) + damping * mean)
         # With the order of the inputs reversed, Cholesky's lower factor is an upper one here: G = R Rᵀ, so U = R⁻¹. One
-        # factorisation and one triangular inverse do the work of inverting G and factorising the inverse.
-        lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        # factorisation and one triangular inverse do the work of inverting G and factorising the inverse. Every matrix is
+        # dropped or overwritten as soon as it can be: there are as many as fit in memory that bound the size of a linear.
+        reversed_II = gram_II.flip(0, 1)
+        reversed_II.diagonal().copy_((torch.where(dead_I, mean, diagonal_I) + damping * mean).flip(0))
+        lower_II, info = torch.linalg.cholesky_ex(reversed_II)
+        del reversed_II
         if info.item() == 0:
-            eye_II = torch.eye(len(lower_II), device=lower_II.device, dtype=lower_II.dtype)
-            U_II = torch.linalg.solve_triangular(lower_II, eye_II, upper=False).flip(0, 1)
-            if torch.isfinite(U_II).all():
-                return U_II.contiguous(), damping
+            inverse_II = torch.eye(len(lower_II), device=lower_II.device, dtype=lower_II.dtype)
+            torch.linalg.solve_triangular(lower_II, inverse_II, upper=False, out=inverse_II)
+            del lower_II
+            if torch.isfinite(inverse_II).all():
+                return inverse_II.flip(0, 1), damping
         damping = max(damping, 1e-4) * 10
     raise ValueError("the Gram matrix cannot be factorised with any damping: it holds values that are not finite")
 

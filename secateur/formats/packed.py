@@ -47,11 +47,15 @@ class DecodedWeights(Mapping[str, Tensor]):
         self.stored = stored
         self.packed = packed
         parts = {name for weight in packed.values() for name in weight.parts.values()}
-        self._plain = [name for name in stored if name not in parts]
+        self._plain = dict.fromkeys(name for name in stored if name not in parts)
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.packed.get(name)
         return self.stored[name] if weight is None else weight.decode(name, self.stored)
+
+    def __contains__(self, name: object) -> bool:
+        # Not Mapping's own, which would decode the weight to find out.
+        return name in self.packed or name in self._plain
 
     def __iter__(self) -> Iterator[str]:
         yield from self._plain

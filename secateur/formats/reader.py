@@ -107,6 +107,10 @@ class StoredTensors(Mapping[str, Tensor]):
         self._left -= tensor.nbytes
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        # Not Mapping's own, which would read the tensor to find out.
+        return name in self._file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
 

@@ -71,6 +71,10 @@ class _DecodedAhead(Mapping[str, Tensor]):
         future = self._futures.pop(name, None)
         return self._weights[name] if future is None else future.result()
 
+    def __contains__(self, name: object) -> bool:
+        # Not Mapping's own, which would take the weight to find out.
+        return name in self._weights
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 

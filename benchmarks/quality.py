@@ -5,7 +5,17 @@ python -m benchmarks.quality --text wiki.test.raw [--only wanda]
 
 from __future__ import annotations
 
-from benchmarks.protocol import arguments, compress, machine, perplexity, plain_model, prepare, split_text, table
+from benchmarks.protocol import (
+    arguments,
+    compress,
+    machine,
+    perplexity,
+    plain_model,
+    prepare,
+    prune_options,
+    split_text,
+    table,
+)
 
 # Whose code gave the reference figure, on the same model, text and windows.
 LLMC, AUTHORS, FORMULA = "llm-compressor 0.14.0.1", "the authors' code", "the paper's formula"
@@ -43,7 +53,7 @@ def main() -> None:
         if not method.startswith(args.only):
             continue
         out = args.work / "out"
-        report = compress(model, out, method, pattern, calibration, args.threads)
+        report = compress(model, out, prune_options(method, pattern), calibration, args.threads)
         found = perplexity(out, evaluation)
         ratio = f"{found / reference - 1:+.2%}" if reference else ""
         known = f"{reference:g} ({whose})" if reference else ""

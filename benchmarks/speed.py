@@ -14,40 +14,56 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from benchmarks.protocol import arguments, compress, machine, perplexity, plain_model, prepare, split_text, table
+from benchmarks.protocol import (
+    arguments,
+    compress,
+    machine,
+    perplexity,
+    plain_model,
+    prepare,
+    prune_options,
+    split_text,
+    table,
+)
 
-GOALS = {("wanda", "0.5"): 2.0, ("sparsegpt", "0.5"): 2.4, ("wanda", "2:4"): None, ("sparsegpt", "2:4"): None}
+# What the peer is told, what we are told, and the goal. Quantizers are measured on the dithered model.
+CASES: dict[str, tuple[list[str], list[str], float | None]] = {
+    "wanda 0.5": (["wanda", "0.5"], prune_options("wanda", "0.5"), 2.0),
+    "sparsegpt 0.5": (["sparsegpt", "0.5"], prune_options("sparsegpt", "0.5"), 2.4),
+    "wanda 2:4": (["wanda", "2:4"], prune_options("wanda", "2:4"), None),
+    "sparsegpt 2:4": (["sparsegpt", "2:4"], prune_options("sparsegpt", "2:4"), None),
+    "gptq 4 bits": (["gptq", "4"], ["--quantize", "gptq", "--bits", "4", "--group-size", "64"], 1.8),
+}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--peer", required=True, help="Python of an environment with llmcompressor 0.14.0.1")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patterns", default="0.5", help="comma-separated")
+    parser.add_argument("--cases", default="wanda 0.5,sparsegpt 0.5,gptq 4 bits", help="comma-separated")
     args = parser.parse_args()
     if args.text is None:
         parser.error("--text is needed")
     prepare(args)
-    model = plain_model(args.work)
-    evaluation, calibration = split_text(args.text, args.work, model)
+    evaluation, calibration = split_text(args.text, args.work, plain_model(args.work))
     print(f"{machine()}; median of {args.rounds} rounds\n")
     rows = []
-    for (method, pattern), goal in GOALS.items():
-        if pattern not in args.patterns.split(","):
-            continue
+    for case in args.cases.split(","):
+        told, options, goal = CASES[case]
+        model = plain_model(args.work, dithered=told[0] == "gptq")
         theirs, ours, peaks = [], [], []
         for _ in range(args.rounds):
-            peer = _peer(args, method, pattern, model, calibration)
-            report = compress(model, args.work / "out", method, pattern, calibration, args.threads)
+            peer = _peer(args, told, model, calibration)
+            report = compress(model, args.work / "out", options, calibration, args.threads)
             theirs.append(peer["seconds"])
             ours.append(report["seconds"])
             peaks.append((peer["peak_bytes"], report["peak_bytes"]))
-            print(f"{method} {pattern}: theirs {theirs[-1]:.1f} s, ours {ours[-1]:.1f} s", flush=True)
+            print(f"{case}: theirs {theirs[-1]:.1f} s, ours {ours[-1]:.1f} s", flush=True)
         ratio = statistics.median(theirs) / statistics.median(ours)
         peer_ppl = perplexity(args.work / "peer", evaluation)
         rows.append(
             [
-                f"{method} {pattern}",
+                case,
                 f"{statistics.median(theirs):.1f}",
                 f"{statistics.median(ours):.1f}",
                 f"{ratio:.2f}×",
@@ -74,13 +90,12 @@ def main() -> None:
     )
 
 
-def _peer(args, method: str, pattern: str, model: Path, calibration: Path) -> dict[str, float]:
+def _peer(args, told: list[str], model: Path, calibration: Path) -> dict[str, float]:
     script = Path(__file__).with_name("peer_llmcompressor.py")
     command = [
         args.peer,
         str(script),
-        method,
-        pattern,
+        *told,
         str(model),
         str(calibration),
         str(args.work / "peer"),

@@ -1,4 +1,4 @@
-"""secateur prunes Hugging Face causal language models without training, and writes smaller checkpoints that load.
+"""secateur prunes and quantizes Hugging Face causal language models without training, and writes smaller checkpoints that load.
 
 Importing it registers its quantizer with transformers, so that `from_pretrained` reads what it wrote.
 """
@@ -9,7 +9,7 @@ from secateur.formats.hf import register as _register
 from secateur.pipeline.compress import compress
 from secateur.pipeline.load import load
 from secateur.pipeline.report import Progress, Report
-from secateur.recipe import Calibration, Recipe
+from secateur.recipe import Calibration, Quantization, Recipe
 
 _register()
 
@@ -17,6 +17,7 @@ __all__ = [
     "Calibration",
     "CheckpointError",
     "Progress",
+    "Quantization",
     "Recipe",
     "Report",
     "SecateurError",

@@ -24,7 +24,7 @@ from secateur.errors import SecateurError, UsageError, one_line
 
 app = typer.Typer(
     name="secateur",
-    help="Prune Hugging Face causal language models without training, and write smaller checkpoints that load.",
+    help="Prune and quantize Hugging Face causal language models without training, and write smaller checkpoints that load.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,6 +72,25 @@ def compress(
     sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
     refine: Annotated[str | None, typer.Option(help="Improve the mask: dsnot.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Method: rtn, gptq, spqr or squeezellm.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Of a code: 2, 3, 4 or 8.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Weights that share a scale, or row.")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Zero points in the middle of the grid.")
+    ] = None,
+    search_range: Annotated[
+        bool | None, typer.Option(help="Choose the range of each group's grid by squared error.")
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="In which columns are rounded: natural, activation or permuted.")
+    ] = None,
+    damping: Annotated[float | None, typer.Option(help="Share of the Gram matrix's mean diagonal added to it.")] = None,
+    outlier_share: Annotated[float | None, typer.Option(help="Of the weights, kept in 16 bits.")] = None,
+    outlier_threshold: Annotated[float | None, typer.Option(help="Error from which a weight is an outlier.")] = None,
+    scale_bits: Annotated[int | None, typer.Option(help="Of quantized scales and zero points.")] = None,
+    tile_rows: Annotated[int | None, typer.Option(help="Rows that share the grid of their scales.")] = None,
+    sensitivity: Annotated[str | None, typer.Option(help="What a weight counts: fisher or hessian.")] = None,
+    sensitive_share: Annotated[float | None, typer.Option(help="Kept in 16 bits for their sensitivity.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Glob of linears to compress; repeatable.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Glob of linears to leave alone; repeatable.")] = None,
     calibration: Annotated[
@@ -95,16 +114,32 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON to standard output.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Prune MODEL and write it to the folder OUT."""
+    """Prune MODEL, quantize it, or both, and write it to the folder OUT."""
     from secateur.pipeline.compress import compress as run
     from secateur.recipe import Recipe
 
     base = Recipe.read(recipe) if recipe is not None else Recipe()
+    options = {
+        "bits": bits,
+        "group_size": int(group_size) if group_size is not None and group_size.isdecimal() else group_size,
+        "symmetric": symmetric,
+        "search_range": search_range,
+        "order": order,
+        "damping": damping,
+        "outlier_share": outlier_share,
+        "outlier_threshold": outlier_threshold,
+        "scale_bits": scale_bits,
+        "tile_rows": tile_rows,
+        "sensitivity": sensitivity,
+        "sensitive_share": sensitive_share,
+    }
     given: dict[str, Any] = {
         "prune": prune,
         "sparsity": sparsity,
         "pattern": pattern,
         "refine": refine,
+        "quantize": quantize,
+        "quantization": _override(base.quantization, options),
         "format": format,
         "dtype": dtype,
         "targets": tuple(targets) if targets else None,
@@ -124,7 +159,9 @@ def compress(
             progress=display,
         )
     if as_json:
-        _print_json({**dataclasses.asdict(report), "out": str(report.out), "sparsity": report.sparsity})
+        _print_json(
+            {**dataclasses.asdict(report), "out": str(report.out), "sparsity": report.sparsity, "bits": report.bits}
+        )
     if quiet:
         return
     for note in report.notes[:5]:
@@ -132,8 +169,9 @@ def compress(
     if len(report.notes) > 5:
         _say(f"note: {len(report.notes) - 5} more like these are in secateur.json")
     _say(
-        f"{out}: {report.sparsity:.2%} of {len(report.linears)} linears pruned, {_size(report.source_bytes)} → "
-        f"{_size(report.bytes)} ({8 * report.bytes / report.parameters:.2f} bits per weight), "
+        f"{out}: {len(report.linears)} linears with {report.sparsity:.2%} of their weights removed and {report.bits:.2f} bits "
+        f"per weight, {_size(report.source_bytes)} → {_size(report.bytes)} "
+        f"({8 * report.bytes / report.parameters:.2f} bits per weight of the whole model), "
         f"{report.seconds:.1f} s, peak memory {_size(report.peak_bytes)}"
     )
 
@@ -299,8 +337,19 @@ def inspect(
         }
         _print_json({**dataclasses.asdict(found), **totals})
         return
+    some_outliers = any(linear.outliers for linear in found.linears)
+    headings = [
+        "linear",
+        "shape",
+        "layout",
+        "sparsity",
+        *(["outliers"] if some_outliers else []),
+        "bits",
+        "bytes",
+        "error",
+    ]
     table = Table()
-    for heading in ("linear", "shape", "layout", "sparsity", "bits", "bytes", "error"):
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("linear", "layout") else "right")
     for linear in found.linears:
         error = "–" if math.isnan(linear.error) else f"{linear.error:.2e}"
@@ -310,15 +359,17 @@ def inspect(
             f"{O}×{I}",
             linear.layout,
             f"{linear.sparsity:.2%}",
+            *([f"{linear.outliers:.2%}"] if some_outliers else []),
             f"{linear.bits:.2f}",
             str(linear.bytes),
             error,
         )
     table.add_section()
+    gap = [""] if some_outliers else []
     bits = 8 * found.linear_bytes / found.linear_weights
-    table.add_row("all linears", "", "", f"{found.sparsity:.2%}", f"{bits:.2f}", str(found.linear_bytes), "")
+    table.add_row("all linears", "", "", f"{found.sparsity:.2%}", *gap, f"{bits:.2f}", str(found.linear_bytes), "")
     bits = 8 * found.weight_bytes / found.parameters
-    table.add_row("whole model, files", "", "", "", f"{bits:.2f}", str(found.weight_bytes), "")
+    table.add_row("whole model, files", "", "", "", *gap, f"{bits:.2f}", str(found.weight_bytes), "")
     Console(emoji=False).print(table)
 
 
@@ -326,7 +377,7 @@ def inspect(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="dense (every tool reads it) or secateur.")],
+    to: Annotated[str, typer.Option(help="dense (every tool reads it), secateur, compressed-tensors or spqr.")],
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,

@@ -41,8 +41,43 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """The options of a quantizer; None takes the method's own default. Which of them a method has is its to say.
+
+    Attributes:
+        bits: of a code.
+        group_size: weights that share a scale, or `row`.
+        symmetric: zero points in the middle.
+        search_range: choose each group's range by squared error.
+        order: in which columns are rounded.
+        damping: added to the diagonal of the Gram matrix, as a share of its mean.
+        outlier_share, outlier_threshold: how many weights are kept in 16 bits.
+        scale_bits, tile_rows: of the scales' own grid.
+        sensitivity: `fisher` or `hessian`.
+        sensitive_share: of weights kept in 16 bits for their sensitivity.
+    """
+
+    bits: int | None = None
+    group_size: int | str | None = None
+    symmetric: bool | None = None
+    search_range: bool | None = None
+    order: str | None = None
+    damping: float | None = None
+    outlier_share: float | None = None
+    outlier_threshold: float | None = None
+    scale_bits: int | None = None
+    tile_rows: int | None = None
+    sensitivity: str | None = None
+    sensitive_share: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not left to the method."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How a model is to be compressed.
+    """How a model is to be compressed: pruned, quantized, or both.
 
     Attributes:
         prune: name of the pruning method.
@@ -51,9 +86,11 @@ class Recipe:
         refine: name of the mask refiner, if any.
         targets: glob patterns of the names of linears to compress; none means all inside the blocks.
         ignore: glob patterns of linears to leave alone.
-        format: `auto` (by the pattern), or the name of a layout, or `dense`.
+        format: `auto` (by the pattern or the quantizer), or the name of a layout, or `dense`.
         dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
         calibration: the text.
+        quantize: name of the quantization method, if any.
+        quantization: its options.
     """
 
     prune: str = ""
@@ -65,11 +102,14 @@ class Recipe:
     format: str = "auto"
     dtype: str = "auto"
     calibration: Calibration = field(default_factory=Calibration)
+    quantize: str | None = None
+    quantization: Quantization = field(default_factory=Quantization)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""
         content = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
+        return {**plain, "quantization": self.quantization.given()}
 
     @classmethod
     def from_dict(cls, content: Any) -> Recipe:
@@ -80,7 +120,8 @@ class Recipe:
         """
         content = _checked(cls, content, "recipe")
         calibration = _checked(Calibration, content.pop("calibration", {}), "recipe's calibration")
-        return cls(**content, calibration=Calibration(**calibration))
+        quantization = _checked(Quantization, content.pop("quantization", {}), "recipe's quantization")
+        return cls(**content, calibration=Calibration(**calibration), quantization=Quantization(**quantization))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -112,10 +153,10 @@ def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise UsageError(f"{key!r} of the {what} must be a list of patterns")
             value = tuple(value)
-        elif key != "calibration":
+        elif key not in ("calibration", "quantization"):
             if hints[key] == float | None and type(value) is int:
                 value = float(value)
-            if type(value) is bool or not isinstance(value, hints[key]):
+            if (type(value) is bool and hints[key] != bool | None) or not isinstance(value, hints[key]):
                 raise UsageError(f"{key!r} of the {what} is {value!r}, which is not a {_plain(hints[key])}")
         checked[key] = value
     return checked
@@ -123,5 +164,5 @@ def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
 
 def _plain(hint: Any) -> str:
     name = getattr(hint, "__name__", None) or str(hint)
-    names = {"str": "text", "int": "whole number", "float": "number"}
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
     return " or ".join(names.get(part.strip(), part.strip()) for part in name.split("|") if part.strip() != "None")

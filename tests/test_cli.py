@@ -97,8 +97,9 @@ def test_compress_tells_of_every_block_in_plain_lines(secateur_says, model_of, t
     assert lines[0] == "opening the model"
     size = (out / "model.safetensors").stat().st_size
     assert re.fullmatch(
-        rf"{re.escape(str(out))}: 50\.00% of 14 linears pruned, [\d.]+ kB → {size / 1000:.1f} kB "
-        r"\([\d.]+ bits per weight\), [\d.]+ s, peak memory [\d.]+ [MG]B",
+        rf"{re.escape(str(out))}: 14 linears with 50\.00% of their weights removed and 17\.\d+ bits per weight, "
+        rf"[\d.]+ kB → {size / 1000:.1f} kB \([\d.]+ bits per weight of the whole model\), [\d.]+ s, "
+        r"peak memory [\d.]+ [MG]B",
         lines[-1],
     )
 
@@ -284,7 +285,7 @@ def test_a_device_or_dtype_that_makes_no_sense(command, kind, fails, pruned, mod
 
 
 def test_other_words_that_are_not_known(fails, pruned, tmp_path):
-    assert "--to 'gguf' is not known: it can be dense or secateur" in fails(
+    assert "--to 'gguf' is not known: it can be dense, secateur, compressed-tensors, spqr" in fails(
         2, "export", pruned, tmp_path / "o", "--to", "gguf"
     )
     assert "backend 'fast' is not known" in fails(2, "generate", pruned, "bon", "--backend", "fast")

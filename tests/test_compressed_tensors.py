@@ -212,7 +212,7 @@ def test_a_section_that_packs_nothing_is_read(tmp_path):
 
 
 def test_export_refuses_an_unknown_form(tmp_path):
-    with pytest.raises(UsageError, match="'gguf' is not known: it can be dense or secateur"):
+    with pytest.raises(UsageError, match="'gguf' is not known: it can be dense, secateur"):
         export(str(BITMASK), tmp_path / "out", "gguf")
 
 

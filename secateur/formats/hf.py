@@ -6,6 +6,7 @@ Each packed weight is expanded to a dense one while the model loads; `save_pretr
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from secateur.errors import CheckpointError
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
 from secateur.formats.packed import PackedWeight
 from secateur.formats.reader import StoredTensors, find_entry, parse_quantization_config
+from secateur.formats.sparse_int import CodedLayout
 
 QUANT_METHOD = "secateur"
 _PARTS = sorted({part for layout in LAYOUTS.values() for part in layout.parts})
@@ -85,16 +87,20 @@ class SecateurQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SecateurConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: list[CheckpointError] = []
+        self.stored: StoredTensors | None = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if checkpoint_files:
             # A weight of which every part is missing would be filled with noise and a warning; here it is an error.
-            names = (name.rpartition(".") for name in StoredTensors([Path(file) for file in checkpoint_files]))
+            self.stored = StoredTensors([Path(file) for file in checkpoint_files])
+            names = (name.rpartition(".") for name in self.stored)
             packed = {weight.removesuffix(".weight") for weight, _, part in names if part in _PARTS}
-            prefix = f"{model.base_model_prefix}."
             for name, module in model.named_modules():
-                spellings = {name, name.removeprefix(prefix), prefix + name}
-                if hasattr(module, "weight") and self._entry(model, name) and not spellings & packed:
+                if (
+                    hasattr(module, "weight")
+                    and self._entry(model, name)
+                    and not packed.intersection(_spellings(model, name))
+                ):
                     raise CheckpointError(
                         f"{name}.weight should be packed, says config.json, but its tensors are missing"
                     )
@@ -115,12 +121,14 @@ class SecateurQuantizer(HfQuantizer):
         entry = self._entry(model, name.removesuffix(".weight"))
         if entry is None:
             raise CheckpointError(f"{name} is stored packed, but the config does not name its layout")
+        if isinstance(entry[0], CodedLayout):
+            tensors = self._as_stored(model, name) or tensors
         if "compressed" in tensors and tensors["compressed"].is_floating_point():
             tensors["compressed"] = tensors["compressed"].to(parameter.dtype)
         W = PackedWeight(entry[0], {part: part for part in tensors}, entry[1]).decode(name, tensors)
         if W.shape != parameter.shape:
             raise CheckpointError(f"{name} is {list(W.shape)} in the file, but {list(parameter.shape)} in the model")
-        return W
+        return W.to(parameter.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.errors:
@@ -139,13 +147,41 @@ class SecateurQuantizer(HfQuantizer):
                 state[name] = tensor
                 continue
             layout, transposed = entry
-            W_OI = tensor.T if transposed else tensor
-            try:
-                parts = layout.pack(W_OI.contiguous())
-            except ValueError as error:
-                raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
+            if isinstance(layout, CodedLayout):
+                parts = self._unchanged_parts(model, name, tensor)
+            else:
+                W_OI = tensor.T if transposed else tensor
+                try:
+                    parts = layout.pack(W_OI.contiguous())
+                except ValueError as error:
+                    raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
             state.update({f"{name}.{part}": packed for part, packed in parts.items()})
         return state, {}
+
+    def _as_stored(self, model: Any, name: str) -> dict[str, Tensor]:
+        """The parts of a weight as its files have them; none if there are no files.
+
+        transformers hands them over in the dtype of the model, in which scales of 16 bits are other numbers.
+        """
+        stored = self.stored if self.stored is not None else {}
+        for spelling in _spellings(model, name):
+            parts = {part: stored[f"{spelling}.{part}"] for part in _PARTS if f"{spelling}.{part}" in stored}
+            if parts:
+                return parts
+        return {}
+
+    def _unchanged_parts(self, model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The parts of a quantized weight as its files have them, if it still is what they hold.
+
+        Its grid is not to be found in the dense weight alone.
+        """
+        parts = self._as_stored(model, name)
+        if parts and torch.equal(self.decode(model, name, parts).to(tensor), tensor):
+            return {part: packed.clone() for part, packed in parts.items()}
+        raise CheckpointError(
+            f"{name} is not the weight that was loaded, and changed weights have no place on its grid: "
+            "make the folder dense by `secateur export FOLDER OUT --to dense`, and change that"
+        )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return model
@@ -156,6 +192,12 @@ class SecateurQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _spellings(model: Any, name: str) -> tuple[str, str, str]:
+    """The names that a tensor or module of a model may have in its files: with the name of the base model and without."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def _is_ours(conversion: Any) -> bool:
@@ -172,9 +214,16 @@ class _ExpandConverter(WeightConverter):
         return twin
 
 
-def attach_quantizer(model: Any, config: dict[str, Any]) -> None:
-    """Make a dense model that was loaded otherwise save itself packed, as `config` (a `quantization_config`) says."""
+def attach_quantizer(model: Any, config: dict[str, Any], files: Sequence[Path]) -> None:
+    """Make a dense model that was loaded otherwise save itself packed, as `config` (a `quantization_config`) says.
+
+    Args:
+        model: the model.
+        config: a `quantization_config`.
+        files: that its weights were read from.
+    """
     model.hf_quantizer = SecateurQuantizer(SecateurConfig(**config))
+    model.hf_quantizer.stored = StoredTensors(list(files))
     model.hf_quantizer.preprocess_model(model)
     model.hf_quantizer.postprocess_model(model)
 

@@ -18,7 +18,7 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Layout(Protocol):
-    """A codec: turns a pruned weight `[O, I]` into named tensors and back, exact to the bit.
+    """A codec: turns a pruned or quantized weight `[O, I]` into named tensors and back, exact to the bit.
 
     `parts` are the names of the tensors; in a file each stands behind the name of the weight, as in
     `model.layers.0.mlp.up_proj.weight.bitmask`.
@@ -27,8 +27,11 @@ class Layout(Protocol):
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
 
-    def pack(self, W_OI: Tensor) -> dict[str, Tensor]:
-        """The tensors of a contiguous weight. Raises ValueError when the layout cannot hold it."""
+    def pack(self, weight: Any) -> dict[str, Tensor]:
+        """The tensors of a contiguous `[O, I]` tensor, or of a `Quantized` where the layout is one of codes.
+
+        Raises ValueError when the layout cannot hold it.
+        """
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats import compressed_tensors
+from secateur.formats import compressed_tensors, spqr_quant
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout, layout_from_config
 from secateur.formats.packed import DecodedWeights, PackedWeight
 
@@ -181,9 +181,11 @@ def open_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Tensor
         return DecodedWeights(stored, packed_weights(stored, parse_quantization_config(quantization)))
     if method == compressed_tensors.QUANT_METHOD:
         return DecodedWeights(stored, compressed_tensors.packed_weights(stored, quantization))
+    if method == spqr_quant.QUANT_METHOD:
+        return DecodedWeights(stored, spqr_quant.packed_weights(stored, quantization))
     raise CheckpointError(
-        f"{folder} is quantized with {method!r}: secateur reads dense checkpoints, its own, "
-        "and compressed-tensors' sparse-bitmask and sparse-24-bitmask"
+        f"{folder} is quantized with {method!r}: secateur reads dense checkpoints, its own, spqr_quant's, "
+        "and compressed-tensors' pack-quantized, sparse-bitmask and sparse-24-bitmask"
     )
 
 

@@ -18,13 +18,17 @@ import transformers
 from torch import Tensor, nn
 
 from secateur._version import __version__
+from secateur.calibration.fisher import fisher
 from secateur.calibration.stats import InputStats, Level
+from secateur.codes import Quantized
 from secateur.errors import SecateurError, UsageError
+from secateur.formats.choose import layout_for
 from secateur.formats.hf import quantization_config
+from secateur.formats.layout import Layout
 from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.capture import BlockCall, BlockCalls, group_by_input
-from secateur.pipeline.load import open_device
+from secateur.pipeline.load import load_source, open_device
 from secateur.pipeline.plan import Plan, plan
 from secateur.pipeline.report import LinearReport, Progress, Report, peak_memory, relative_error
 from secateur.pipeline.source import Source, open_source, save_config
@@ -41,7 +45,7 @@ from secateur.pipeline.structure import (
     weight_matrix,
 )
 from secateur.pipeline.walk import in_batches, solve_in_pass
-from secateur.pipeline.weights import ModelWeights, all_finite, materialise, place, release
+from secateur.pipeline.weights import ModelWeights, all_finite, converted, materialise, place, release
 from secateur.prune import Pruned
 from secateur.prune.patterns import NM
 from secateur.recipe import Recipe
@@ -124,37 +128,53 @@ class _Run:
         self.writer = ShardWriter(self.folder)
         self.written: set[str] = set()
 
-        calibration: dict[str, Any] = {"level": self.plan.level.name.lower()}
+        level = self.plan.level
+        calibration: dict[str, Any] = {"level": level.name.lower()}
         ids_NS = None
-        if self.plan.level > Level.NONE:
+        if level > Level.NONE or self.plan.needs_fisher:
             settings = self.recipe.calibration
             ids_NS, settings = calibration_ids(self.source, settings, self.device, lambda s: self.progress(Progress(s)))
             self.recipe = replace(self.recipe, calibration=settings)
             calibration.update(samples=ids_NS.shape[0], seq_len=ids_NS.shape[1], tokens=ids_NS.numel())
 
+        self.fisher: dict[str, Tensor] = {}
+        if self.plan.needs_fisher and ids_NS is not None:
+            calibration["fisher"] = True
+            self.fisher = self._gather_fisher(ids_NS)
         self.progress(Progress("copying what is not compressed"))
         self._write_outside()
-        if ids_NS is None:
+        if ids_NS is None or level == Level.NONE:
             self._solve_without_inputs()
         else:
             self._solve_with_inputs(ids_NS)
         return self._finish(names, calibration)
 
+    def _gather_fisher(self, ids_NS: Tensor) -> dict[str, Tensor]:
+        stage = "computing gradients"
+        self.progress(Progress(stage))
+        # In float32 on a CPU: half precision is emulated by most.
+        dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
+        model = load_source(self.source, dtype, self.device, check_finite=True)
+        return fisher(
+            model,
+            ids_NS,
+            sorted(self.chosen),
+            lambda done, total: self.progress(Progress(f"{stage}: {done} of {total} windows")),
+        )
+
     def _check_shapes(self) -> None:
-        if not isinstance(self.plan.pattern, NM):
+        pattern = self.plan.pruning.pattern if self.plan.pruning else None
+        if not isinstance(pattern, NM):
             return
         for name in sorted(self.chosen):
             features = weight_matrix(self.model.get_submodule(name)).shape[1]
-            if features % self.plan.pattern.m:
+            if features % pattern.m:
                 raise UsageError(
-                    f"{name} has {features} input features, which do not divide into groups of {self.plan.pattern.m}: "
+                    f"{name} has {features} input features, which do not divide into groups of {pattern.m}: "
                     f"choose another pattern, or leave it alone with --ignore '{name}'"
                 )
 
     # --- writing
-
-    def _dtype_for(self, tensor: Tensor) -> torch.dtype:
-        return tensor.dtype if self.plan.dtype is None or not tensor.is_floating_point() else self.plan.dtype
 
     def _write_plain(self, name: str) -> None:
         if name in self.weights and name not in self.written:
@@ -162,11 +182,7 @@ class _Run:
             self.written.add(name)
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
-        # A copy: a mapped tensor would keep its file in memory until the shard is written.
-        converted = tensor.to(self._dtype_for(tensor), copy=True)
-        if converted.dtype != tensor.dtype and not all_finite(converted):
-            raise SecateurError(f"{name}: its values overflow {converted.dtype}: give another --dtype")
-        return converted
+        return converted(name, tensor, self.plan.dtype, "give another --dtype")
 
     def _write_outside(self) -> None:
         for name, _ in parameters_outside(self.model, self.blocks):
@@ -277,30 +293,61 @@ class _Run:
         """Solve linears that read the same input as one matrix, put the result in place and hand it to the writer."""
         W_OI = torch.cat([weight_matrix(linears[name]).float() for name in names])
         sizes = [weight_matrix(linears[name]).shape[0] for name in names]
-        pruned = self.plan.pruner.solve(W_OI, stats, self.plan.pattern, sizes)
-        if self.plan.refiner is not None:
-            keep_OI = self.plan.refiner.solve(W_OI, pruned.keep_OI, stats, self.plan.pattern)
-            pruned = Pruned(W_OI * keep_OI, keep_OI, pruned.notes)
-        for note in pruned.notes:
-            self.notes.append(f"{', '.join(names)}: {note}")
-        for name, dense_OI, new_OI in zip(names, W_OI.split(sizes), pruned.W_OI.split(sizes), strict=True):
-            self._put(name, linears[name], dense_OI, new_OI, stats)
+        pruned = self._prune(W_OI, stats, sizes, names)
+        solved: list[Tensor] | list[Quantized]
+        if self.plan.quantizer is None:
+            assert pruned is not None
+            solved = list(pruned.W_OI.split(sizes))
+        else:
+            fisher_OI = torch.cat([self.fisher.pop(name) for name in names]).to(W_OI.device) if self.fisher else None
+            dtype = self.plan.dtype or self.weights.dtype(f"{names[0]}.weight")
+            solved = self.plan.quantizer.solve(W_OI, stats, sizes, dtype, pruned, fisher_OI)
+            self._note(names, solved[0].notes)
+        for i, (name, dense_OI) in enumerate(zip(names, W_OI.split(sizes), strict=True)):
+            self._put(name, linears[name], dense_OI, solved[i], stats)
 
-    def _put(self, name: str, linear: Linear, dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> None:
+    def _prune(self, W_OI: Tensor, stats: InputStats, sizes: list[int], names: list[str]) -> Pruned | None:
+        if self.plan.pruning is None:
+            return None
+        pruner, refiner, pattern = self.plan.pruning.pruner, self.plan.pruning.refiner, self.plan.pruning.pattern
+        pruned = pruner.solve(W_OI, stats, pattern, sizes)
+        if refiner is not None:
+            keep_OI = refiner.solve(W_OI, pruned.keep_OI, stats, pattern)
+            pruned = Pruned(W_OI * keep_OI, keep_OI, pruned.notes)
+        self._note(names, pruned.notes)
+        return pruned
+
+    def _note(self, names: list[str], notes: tuple[str, ...]) -> None:
+        for note in notes:
+            said = f"{', '.join(names)}: {note}"
+            if said not in self.notes:  # a pruner and a quantizer may find the same
+                self.notes.append(said)
+
+    def _put(self, name: str, linear: Linear, dense_OI: Tensor, new: Tensor | Quantized, stats: InputStats) -> None:
         weight = f"{name}.weight"
         transposed = is_transposed(linear)
-        # Adding zero leaves no negative zero where a negative weight was.
-        W_OI = W_OI.to(self.plan.dtype or self.weights.dtype(weight)).add(0).contiguous()
+        layout: Layout | None
+        packable: Tensor | Quantized
+        if isinstance(new, Quantized):
+            W_OI, packable = new.dequantize(), new.cpu()
+            stored, outliers = new.stored, new.outlier_count
+            layout = None if self.plan.dense else layout_for(new)
+        else:
+            # Adding zero leaves no negative zero where a negative weight was.
+            W_OI = new.to(self.plan.dtype or self.weights.dtype(weight)).add(0).contiguous()
+            packable = W_OI.cpu()
+            stored, outliers = int(torch.count_nonzero(W_OI)), 0
+            layout = self.plan.layout
         if not all_finite(W_OI):
             raise SecateurError(
-                f"{name}: weights that make up for removed ones overflow {W_OI.dtype}: give --dtype float32"
+                f"{name}: weights that make up for the error of others overflow {W_OI.dtype}: give --dtype float32"
             )
-        if self.plan.layout is None:
+        if layout is None:
             parts = {weight: W_OI.T if transposed else W_OI}
         else:
-            packed = self.plan.layout.pack(W_OI.cpu())
+            packed = layout.pack(packable)
             parts = {f"{weight}.{part}": tensor for part, tensor in packed.items()}
-            self.entries[name] = {**self.plan.layout.to_config(), **({"transposed": True} if transposed else {})}
+            self.entries[name] = {**layout.to_config(), **({"transposed": True} if transposed else {})}
         for part, tensor in parts.items():
             self.writer.add(part, tensor)
         self.written.add(weight)
@@ -312,8 +359,9 @@ class _Run:
         report = LinearReport(
             name=name,
             shape=(W_OI.shape[0], W_OI.shape[1]),
-            layout=self.plan.layout.name if self.plan.layout else "dense",
-            sparsity=1 - torch.count_nonzero(W_OI).item() / W_OI.numel(),
+            layout=layout.name if layout else "dense",
+            sparsity=1 - stored / W_OI.numel(),
+            outliers=outliers / W_OI.numel(),
             bits=8 * size / W_OI.numel(),
             bytes=size,
             error=error,
@@ -331,7 +379,7 @@ class _Run:
         self.progress(Progress("writing"))
         self.writer.finish()
         quantization = None
-        if self.plan.layout is not None:
+        if self.entries:
             absent = set(names) - self.chosen
             quantization = quantization_config(generalise(self.entries, self.prefix, absent))
         dtype = self.plan.dtype or self.source.dtype
@@ -357,12 +405,14 @@ class _Run:
             "parameters": report.parameters,
             "weight_bytes": report.bytes,
             "sparsity": report.sparsity,
+            "bits": report.bits,
             "notes": report.notes,
             "linears": {
                 linear.name: {
                     "shape": list(linear.shape),
                     "layout": linear.layout,
                     "sparsity": linear.sparsity,
+                    "outliers": linear.outliers,
                     "bits": linear.bits,
                     "bytes": linear.bytes,
                     "error": linear.error,

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.formats.packed import DecodedWeights
+from secateur.formats.pack_quantized import PackQuantized
 from secateur.formats.reader import read_json
+from secateur.formats.sparse_int import CodedLayout
+from secateur.formats.spqr_quant import SpQRQuant
 from secateur.formats.writer import MANIFEST_NAME
 from secateur.pipeline.report import LinearReport
 from secateur.pipeline.source import Source
@@ -58,17 +60,18 @@ def inspect(source: Source) -> Inspection:
         for name, linear in block_linears(block, f"{prefix}.{i}").items():
             key = f"{name}.weight"
             weight = weights[key]
-            packed = (
-                source.weights.packed.get(weights.name_in_files(key))
-                if isinstance(source.weights, DecodedWeights)
-                else None
-            )
+            packed = weights.packed(key)
+            stored, outliers = int(torch.count_nonzero(weight)), 0
             if packed is None:
                 size, layout = weight.nbytes, "dense"
             else:
-                assert isinstance(source.weights, DecodedWeights)
-                size = sum(source.weights.stored[part].nbytes for part in packed.parts.values())
-                layout = packed.layout.name
+                parts = weights.parts(key)
+                size, layout = sum(tensor.nbytes for tensor in parts.values()), packed.layout.name
+                if isinstance(packed.layout, CodedLayout):
+                    quantized = packed.layout.read(parts)
+                    stored, outliers = quantized.stored, quantized.outlier_count
+                elif isinstance(packed.layout, PackQuantized | SpQRQuant):
+                    stored = weight.numel()  # a zero is a level like any other
             error, kind = errors.get(name, (float("nan"), "not recorded"))
             O, I = weight_matrix(linear).shape
             linears.append(
@@ -76,7 +79,8 @@ def inspect(source: Source) -> Inspection:
                     name=name,
                     shape=(O, I),
                     layout=layout,
-                    sparsity=1 - torch.count_nonzero(weight).item() / weight.numel(),
+                    sparsity=1 - stored / weight.numel(),
+                    outliers=outliers / weight.numel(),
                     bits=8 * size / weight.numel(),
                     bytes=size,
                     error=error,

@@ -82,13 +82,14 @@ class _DecodedAhead(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def load_source(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
+def load_source(source: Source, dtype: torch.dtype, device: torch.device, check_finite: bool = False) -> Any:
     """The whole model of an open source, its floating weights as `dtype`.
 
     A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
 
     Raises:
-        CheckpointError: a tensor is missing or damaged, or has another shape than the model's.
+        CheckpointError: a tensor is missing or damaged, has another shape than the model's, or, if that is to be checked,
+            holds a value that is not finite.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         if isinstance(source.weights, DecodedWeights):
@@ -96,14 +97,14 @@ def load_source(source: Source, dtype: torch.dtype, device: torch.device) -> Any
             source = replace(source, weights=_DecodedAhead(source.weights, pool))
         model: Any = build_skeleton(source, dtype)
         weights = ModelWeights(source, model)
-        materialise(model, "", list(model.state_dict()), weights, dtype, device, check_finite=False)
+        materialise(model, "", list(model.state_dict()), weights, dtype, device, check_finite=check_finite)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")
     model.to(device)  # buffers that are computed, not stored
     if source.quantization is not None:
-        attach_quantizer(model, source.quantization)
+        attach_quantizer(model, source.quantization, source.files)
     if source.folder is not None and (source.folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.folder)

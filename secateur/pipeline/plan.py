@@ -1,7 +1,8 @@
-"""From the words of a recipe to methods, a pattern and a layout: all that can be wrong with it is found here."""
+"""From the words of a recipe to methods, a pattern and layouts: all that can be wrong with it is found here."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,26 +12,53 @@ import torch
 from secateur.calibration.stats import Level
 from secateur.errors import UsageError
 from secateur.formats.bitmap import Bitmap
-from secateur.formats.layout import FLOAT_DTYPES, LAYOUTS, Layout
+from secateur.formats.layout import FLOAT_DTYPES, Layout
 from secateur.formats.nm import NMBits
 from secateur.prune import PRUNERS, REFINERS, Pruner, Refiner
 from secateur.prune.patterns import NM, Pattern, parse_pattern
+from secateur.quant import QUANTIZERS, Quantizer
 from secateur.recipe import Recipe
+
+_SPARSE_FORMATS = ("bitmap", "nm")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A recipe, checked and resolved against what this version knows."""
+class Pruning:
+    """What removes weights, and which sets of them may be left."""
 
     pruner: Pruner
     refiner: Refiner | None
     pattern: Pattern
-    layout: Layout | None
-    dtype: torch.dtype | None
 
     @property
     def level(self) -> Level:
         return max(self.pruner.level, self.refiner.level if self.refiner else Level.NONE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, checked and resolved against what this version knows.
+
+    Attributes:
+        pruning, quantizer: at least one of them.
+        layout: of pruned weights that are not quantized; None writes them dense.
+        dense: write quantized weights dense.
+        dtype: of the weights written; None keeps the source's.
+    """
+
+    pruning: Pruning | None
+    quantizer: Quantizer | None
+    layout: Layout | None
+    dense: bool
+    dtype: torch.dtype | None
+
+    @property
+    def level(self) -> Level:
+        return max(part.level for part in (self.pruning, self.quantizer) if part is not None)
+
+    @property
+    def needs_fisher(self) -> bool:
+        return self.quantizer is not None and self.quantizer.needs_fisher
 
 
 def _known(what: str, name: str, among: Collection[str]) -> str:
@@ -47,20 +75,60 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UsageError: a name is unknown (the nearest one is offered), or options contradict each other.
     """
-    if not recipe.prune:
-        raise UsageError(f"no method is given: --prune can be {', '.join(sorted(PRUNERS))}")
-    pruner = PRUNERS[_known("pruning method", recipe.prune, PRUNERS)]
-    refiner = REFINERS[_known("refiner", recipe.refine, REFINERS)] if recipe.refine is not None else None
-    pattern = parse_pattern(recipe.pattern, recipe.sparsity)
-    formats = ("auto", "dense", *LAYOUTS)
-    name = _known("format", recipe.format, formats)
-    if name == "nm" and not isinstance(pattern, NM):
+    if not recipe.prune and recipe.quantize is None:
+        raise UsageError(
+            f"no method is given: --prune can be {', '.join(sorted(PRUNERS))}, --quantize {', '.join(sorted(QUANTIZERS))}"
+        )
+    pruning = _pruning(recipe)
+    quantizer = _quantizer(recipe)
+    pattern = pruning.pattern if pruning else None
+    _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
+    if quantizer is not None and recipe.format in _SPARSE_FORMATS:
+        raise UsageError(f"--format {recipe.format} does not hold quantized weights: give auto or dense")
+    if recipe.format == "nm" and not isinstance(pattern, NM):
         raise UsageError("--format nm needs a --pattern N:M: an unstructured mask fits bitmap or dense")
-    layout: Layout | None
-    if isinstance(pattern, NM) and name in ("auto", "nm"):
+    layout: Layout | None = None
+    if isinstance(pattern, NM) and recipe.format in ("auto", "nm"):
         layout = NMBits(pattern.n, pattern.m)
-    else:
-        layout = None if name == "dense" else Bitmap()
+    elif recipe.format != "dense":
+        layout = Bitmap()
     dtypes = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
     dtype = None if recipe.dtype == "auto" else dtypes[_known("dtype", recipe.dtype, ["auto", *dtypes])]
-    return Plan(pruner, refiner, pattern, layout, dtype)
+    return Plan(pruning, quantizer, layout, recipe.format == "dense", dtype)
+
+
+def _pruning(recipe: Recipe) -> Pruning | None:
+    if not recipe.prune:
+        for option, value in (
+            ("sparsity", recipe.sparsity),
+            ("pattern", recipe.pattern),
+            ("refine", recipe.refine),
+        ):
+            if value is not None:
+                raise UsageError(f"--{option} says how to prune, but no method is given: --prune is missing")
+        return None
+    pruner = PRUNERS[_known("pruning method", recipe.prune, PRUNERS)]
+    refiner = REFINERS[_known("refiner", recipe.refine, REFINERS)] if recipe.refine is not None else None
+    return Pruning(pruner, refiner, parse_pattern(recipe.pattern, recipe.sparsity))
+
+
+def _quantizer(recipe: Recipe) -> Quantizer | None:
+    given = recipe.quantization.given()
+    if recipe.quantize is None:
+        if given:
+            raise UsageError(
+                f"{_flag(next(iter(given)))} says how to quantize, but no method is given: --quantize is missing"
+            )
+        return None
+    method = QUANTIZERS[_known("quantization method", recipe.quantize, QUANTIZERS)]
+    options = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in options:
+            raise UsageError(
+                f"{_flag(name)} is not an option of {recipe.quantize}, which has {', '.join(map(_flag, options))}"
+            )
+    return method(**given)
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"

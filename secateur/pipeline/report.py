@@ -25,12 +25,13 @@ class LinearReport:
         name: of the module.
         shape: (O, I).
         layout: it is stored in.
-        sparsity: share of its weights that are zero.
+        sparsity: share of its weights that are zero; of a quantized one, share that is not stored.
         bits: per weight, all its tensors counted.
         bytes: of its tensors.
         error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² as far as the statistics of the inputs tell, see `error_kind`.
         error_kind: `output` (from the Gram matrix: exact), `independent inputs` (from each input's square sum alone), or
             `weights` (‖Ŵ−W‖² / ‖W‖², when no inputs were seen).
+        outliers: share of its weights that are kept in 16 bits besides their codes.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LinearReport:
     bytes: int
     error: float
     error_kind: str
+    outliers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Report:
     def sparsity(self) -> float:
         """Share of zeros over the weights of all compressed linears."""
         return _weighted(self.linears, lambda linear: linear.sparsity)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight over all compressed linears, everything on disk counted."""
+        return _weighted(self.linears, lambda linear: linear.bits)
 
 
 def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float]) -> float:

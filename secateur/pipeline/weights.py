@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from secateur.errors import CheckpointError, one_line
+from secateur.errors import CheckpointError, SecateurError, one_line
+from secateur.formats.packed import DecodedWeights, PackedWeight
 from secateur.pipeline.source import Source
 
 
@@ -72,13 +73,21 @@ class ModelWeights:
         self._dtypes[name] = tensor.dtype
         return tensor
 
+    def packed(self, name: str) -> PackedWeight | None:
+        """How a parameter is stored, if it is stored packed."""
+        weights = self._weights
+        return weights.packed.get(self._stored[name]) if isinstance(weights, DecodedWeights) else None
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a packed parameter is stored as, by the names of its layout's parts."""
+        packed = self.packed(name)
+        assert packed is not None
+        assert isinstance(self._weights, DecodedWeights)
+        return {part: self._weights.stored[key] for part, key in packed.parts.items()}
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor that has been read, without reading it again."""
         return self._dtypes[name]
-
-    def name_in_files(self, name: str) -> str:
-        """The name under which such a tensor is stored."""
-        return self._stored[name]
 
     def name_to_write(self, name: str) -> str:
         """The name under which such a tensor should be stored again: every tool knows it by the one that it had."""
@@ -157,3 +166,17 @@ def release(module: nn.Module) -> None:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype | None, remedy: str) -> Tensor:
+    """A copy of a tensor to be written as it is, its floating values as `dtype` (None: as they are).
+
+    A mapped tensor would keep its file in memory until the shard is written.
+
+    Raises:
+        SecateurError: values overflow; the message ends in `remedy`.
+    """
+    copied = tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
+    if copied.dtype != tensor.dtype and not all_finite(copied):
+        raise SecateurError(f"{name}: its values overflow {copied.dtype}: {remedy}")
+    return copied

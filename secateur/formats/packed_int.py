@@ -1,0 +1,89 @@
+"""The layout `packed-int`: integer codes, and a scale (and a zero point) for each group of a row.
+
+Γ: groups of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.codes import BITS, Codes, Uniform
+from secateur.formats.layout import check_parts, layout
+from secateur.formats.quantized import (
+    DTYPES,
+    QuantizedLayout,
+    Rows,
+    check_finite,
+    is_half_vector,
+    is_stream,
+    pack_stream,
+    read_choice,
+    read_size,
+    unpack_stream,
+)
+
+
+@layout
+@dataclass(frozen=True)
+class PackedInt(QuantizedLayout):
+    """`codes uint8` (each row starts at a byte), `scale [Γ]`, `zero uint8` (one stream of Γ codes), `shape int64 [2]`, and
+    perhaps `order [I]`.
+
+    Groups are numbered row after row. `zero` is there unless the grid is symmetric.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    name: ClassVar[str] = "packed-int"
+    code_parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
+    parts: ClassVar[tuple[str, ...]] = (*code_parts, "shape", "order")
+    has_outliers: ClassVar[bool] = False
+
+    def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
+        if not isinstance(codes, Uniform) or (codes.bits, codes.group_size) != (self.bits, self.group_size):
+            raise ValueError(f"its codes are not of {self.bits} bits in groups of {self.group_size}")
+        groups = rows.groups(self.group_size)
+        parts = {"codes": rows.pack(codes.code_OK, self.bits), "scale": groups.flatten(codes.scale_OG)}
+        if codes.zero_OG is not None:
+            parts["zero"] = pack_stream(groups.flatten(codes.zero_OG), self.bits)
+        return parts
+
+    def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Uniform:
+        check_parts(tensors, {"codes": is_stream, "scale": is_half_vector})
+        groups = rows.groups(self.group_size)
+        total = int(groups.length_O.sum())
+        if tensors["scale"].numel() != total:
+            raise ValueError(f"its scale has {tensors['scale'].numel()} values for {total} groups")
+        check_finite(tensors, "scale")
+        zero_OG = None
+        if not self.symmetric:
+            check_parts(tensors, {"zero": is_stream})
+            zero_OG = groups.spread(unpack_stream(tensors["zero"], self.bits, total, "zero"))
+        code_OK = rows.unpack(tensors["codes"], self.bits, "codes")
+        return Uniform(self.bits, self.group_size, code_OK, groups.spread(tensors["scale"]), zero_OG)
+
+    def to_config(self) -> dict[str, Any]:
+        return {
+            "layout": self.name,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PackedInt:
+        return cls(
+            read_choice(config, "bits", BITS),
+            read_size(config, "group_size"),
+            read_choice(config, "symmetric", (True, False)),
+            DTYPES[read_choice(config, "dtype", DTYPES)],
+        )

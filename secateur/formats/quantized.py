@@ -1,0 +1,276 @@
+"""What the quantized layouts share: rows of codes, streams, and outliers, checked as they are read.
+
+O: output features, I: input features, K: stored weights of a row, G: groups of the row with most, Γ: groups of all rows,
+B: bytes, N: outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.codes import Codes, Outliers, Quantized
+from secateur.formats.layout import FLOAT_DTYPES, check_parts, read_shape
+from secateur.kernels.bits import pack_bits, unpack_bits
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+OUTLIER_PARTS = ("outlier_count", "outlier_column", "outlier_value")
+_INDEX_DTYPES = (torch.uint16, torch.int32)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many weights are stored of each row of a weight `[O, I]`: all, or those that a mask keeps."""
+
+    shape: tuple[int, int]
+    length_O: Tensor
+
+    @classmethod
+    def full(cls, shape: tuple[int, int]) -> Rows:
+        """All weights of every row."""
+        return cls(shape, torch.full(shape[:1], shape[1]))
+
+    @property
+    def longest(self) -> int:
+        return int(self.length_O.max())
+
+    def groups(self, group_size: int) -> Rows:
+        """The groups of each row, the last of which may be shorter."""
+        return Rows(self.shape, -(-self.length_O // group_size))
+
+    @property
+    def filled(self) -> Tensor:
+        """Bool `[O, longest]`: where a row has something."""
+        return torch.arange(self.longest) < self.length_O[:, None]
+
+    @property
+    def _equal(self) -> bool:
+        return int(self.length_O.min()) == self.longest
+
+    def flatten(self, x_OK: Tensor) -> Tensor:
+        """What the rows have, one after the other."""
+        x_OK = x_OK[:, : self.longest]
+        return x_OK.reshape(-1).contiguous() if self._equal else x_OK[self.filled]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """The reverse of `flatten`; zeros where a row has nothing."""
+        if self._equal:
+            return flat.view(self.shape[0], self.longest)
+        x_OK = flat.new_zeros(self.shape[0], self.longest)
+        x_OK[self.filled] = flat
+        return x_OK
+
+    def _bytes(self, bits: int) -> Rows:
+        return Rows(self.shape, -(-self.length_O * bits // 8))
+
+    def pack(self, code_OK: Tensor, bits: int) -> Tensor:
+        """Codes as a stream of bytes, each row starting at a byte."""
+        code_OK = code_OK[:, : self.longest]
+        if not self._equal:
+            # What lies beyond a row's end must not leave its bits in the last byte.
+            code_OK = torch.where(self.filled, code_OK, 0)
+        return self._bytes(bits).flatten(pack_bits(code_OK, bits))
+
+    def unpack(self, stream_B: Tensor, bits: int, part: str) -> Tensor:
+        """The codes of such a stream, `[O, longest]`. Raises ValueError when it has another length or bits too many."""
+        rows = self._bytes(bits)
+        end_O = rows.length_O.cumsum(0)
+        _check_length(stream_B, int(end_O[-1]), part)
+        last_O = stream_B[end_O[rows.length_O > 0] - 1].int()
+        used_O = (self.length_O * bits - 1)[rows.length_O > 0] % 8 + 1
+        if (last_O >> used_O).any():
+            raise ValueError(f"its {part} has bits set after the last code of a row")
+        return unpack_bits(rows.spread(stream_B), bits, self.longest)
+
+
+class QuantizedLayout:
+    """A layout of quantized weights: codes in one of several forms, and the outliers to be added to what they stand for.
+
+    A subclass says how codes become tensors and back. It is used as it is where all weights are stored, and by `sparse-int`
+    where some are.
+
+    Attributes:
+        code_parts: the tensors of the codes.
+        has_outliers: whether there may be any.
+        dtype: of the dense weight.
+    """
+
+    name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    code_parts: ClassVar[tuple[str, ...]]
+    has_outliers: ClassVar[bool]
+    dtype: torch.dtype
+
+    def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
+        """The tensors of codes whose rows are so long. Raises ValueError when they are of another form."""
+        raise NotImplementedError
+
+    def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Codes:
+        """The reverse. Raises ValueError when a tensor is missing, or not what it should be."""
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, Any]:
+        """See `Layout`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> QuantizedLayout:
+        """See `Layout`."""
+        raise NotImplementedError
+
+    def pack(self, weight: Quantized) -> dict[str, Tensor]:
+        """The tensors of a quantized weight all of whose weights are stored."""
+        if weight.keep_OI is not None:
+            raise ValueError("it has a mask of kept weights, which only layout 'sparse-int' stores")
+        return self.pack_rows(weight, Rows.full(weight.shape))
+
+    def pack_rows(self, weight: Quantized, rows: Rows) -> dict[str, Tensor]:
+        """Codes, outliers and shape of a weight of whose rows so much is stored."""
+        if weight.outliers is not None and not self.has_outliers:
+            raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
+        parts = {**self.pack_codes(weight.codes, rows), "shape": torch.tensor(weight.shape)}
+        if weight.order_I is not None:
+            parts["order"] = weight.order_I.to(_index_dtype(weight.shape[1]))
+        if weight.outliers is not None:
+            parts.update(pack_outliers(weight.outliers, weight.shape[1]))
+        return parts
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
+        """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
+        check_parts(tensors, {"codes": is_stream})
+        O, I = read_stored_shape(tensors)
+        if tensors["codes"].numel() < O:  # before anything of that size is made
+            raise ValueError(f"its codes are truncated: {tensors['codes'].numel()} bytes for {O} rows")
+        return self.read_rows(tensors, Rows.full((O, I)))
+
+    def read_rows(self, tensors: Mapping[str, Tensor], rows: Rows, keep_OI: Tensor | None = None) -> Quantized:
+        """The reverse of `pack_rows`, with the mask that says where the weights of a row belong."""
+        codes = self.unpack_codes(tensors, rows)
+        order_I = _unpack_order(tensors["order"], rows.shape[1]) if "order" in tensors else None
+        outliers = unpack_outliers(tensors, rows.shape) if self.has_outliers else None
+        return Quantized(codes, rows.shape, self.dtype, keep_OI, order_I, outliers)
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.read(tensors).dequantize()
+
+
+def read_stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(O, I), from the part `shape`. Raises ValueError when it is missing or makes no sense."""
+    check_parts(tensors, {"shape": lambda t: t.numel() == 2})
+    return read_shape(tensors["shape"])
+
+
+def pack_stream(code: Tensor, bits: int) -> Tensor:
+    """Codes as one stream."""
+    return Rows((1, code.numel()), torch.tensor([code.numel()])).pack(code.reshape(1, -1), bits)
+
+
+def unpack_stream(stream_B: Tensor, bits: int, count: int, part: str) -> Tensor:
+    """The reverse of `pack_stream`. Raises ValueError when it has another length, or bits after its last code."""
+    return Rows((1, count), torch.tensor([count])).unpack(stream_B, bits, part)[0]
+
+
+def _check_length(stream_B: Tensor, wanted: int, part: str) -> None:
+    if stream_B.numel() != wanted:
+        raise ValueError(f"its {part} has {stream_B.numel()} bytes, not {wanted}: it is truncated, or of other bits")
+
+
+def is_stream(tensor: Tensor) -> bool:
+    return tensor.ndim == 1 and tensor.dtype == torch.uint8
+
+
+def is_half_vector(tensor: Tensor) -> bool:
+    return tensor.ndim == 1 and tensor.dtype in HALF_DTYPES
+
+
+def check_finite(tensors: Mapping[str, Tensor], *parts: str) -> None:
+    """Raise ValueError when one of these parts, which must be there, holds NaN or infinity."""
+    for part in parts:
+        if not torch.isfinite(tensors[part]).all():
+            raise ValueError(f"its {part} holds values that are not finite")
+
+
+def pack_outliers(outliers: Outliers, I: int) -> dict[str, Tensor]:
+    """Outliers as tensors; counts and columns take 16 bits where the input features allow it."""
+    index = _index_dtype(I)
+    return {
+        "outlier_count": outliers.count_O.to(index),
+        "outlier_column": outliers.column_N.to(index),
+        "outlier_value": outliers.value_N,
+    }
+
+
+def unpack_outliers(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Outliers | None:
+    """The outliers among a weight's parts, or None if it has none.
+
+    Raises:
+        ValueError: a part is missing or of another form, the counts do not add up, or columns are out of order or range.
+    """
+    if not any(part in tensors for part in OUTLIER_PARTS):
+        return None
+    check_parts(
+        tensors,
+        {
+            "outlier_count": lambda t: t.ndim == 1 and t.dtype in _INDEX_DTYPES,
+            "outlier_column": lambda t: t.ndim == 1 and t.dtype in _INDEX_DTYPES,
+            "outlier_value": is_half_vector,
+        },
+    )
+    O, I = shape
+    count_O, column_N, value_N = (tensors[part] for part in OUTLIER_PARTS)
+    # On 64 bits before anything is compared or added up.
+    count_O, column_N = _to_int64(count_O), _to_int64(column_N)
+    if count_O.numel() != O or (count_O < 0).any() or (count_O > I).any():
+        raise ValueError(f"its outlier_count is not one number from 0 to {I} for each of {O} rows")
+    if not int(count_O.sum()) == column_N.numel() == value_N.numel():
+        raise ValueError(
+            f"its outlier_count says {int(count_O.sum())} outliers, but there are {column_N.numel()} columns and "
+            f"{value_N.numel()} values"
+        )
+    if ((column_N < 0) | (column_N >= I)).any():
+        raise ValueError(f"its outlier_column points outside the row of {I}")
+    outliers = Outliers(count_O, column_N, value_N)
+    row_N = outliers.row_N
+    if ((row_N[1:] == row_N[:-1]) & (column_N[1:] <= column_N[:-1])).any():
+        raise ValueError("its outlier_column is out of order within a row")
+    check_finite(tensors, "outlier_value")
+    return outliers
+
+
+def _unpack_order(order: Tensor, I: int) -> Tensor:
+    """The input feature of each stored column. Raises ValueError unless each of I features is there once."""
+    if order.dtype not in _INDEX_DTYPES or order.shape != (I,):
+        raise ValueError(f"its order has dtype {order.dtype} and shape {list(order.shape)}, not {I} columns")
+    order_I = _to_int64(order)
+    if not torch.equal(order_I.sort().values, torch.arange(I)):
+        raise ValueError(f"its order does not name each of {I} input features once")
+    return order_I
+
+
+def _index_dtype(I: int) -> torch.dtype:
+    return torch.uint16 if I < 2**16 else torch.int32
+
+
+def _to_int64(index: Tensor) -> Tensor:
+    return index.view(torch.int16).long() & 0xFFFF if index.dtype == torch.uint16 else index.long()
+
+
+def read_choice(config: Mapping[str, Any], key: str, allowed: Any) -> Any:
+    """A parameter of a layout. Raises ValueError when it is missing or not one of those allowed."""
+    value = config.get(key)
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):  # True is not 1
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def read_size(config: Mapping[str, Any], key: str) -> int:
+    """A parameter that is a whole number of at least 2. Raises ValueError when it is not."""
+    value = config.get(key)
+    if type(value) is not int or not 2 <= value < 2**31:
+        raise ValueError(f"{key} is {value!r}")
+    return value

@@ -1,0 +1,83 @@
+"""The layout `sparse-int`: one bit a weight that says which are kept, and codes of those only.
+
+O: output features, I: input features, B: bytes of a row's mask, ⌈I/8⌉.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.codes import Quantized
+from secateur.formats.codebook import Codebook
+from secateur.formats.layout import check_parts, layout
+from secateur.formats.packed_int import PackedInt
+from secateur.formats.quantized import QuantizedLayout, Rows, read_stored_shape
+from secateur.formats.spqr import SpQRLayout
+from secateur.kernels.expand import count_rows
+
+_CODES: tuple[type[QuantizedLayout], ...] = (PackedInt, SpQRLayout, Codebook)
+
+
+@layout
+@dataclass(frozen=True)
+class SparseInt:
+    """`bitmask uint8 [O, B]` (least significant bit first), and the parts of another quantized layout for the kept weights.
+
+    The mask is of columns as they are stored: where there is an `order`, it is over columns in that order.
+    The kept weights of a row stand next to each other: row r has as many codes as its mask has bits, and its groups are of
+    kept weights. Outliers are among the kept weights, and keep the columns that they have in the dense weight.
+    """
+
+    codes: QuantizedLayout
+
+    name: ClassVar[str] = "sparse-int"
+    parts: ClassVar[tuple[str, ...]] = ("bitmask", *dict.fromkeys(part for codes in _CODES for part in codes.parts))
+
+    def pack(self, weight: Quantized) -> dict[str, Tensor]:
+        if weight.keep_OI is None:
+            raise ValueError("it has no mask of kept weights")
+        bitmask_OB = np.packbits(weight.keep_OI.cpu().numpy(), axis=1, bitorder="little")
+        rows = Rows(weight.shape, weight.keep_OI.sum(1))
+        return {"bitmask": torch.from_numpy(bitmask_OB), **self.codes.pack_rows(weight, rows)}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
+        """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
+        O, I = read_stored_shape(tensors)
+        mask_shape = (O, (I + 7) // 8)
+        check_parts(tensors, {"bitmask": lambda t: t.shape == mask_shape and t.dtype == torch.uint8})
+        bitmask_OB = tensors["bitmask"]
+        rows = Rows((O, I), count_rows(bitmask_OB, I))
+        keep_OI = torch.from_numpy(np.unpackbits(bitmask_OB.numpy(), axis=1, count=I, bitorder="little")).bool()
+        weight = self.codes.read_rows(tensors, rows, keep_OI)
+        if weight.outliers is not None:
+            column_I = torch.arange(I) if weight.order_I is None else weight.order_I.argsort()  # where it is stored
+            if not keep_OI[weight.outliers.row_N, column_I[weight.outliers.column_N]].all():
+                raise ValueError("its outlier_column points at a weight that is not kept")
+        return weight
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.read(tensors).dequantize()
+
+    def to_config(self) -> dict[str, Any]:
+        return {"layout": self.name, "codes": self.codes.to_config()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> SparseInt:
+        codes = config.get("codes")
+        if not isinstance(codes, Mapping):
+            raise ValueError(f"codes is {codes!r}")
+        name = codes.get("layout")
+        found = next((c for c in _CODES if c.name == name), None)
+        if found is None:
+            raise ValueError(f"the kept weights are said to have layout {name!r}")
+        return cls(found.from_config(codes))
+
+
+#: The layouts of quantized weights.
+CodedLayout = QuantizedLayout | SparseInt

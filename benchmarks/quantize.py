@@ -61,12 +61,8 @@ SPARSE: list[str] = [
     "--prune sparsegpt --sparsity 0.5 --quantize gptq --bits 3 --group-size 64",
     "--prune sparsegpt --sparsity 0.5 --quantize gptq --bits 4 --group-size 64",
     "--prune sparsegpt --pattern 2:4 --quantize gptq --bits 4 --group-size 64",
-    "--prune sparsegpt --sparsity 0.5 --quantize spqr --bits 3 --group-size 32 --outlier-threshold 0.5",
-    "--prune sparsegpt --sparsity 0.3 --quantize gptq --bits 3 --group-size 64",
     "--prune sparsegpt --sparsity 0.3 --quantize gptq --bits 4 --group-size 64",
     "--prune sparsegpt --sparsity 0.3 --quantize spqr --bits 3 --group-size 32 --outlier-threshold 0.5",
-    "--prune sparsegpt --sparsity 0.2 --quantize gptq --bits 4 --group-size 64",
-    "--prune wanda --sparsity 0.5 --quantize gptq --bits 4 --group-size 64",
     "--prune wanda --sparsity 0.5 --quantize rtn --bits 4 --group-size 64",
 ]
 

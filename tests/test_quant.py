@@ -7,6 +7,7 @@ T: tokens, O: output features, I: input features, S: weights of one group, K: st
 
 from dataclasses import replace
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,6 +418,20 @@ def test_as_many_outliers_as_asked_for(bits, share, search, large):
     count = sum(int(outlier_mask([weight]).sum()) for weight in found)
     assert outlier_share(found) == count / 256**2
     assert count == pytest.approx(share * 256**2, rel=0.03, abs=1)
+
+
+@pytest.mark.parametrize(("many", "few"), [(0.02, 0.001), (0.05, 0.009), (0.015, 0.0002), (0.2, 0.008)])
+def test_the_nearest_share_is_taken_where_none_is_near(many, few):
+    """Their number may jump from one threshold to the next."""
+    tried = []
+
+    def with_threshold(threshold):
+        tried.append(threshold)
+        return [SimpleNamespace(outlier_count=(many if threshold < 3 else few) * 1e4, stored=1e4)]
+
+    found = SpQR._with_share(with_threshold, 0.01)
+    assert outlier_share(found) == pytest.approx(min(many, few, key=lambda share: abs(share - 0.01)))
+    assert len(set(tried)) == len(tried) <= 10
 
 
 def test_a_higher_threshold_leaves_fewer_outliers():

@@ -20,6 +20,7 @@ from secateur import cli
 from secateur.errors import CheckpointError, SecateurError
 from secateur.formats.reader import find_entry, parse_quantization_config
 from secateur.pipeline.inspect import inspect
+from secateur.pipeline.plan import plan
 from secateur.pipeline.source import open_source
 from secateur.prune import PRUNERS
 from secateur.recipe import Calibration, Quantization, Recipe
@@ -328,7 +329,12 @@ def test_a_run_is_repeated_to_the_byte(method, model_of, recipe_of, says, text_f
     recipe = recipe_of(method, "wanda 50%", ignore=("*.o_proj",))
     outs = [tmp_path / name for name in ("python", "yaml", "manifest", "options")]
     secateur.compress(str(model_of("llama")), outs[0], recipe)
-    assert Recipe.read(outs[0] / "secateur.json") == recipe
+    known = Recipe.read(outs[0] / "secateur.json")
+    assert replace(known, quantization=recipe.quantization) == recipe
+    # The defaults of this version are written down, too.
+    assert known.quantization.given() == {
+        name: value for name, value in asdict(plan(recipe).quantizer).items() if value is not None
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     assert Recipe.read(tmp_path / "recipe.yaml") == recipe
     options = ["--quantize", recipe.quantize, "--prune", "wanda", "--sparsity", 0.5, "--ignore", "*.o_proj"]

@@ -177,7 +177,10 @@ def slow_grid(bits, symmetric, search):
 
 
 def slow_two_level(bits, scale_bits, tile_rows, search, sizes):
-    """SpQR's: scales, then zero points, each rounded on the min-max grid of a tile of rows."""
+    """SpQR's: scales, then zero points, each rounded on the min-max grid of a tile of rows.
+
+    Beyond the paper a scale is never rounded to less than half of it, and zero points stay near the grid.
+    """
     levels, codes = 2**bits - 1, 2**scale_bits
 
     def min_max(values):
@@ -197,7 +200,8 @@ def slow_two_level(bits, scale_bits, tile_rows, search, sizes):
         counted = [high > low for low, high in ranges]
 
         def zero_for(o, scale):
-            return levels / 2 - sum(ranges[o]) / 2 / scale if scale > 0 else levels / 2
+            zero = levels / 2 - sum(ranges[o]) / 2 / scale if scale > 0 else levels / 2
+            return np.clip(zero, -levels, 2 * levels)
 
         def cheapest(o, grids):
             return min(grids, key=lambda grid: slow_error(*groups[o], *grid, bits))
@@ -207,7 +211,8 @@ def slow_two_level(bits, scale_bits, tile_rows, search, sizes):
             tried = [(high - low) / levels * share for share in shares(search)]
             wanted.append(cheapest(o, [(scale, zero_for(o, scale)) for scale in tried])[0])
         low, step = min_max([scale for o, scale in enumerate(wanted) if counted[o]])
-        scales = [nearest(scale, low, step) for scale in wanted]
+        found = [nearest(scale, low, step) for scale in wanted]
+        scales = [s + step if s < scale / 2 else s for s, scale in zip(found, wanted, strict=True)]
         zero_grid = min_max([zero_for(o, scale) for o, scale in enumerate(scales) if counted[o] and scale > 0])
         offered = [[low + step * code for code in range(codes)] if search else [scale] for scale in scales]
         return [cheapest(o, [(s, nearest(zero_for(o, s), *zero_grid)) for s in offered[o]]) for o in range(len(groups))]
@@ -314,6 +319,8 @@ def assert_agrees(found, W_OI, x_TI, slow):
 def test_rtn_agrees_with_loops(outputs, inputs, size, symmetric, search, masked):
     W_OI, x_TI = draw(outputs, inputs)
     bits, W_OI = (2, W_OI**3) if size == "row" else (4, W_OI)  # the best range is a small part of the whole one
+    if size == "row":
+        W_OI[0], W_OI[0, 7] = 0.35 / 3, 1
     keep_OI = draw_mask(outputs, inputs) if masked else torch.ones(outputs, inputs, dtype=torch.bool)
     pruned = Pruned(W_OI * keep_OI * 1.1, keep_OI)
     slow_OI, code_OI = torch.zeros(outputs, inputs).double(), torch.full((outputs, inputs), -1.0).double()
@@ -347,9 +354,10 @@ def test_gptq_agrees_with_loops(order, bits, symmetric, search, masked):
 @pytest.mark.parametrize(("search", "masked"), list(product(FLAGS, FLAGS)))
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_spqr_agrees_with_loops(order, search, masked, threshold):
-    """Of two linears at once, whose rows do not divide into tiles, and whose weights differ in size."""
+    """Of two linears at once, whose rows do not divide into tiles, and whose weights and rows differ in size."""
     sizes, keep_OI, (W_OI, x_TI) = [10, 7], draw_mask(17, 67), draw(17, 67, seed=3)
     W_OI[:10] *= 0.2
+    W_OI[[1, 2, 12]] *= torch.tensor([[0.05], [0.001], [0.1]])
     pruned = Pruned(W_OI * keep_OI * 1.1, keep_OI) if masked else None
     method = SpQR(3, 16, 3, 4, threshold, None if threshold else 0, search, order)
     found = solve(method, W_OI, x_TI, sizes, pruned=pruned)

@@ -152,11 +152,13 @@ class QuantizedLayout:
         """The reverse of `pack_rows`, with the mask that says where the weights of a row belong."""
         codes = self.unpack_codes(tensors, rows)
         order_I = _unpack_order(tensors["order"], rows.shape[1]) if "order" in tensors else None
-        outliers = unpack_outliers(tensors, rows.shape) if self.has_outliers else None
+        outliers = unpack_outliers(tensors, rows.shape)
+        if outliers is not None and not self.has_outliers:
+            raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
         return Quantized(codes, rows.shape, self.dtype, keep_OI, order_I, outliers)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.read(tensors).dequantize()
+        return finite(self.read(tensors).dequantize())
 
 
 def read_stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -193,6 +195,13 @@ def check_finite(tensors: Mapping[str, Tensor], *parts: str) -> None:
     for part in parts:
         if not torch.isfinite(tensors[part]).all():
             raise ValueError(f"its {part} holds values that are not finite")
+
+
+def finite(W_OI: Tensor) -> Tensor:
+    """The same weight. Raises ValueError when finite codes and scales stand for values beyond its dtype."""
+    if W_OI.numel() and not torch.isfinite(torch.stack(torch.aminmax(W_OI))).all():
+        raise ValueError(f"its codes stand for values beyond {W_OI.dtype}")
+    return W_OI
 
 
 def pack_outliers(outliers: Outliers, I: int) -> dict[str, Tensor]:

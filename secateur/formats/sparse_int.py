@@ -17,7 +17,7 @@ from secateur.codes import Quantized
 from secateur.formats.codebook import Codebook
 from secateur.formats.layout import check_parts, layout
 from secateur.formats.packed_int import PackedInt
-from secateur.formats.quantized import QuantizedLayout, Rows, read_stored_shape
+from secateur.formats.quantized import QuantizedLayout, Rows, finite, read_stored_shape
 from secateur.formats.spqr import SpQRLayout
 from secateur.kernels.expand import count_rows
 
@@ -62,7 +62,7 @@ class SparseInt:
         return weight
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.read(tensors).dequantize()
+        return finite(self.read(tensors).dequantize())
 
     def to_config(self) -> dict[str, Any]:
         return {"layout": self.name, "codes": self.codes.to_config()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from secateur.pipeline.walk import in_batches, solve_in_pass
 from secateur.pipeline.weights import ModelWeights, all_finite, converted, materialise, place, release
 from secateur.prune import Pruned
 from secateur.prune.patterns import NM
-from secateur.recipe import Recipe
+from secateur.recipe import Quantization, Recipe
 
 # More tokens at a time are not faster on a CPU: the activations of a batch then leave its caches.
 _MOST_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -128,6 +128,10 @@ class _Run:
         self.writer = ShardWriter(self.folder)
         self.written: set[str] = set()
 
+        if self.plan.quantizer is not None:
+            # With the method's own defaults filled in, so that the manifest repeats the run in later versions, too.
+            options = asdict(self.plan.quantizer)  # type: ignore[call-overload]
+            self.recipe = replace(self.recipe, quantization=Quantization(**options))
         level = self.plan.level
         calibration: dict[str, Any] = {"level": level.name.lower()}
         ids_NS = None

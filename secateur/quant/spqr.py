@@ -44,7 +44,7 @@ class SpQR:
         group_size: weights that share a scale and a zero point.
         scale_bits: of scales and zero points.
         tile_rows: rows that share the grid of their scales.
-        outlier_threshold: relative to the mean of w² / U[i, i]² over the linear.
+        outlier_threshold: relative to the mean of w² / U[i, i]² over the linear; 0.2 where no share is given.
         outlier_share: of the weights, 0.2 at most: the threshold is found by bisection. 0: none.
         search_range, order, damping: see `GPTQ`.
     """
@@ -81,6 +81,8 @@ class SpQR:
             raise UsageError(f"--outlier-threshold {self.outlier_threshold:g} is not possible: give a positive number")
         if self.outlier_threshold is not None and self.outlier_share is not None:
             raise UsageError("--outlier-threshold and --outlier-share say the same in two ways: drop one")
+        if self.outlier_threshold is None and self.outlier_share is None:
+            object.__setattr__(self, "outlier_threshold", DEFAULT_THRESHOLD)
         check_order(self.order)
         check_damping(self.damping)
 
@@ -110,7 +112,7 @@ class SpQR:
         if self.outlier_share == 0:
             return with_threshold(None)
         if self.outlier_share is None:
-            return with_threshold(DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold)
+            return with_threshold(self.outlier_threshold)
         return self._with_share(with_threshold, self.outlier_share)
 
     @staticmethod

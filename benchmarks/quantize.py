@@ -47,6 +47,7 @@ CURVE: dict[str, list[str]] = {
             (3, 16, "--outlier-threshold 0.2"),
             (4, 128, "--outlier-share 0"),
             (4, 64, "--outlier-share 0"),
+            (4, 64, "--outlier-threshold 0.3"),
             (4, 64, "--outlier-threshold 0.2"),
             (4, 32, "--outlier-threshold 0.2"),
         )
@@ -133,7 +134,7 @@ def _plot(curves: dict[str, list[dict[str, Any]]], dense: float, file: Path) -> 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for marker, (name, points) in zip("sov^", curves.items(), strict=True):
+    for marker, (name, points) in zip("sov^", curves.items(), strict=False):
         points = sorted(points, key=lambda f: f["bits"])
         axes.plot([f["bits"] for f in points], [f["perplexity"] for f in points], marker, label=name, linestyle=":")
     axes.axhline(dense, color="grey", linewidth=1)

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from secateur.formats.layout import FLOAT_DTYPES, check_parts, layout, read_shape
 from secateur.kernels.expand import compress_bitmap, count_rows, expand_bitmap
+from secateur.kernels.packed import SparseWeight, padded
 
 
 @layout
@@ -33,6 +35,19 @@ class Bitmap:
         return {"compressed": values, "bitmask": bitmask_OB, "shape": torch.tensor(W_OI.shape)}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        I, _ = self._check(tensors)
+        return expand_bitmap(tensors["compressed"], tensors["bitmask"], I)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> SparseWeight:
+        I, count_O = self._check(tensors)
+        values, bitmask_OB = tensors["compressed"], tensors["bitmask"]
+        start_O1 = pad(count_O.cumsum(0), (1, 0))
+        if int(start_O1[-1]) != values.numel():
+            raise ValueError(f"the bit mask has {int(start_O1[-1])} bits set but there are {values.numel()} values")
+        return SparseWeight((len(bitmask_OB), I), padded(values), bitmask_OB.clone(), start_O1)
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> tuple[int, Tensor]:
+        """I, and how many values each row has, once the parts are known to fit together."""
         check_parts(
             tensors,
             {
@@ -47,12 +62,12 @@ class Bitmap:
             raise ValueError(
                 f"its bitmask is {list(bitmask_OB.shape)}, but a weight of shape [{O}, {I}] has [{O}, {(I + 7) // 8}]"
             )
+        count_O = count_rows(bitmask_OB, I)
         if "row_offsets" in tensors:
-            count_O = count_rows(bitmask_OB, I)
             offset_O = tensors["row_offsets"].flatten()
             if not torch.equal(offset_O, (count_O.cumsum(0) - count_O).to(offset_O)):
                 raise ValueError("its row_offsets are out of order: they do not match the bits of the mask")
-        return expand_bitmap(tensors["compressed"], bitmask_OB, I)
+        return I, count_O
 
     def to_config(self) -> dict[str, Any]:
         return {"layout": self.name}

@@ -24,6 +24,7 @@ from secateur.formats.quantized import (
     is_stream,
     read_choice,
 )
+from secateur.kernels.packed import TableGrid
 
 
 @layout
@@ -37,8 +38,7 @@ class Codebook(QuantizedLayout):
     dtype: torch.dtype
 
     name: ClassVar[str] = "codebook"
-    code_parts: ClassVar[tuple[str, ...]] = ("codes", "table")
-    parts: ClassVar[tuple[str, ...]] = (*code_parts, "shape", "order", *OUTLIER_PARTS)
+    parts: ClassVar[tuple[str, ...]] = ("codes", "table", "shape", "order", *OUTLIER_PARTS)
     has_outliers: ClassVar[bool] = True
 
     def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
@@ -47,10 +47,14 @@ class Codebook(QuantizedLayout):
         return {"codes": rows.pack(codes.code_OK, self.bits), "table": codes.table_OC.contiguous()}
 
     def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Table:
+        table_OC = self.read_grid(tensors, rows).table_OC
+        return Table(self.bits, rows.unpack(tensors["codes"], self.bits, "codes"), table_OC)
+
+    def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> TableGrid:
         shape = (rows.shape[0], 2**self.bits)
         check_parts(tensors, {"codes": is_stream, "table": lambda t: t.shape == shape and t.dtype in HALF_DTYPES})
         check_finite(tensors, "table")
-        return Table(self.bits, rows.unpack(tensors["codes"], self.bits, "codes"), tensors["table"])
+        return TableGrid(tensors["table"].clone())
 
     def to_config(self) -> dict[str, Any]:
         return {"layout": self.name, "bits": self.bits, "dtype": str(self.dtype).removeprefix("torch.")}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.kernels.packed import Packed
 
 LAYOUT_VERSION = 1
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,6 +37,10 @@ class Layout(Protocol):
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight `[O, I]`. Everything is checked before it is used: raises ValueError, saying what is wrong."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> Packed:
+        """The weight as kernels compute on it, in memory of its own. Everything is checked as by `unpack`."""
         ...
 
     def to_config(self) -> dict[str, Any]:

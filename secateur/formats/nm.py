@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur.formats.layout import FLOAT_DTYPES, check_parts, layout, read_shape
 from secateur.kernels.expand import expand_bitmap
+from secateur.kernels.packed import SparseWeight, padded
 
 
 @layout
@@ -60,6 +61,17 @@ class NMBits:
         return {"compressed": values, "bitmask": torch.from_numpy(bitmask_OB), "shape": torch.tensor(W_OI.shape)}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        _, I = self._check(tensors)
+        return expand_bitmap(tensors["compressed"].reshape(-1), tensors["bitmask"], I)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> SparseWeight:
+        O, I = self._check(tensors)
+        start_O1 = torch.arange(O + 1) * (I // self.m * self.n)
+        values = padded(tensors["compressed"].reshape(-1))
+        return SparseWeight((O, I), values, tensors["bitmask"].clone(), start_O1, (self.n, self.m))
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(O, I), once the parts are known to fit together."""
         check_parts(
             tensors,
             {
@@ -80,7 +92,7 @@ class NMBits:
         bitmask_OB = tensors["bitmask"]
         if not self._exact(bitmask_OB, O, I):
             raise ValueError(f"its bitmask has a group of {self.m} without exactly {self.n} bits set")
-        return expand_bitmap(tensors["compressed"].reshape(-1), bitmask_OB, I)
+        return O, I
 
     def _exact(self, bitmask_OB: Tensor, O: int, I: int) -> bool:
         """Whether every group has N bits set."""

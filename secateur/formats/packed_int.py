@@ -26,6 +26,7 @@ from secateur.formats.quantized import (
     read_size,
     unpack_stream,
 )
+from secateur.kernels.packed import UniformGrid
 
 
 @layout
@@ -43,8 +44,7 @@ class PackedInt(QuantizedLayout):
     dtype: torch.dtype
 
     name: ClassVar[str] = "packed-int"
-    code_parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
-    parts: ClassVar[tuple[str, ...]] = (*code_parts, "shape", "order")
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero", "shape", "order")
     has_outliers: ClassVar[bool] = False
 
     def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
@@ -57,9 +57,15 @@ class PackedInt(QuantizedLayout):
         return parts
 
     def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Uniform:
-        check_parts(tensors, {"codes": is_stream, "scale": is_half_vector})
+        grid = self.read_grid(tensors, rows)
         groups = rows.groups(self.group_size)
-        total = int(groups.length_O.sum())
+        zero_OG = None if grid.zero_Γ is None else groups.spread(grid.zero_Γ)
+        code_OK = rows.unpack(tensors["codes"], self.bits, "codes")
+        return Uniform(self.bits, self.group_size, code_OK, groups.spread(grid.scale_Γ), zero_OG)
+
+    def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> UniformGrid:
+        check_parts(tensors, {"codes": is_stream, "scale": is_half_vector})
+        total = int(rows.groups(self.group_size).length_O.sum())
         if tensors["scale"].numel() != total:
             raise ValueError(f"its scale has {tensors['scale'].numel()} values for {total} groups")
         check_finite(tensors, "scale")
@@ -67,12 +73,11 @@ class PackedInt(QuantizedLayout):
             raise ValueError("its scale holds values that are not positive")
         if self.symmetric and "zero" in tensors:
             raise ValueError("it has a zero part, but the config says that it is symmetric")
-        zero_OG = None
+        zero_Γ = None
         if not self.symmetric:
             check_parts(tensors, {"zero": is_stream})
-            zero_OG = groups.spread(unpack_stream(tensors["zero"], self.bits, total, "zero"))
-        code_OK = rows.unpack(tensors["codes"], self.bits, "codes")
-        return Uniform(self.bits, self.group_size, code_OK, groups.spread(tensors["scale"]), zero_OG)
+            zero_Γ = unpack_stream(tensors["zero"], self.bits, total, "zero")
+        return UniformGrid(self.group_size, tensors["scale"].clone(), zero_Γ)
 
     def to_config(self) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ B: bytes, N: outliers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from torch import Tensor
 from secateur.codes import Codes, Outliers, Quantized
 from secateur.formats.layout import FLOAT_DTYPES, check_parts, read_shape
 from secateur.kernels.bits import pack_bits, unpack_bits
+from secateur.kernels.packed import CodedWeight, Grid, SparseRows, TableGrid, UniformGrid, padded
+from secateur.kernels.plain import dense_weight
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -49,6 +52,11 @@ class Rows:
         return torch.arange(self.longest) < self.length_O[:, None]
 
     @property
+    def starts(self) -> Tensor:
+        """Where each row begins when they are laid end to end, and where the last one ends: int64 `[O + 1]`."""
+        return torch.nn.functional.pad(self.length_O.cumsum(0), (1, 0))
+
+    @property
     def _equal(self) -> bool:
         return int(self.length_O.min()) == self.longest
 
@@ -78,50 +86,62 @@ class Rows:
 
     def unpack(self, stream_B: Tensor, bits: int, part: str) -> Tensor:
         """The codes of such a stream, `[O, longest]`. Raises ValueError when it has another length or bits too many."""
+        self.check_stream(stream_B, bits, part)
+        return unpack_bits(self._bytes(bits).spread(stream_B), bits, self.longest)
+
+    def check_stream(self, stream_B: Tensor, bits: int, part: str) -> Tensor:
+        """The byte at which each row of such a stream begins, and that at which the last ends, `[O + 1]`.
+
+        Raises ValueError when the stream has another length or bits too many.
+        """
         rows = self._bytes(bits)
-        end_O = rows.length_O.cumsum(0)
-        _check_length(stream_B, int(end_O[-1]), part)
-        last_O = stream_B[end_O[rows.length_O > 0] - 1].int()
+        start_O1 = rows.starts
+        _check_length(stream_B, int(start_O1[-1]), part)
+        last_O = stream_B[start_O1[1:][rows.length_O > 0] - 1].int()
         used_O = (self.length_O * bits - 1)[rows.length_O > 0] % 8 + 1
         if (last_O >> used_O).any():
             raise ValueError(f"its {part} has bits set after the last code of a row")
-        return unpack_bits(rows.spread(stream_B), bits, self.longest)
+        return start_O1
 
 
-class QuantizedLayout:
+class QuantizedLayout(ABC):
     """A layout of quantized weights: codes in one of several forms, and the outliers to be added to what they stand for.
 
     A subclass says how codes become tensors and back. It is used as it is where all weights are stored, and by `sparse-int`
     where some are.
 
     Attributes:
-        code_parts: the tensors of the codes.
         has_outliers: whether there may be any.
+        bits: of a code.
         dtype: of the dense weight.
     """
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
-    code_parts: ClassVar[tuple[str, ...]]
     has_outliers: ClassVar[bool]
+    bits: int
     dtype: torch.dtype
 
+    @abstractmethod
     def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
         """The tensors of codes whose rows are so long. Raises ValueError when they are of another form."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Codes:
         """The reverse. Raises ValueError when a tensor is missing, or not what it should be."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> Grid:
+        """What the codes stand for, as kernels take it. Raises ValueError as `unpack_codes` does."""
+
+    @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """See `Layout`."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuantizedLayout:
         """See `Layout`."""
-        raise NotImplementedError
 
     def pack(self, weight: Quantized) -> dict[str, Tensor]:
         """The tensors of a quantized weight all of whose weights are stored."""
@@ -142,23 +162,84 @@ class QuantizedLayout:
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
         """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
+        return self.read_rows(tensors, self._full_rows(tensors))
+
+    def _full_rows(self, tensors: Mapping[str, Tensor]) -> Rows:
         check_parts(tensors, {"codes": is_stream})
         O, I = read_stored_shape(tensors)
         if tensors["codes"].numel() < O:  # before anything of that size is made
             raise ValueError(f"its codes are truncated: {tensors['codes'].numel()} bytes for {O} rows")
-        return self.read_rows(tensors, Rows.full((O, I)))
+        return Rows.full((O, I))
 
     def read_rows(self, tensors: Mapping[str, Tensor], rows: Rows, keep_OI: Tensor | None = None) -> Quantized:
         """The reverse of `pack_rows`, with the mask that says where the weights of a row belong."""
         codes = self.unpack_codes(tensors, rows)
+        return Quantized(codes, rows.shape, self.dtype, keep_OI, *self._read_rest(tensors, rows))
+
+    def _read_rest(self, tensors: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor | None, Outliers | None]:
+        """The order of the columns, and the outliers."""
         order_I = _unpack_order(tensors["order"], rows.shape[1]) if "order" in tensors else None
         outliers = unpack_outliers(tensors, rows.shape)
         if outliers is not None and not self.has_outliers:
             raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
-        return Quantized(codes, rows.shape, self.dtype, keep_OI, order_I, outliers)
+        return order_I, outliers
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return finite(self.read(tensors).dequantize())
+
+    def load(self, tensors: Mapping[str, Tensor]) -> CodedWeight:
+        return self.load_rows(tensors, self._full_rows(tensors))
+
+    def load_rows(self, tensors: Mapping[str, Tensor], rows: Rows, bitmask_OB: Tensor | None = None) -> CodedWeight:
+        """What `read_rows` reads, for the kernels: codes stay as they lie in the file."""
+        grid = self.read_grid(tensors, rows)
+        start_O1 = rows.check_stream(tensors["codes"], self.bits, "codes")
+        order_I, outliers = self._read_rest(tensors, rows)
+        group_start_O1 = None
+        if bitmask_OB is not None and not isinstance(grid, TableGrid):
+            group_start_O1 = rows.groups(grid.group_size).starts
+        weight = CodedWeight(
+            rows.shape,
+            self.dtype,
+            self.bits,
+            padded(tensors["codes"]),
+            start_O1,
+            None if bitmask_OB is None else rows.length_O.int(),
+            group_start_O1,
+            grid,
+            bitmask_OB,
+            None if order_I is None else order_I.int(),
+            None if outliers is None else _sparse_rows(outliers, order_I),
+        )
+        check_range(weight)
+        return weight
+
+
+def _sparse_rows(outliers: Outliers, order_I: Tensor | None) -> SparseRows:
+    start_O1 = torch.nn.functional.pad(outliers.count_O.cumsum(0), (1, 0)).int()
+    column_N = outliers.column_N if order_I is None else order_I.argsort()[outliers.column_N]
+    return SparseRows(start_O1, column_N.int(), outliers.value_N.clone())
+
+
+def check_range(weight: CodedWeight) -> None:
+    """Raise ValueError when finite codes and scales stand for values beyond the dtype of the weight."""
+    grid, limit = weight.grid, torch.finfo(weight.dtype).max / 2
+    outlier = 0.0 if weight.outliers is None else _largest(weight.outliers.value_N)
+    if isinstance(grid, TableGrid):
+        bound = _largest(grid.table_OC)
+    elif isinstance(grid, UniformGrid):
+        bound = _largest(grid.scale_Γ) * 2**weight.bits
+    else:
+        code = 15 if grid.pair_Γ.ndim == 1 else 255
+        step, low, zero_step, zero_low = (_largest(x_TG) for x_TG in grid.second_TG4.unbind(2))
+        bound = (low + step * code) * (2**weight.bits + zero_low + zero_step * code)
+    # A bound that holds whatever the codes are is enough nearly always.
+    if not bound + outlier < limit:
+        finite(dense_weight(weight))
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.float().abs().max()) if x.numel() else 0.0
 
 
 def read_stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -20,7 +20,9 @@ from secateur.formats.packed_int import PackedInt
 from secateur.formats.quantized import QuantizedLayout, Rows, finite, read_stored_shape
 from secateur.formats.spqr import SpQRLayout
 from secateur.kernels.expand import count_rows
+from secateur.kernels.packed import CodedWeight
 
+_STRAY_OUTLIER = "its outlier_column points at a weight that is not kept"
 _CODES: tuple[type[QuantizedLayout], ...] = (PackedInt, SpQRLayout, Codebook)
 
 
@@ -48,21 +50,33 @@ class SparseInt:
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
         """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
-        O, I = read_stored_shape(tensors)
-        mask_shape = (O, (I + 7) // 8)
-        check_parts(tensors, {"bitmask": lambda t: t.shape == mask_shape and t.dtype == torch.uint8})
-        bitmask_OB = tensors["bitmask"]
-        rows = Rows((O, I), count_rows(bitmask_OB, I))
-        keep_OI = torch.from_numpy(np.unpackbits(bitmask_OB.numpy(), axis=1, count=I, bitorder="little")).bool()
+        rows = self._rows(tensors)
+        I = rows.shape[1]
+        keep_OI = torch.from_numpy(np.unpackbits(tensors["bitmask"].numpy(), axis=1, count=I, bitorder="little")).bool()
         weight = self.codes.read_rows(tensors, rows, keep_OI)
         if weight.outliers is not None:
             column_I = torch.arange(I) if weight.order_I is None else weight.order_I.argsort()  # where it is stored
             if not keep_OI[weight.outliers.row_N, column_I[weight.outliers.column_N]].all():
-                raise ValueError("its outlier_column points at a weight that is not kept")
+                raise ValueError(_STRAY_OUTLIER)
         return weight
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> Rows:
+        O, I = read_stored_shape(tensors)
+        mask_shape = (O, (I + 7) // 8)
+        check_parts(tensors, {"bitmask": lambda t: t.shape == mask_shape and t.dtype == torch.uint8})
+        return Rows((O, I), count_rows(tensors["bitmask"], I))
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return finite(self.read(tensors).dequantize())
+
+    def load(self, tensors: Mapping[str, Tensor]) -> CodedWeight:
+        weight = self.codes.load_rows(tensors, self._rows(tensors), tensors["bitmask"].clone())
+        if weight.outliers is not None and weight.bitmask_OB is not None:
+            row_N = torch.arange(weight.shape[0]).repeat_interleave(weight.outliers.start_O1.diff().long())
+            column_N = weight.outliers.column_N.long()
+            if not (weight.bitmask_OB[row_N, column_N >> 3] >> (column_N & 7).to(torch.uint8) & 1).all():
+                raise ValueError(_STRAY_OUTLIER)
+        return weight
 
     def to_config(self) -> dict[str, Any]:
         return {"layout": self.name, "codes": self.codes.to_config()}

@@ -27,6 +27,7 @@ from secateur.formats.quantized import (
     read_size,
     unpack_stream,
 )
+from secateur.kernels.packed import TwoLevelGrid
 
 
 @layout
@@ -43,8 +44,15 @@ class SpQRLayout(QuantizedLayout):
     dtype: torch.dtype
 
     name: ClassVar[str] = "spqr"
-    code_parts: ClassVar[tuple[str, ...]] = ("codes", "scale_codes", "zero_codes", "second")
-    parts: ClassVar[tuple[str, ...]] = (*code_parts, "shape", "order", *OUTLIER_PARTS)
+    parts: ClassVar[tuple[str, ...]] = (
+        "codes",
+        "scale_codes",
+        "zero_codes",
+        "second",
+        "shape",
+        "order",
+        *OUTLIER_PARTS,
+    )
     has_outliers: ClassVar[bool] = True
 
     def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
@@ -61,6 +69,26 @@ class SpQRLayout(QuantizedLayout):
 
     def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> TwoLevel:
         groups = rows.groups(self.group_size)
+        scale_code_OG, zero_code_OG = (groups.spread(code_Γ) for code_Γ in self._scale_codes(tensors, rows))
+        return TwoLevel(
+            self.bits,
+            self.group_size,
+            self.scale_bits,
+            self.tile_rows,
+            rows.unpack(tensors["codes"], self.bits, "codes"),
+            scale_code_OG,
+            zero_code_OG,
+            tensors["second"],
+        )
+
+    def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> TwoLevelGrid:
+        c_Γ, d_Γ = self._scale_codes(tensors, rows)
+        pair_Γ = c_Γ | d_Γ << 4 if self.scale_bits <= 4 else torch.stack((c_Γ, d_Γ), 1)
+        return TwoLevelGrid(self.group_size, self.tile_rows, pair_Γ, tensors["second"].clone())
+
+    def _scale_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+        """The codes of the scales and of the zero points of all groups, `[Γ]` each, after all that they need was checked."""
+        groups = rows.groups(self.group_size)
         shape = (-(-rows.shape[0] // self.tile_rows), groups.longest, 4)
         check_parts(
             tensors,
@@ -73,20 +101,9 @@ class SpQRLayout(QuantizedLayout):
         )
         check_finite(tensors, "second")
         total = int(groups.length_O.sum())
-        scale_code_OG, zero_code_OG = (
-            groups.spread(unpack_stream(tensors[part], self.scale_bits, total, part))
-            for part in ("scale_codes", "zero_codes")
-        )
-        code_OK = rows.unpack(tensors["codes"], self.bits, "codes")
-        return TwoLevel(
-            self.bits,
-            self.group_size,
-            self.scale_bits,
-            self.tile_rows,
-            code_OK,
-            scale_code_OG,
-            zero_code_OG,
-            tensors["second"],
+        return (
+            unpack_stream(tensors["scale_codes"], self.scale_bits, total, "scale_codes"),
+            unpack_stream(tensors["zero_codes"], self.scale_bits, total, "zero_codes"),
         )
 
     def to_config(self) -> dict[str, Any]:

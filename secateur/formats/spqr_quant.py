@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from secateur.codes import Outliers, Quantized, TwoLevel
 from secateur.errors import CheckpointError
-from secateur.formats.layout import check_parts
+from secateur.formats.layout import Layout, check_parts
 from secateur.formats.packed import PackedWeight
 
 QUANT_METHOD = "spqr"
@@ -241,7 +241,8 @@ def packed_weights(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
                 f"the checkpoint is quantized by spqr, but its config's 'shapes' do not have {missing[0]}"
             )
         layout = SpQRQuant({part: shapes[f"{name}.shape"] for part, name in names.items()})
-        packed[f"{owner}.weight"] = PackedWeight(layout, {part: name for part, name in names.items() if name in stored})
+        reader = cast(Layout, layout)  # all that is asked of it is `unpack`
+        packed[f"{owner}.weight"] = PackedWeight(reader, {part: name for part, name in names.items() if name in stored})
     return packed
 
 

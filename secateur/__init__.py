@@ -5,6 +5,7 @@ Importing it registers its quantizer with transformers, so that `from_pretrained
 
 from secateur._version import __version__
 from secateur.errors import CheckpointError, SecateurError, UsageError
+from secateur.formats.hf import backend
 from secateur.formats.hf import register as _register
 from secateur.pipeline.compress import compress
 from secateur.pipeline.load import load
@@ -23,6 +24,7 @@ __all__ = [
     "SecateurError",
     "UsageError",
     "__version__",
+    "backend",
     "compress",
     "load",
 ]

@@ -374,6 +374,105 @@ def inspect(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A folder made by secateur.")],
+    backend: Annotated[
+        str, typer.Option(help="What computes with packed weights: auto, cpu, triton, cuda-2:4, torch or dense.")
+    ] = "auto",
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")] = "auto",
+    tokens: Annotated[str, typer.Option(help="Inputs of a call; several with commas between.")] = "1",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU (default: torch's choice).", min=1)] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a bar chart to this .png or .svg file.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time the packed linears of MODEL, against dense ones and against the machine's memory."""
+    from secateur.evaluate.bench import bench as run
+    from secateur.evaluate.bench import describe
+    from secateur.evaluate.bench_plot import check_plot, plot
+
+    counts = tokens.split(",")
+    if not all(count.isdecimal() for count in counts):
+        raise UsageError(f"--tokens {tokens!r} is not understood: give whole numbers, such as 1,16")
+    if plot_file is not None:
+        check_plot(plot_file)
+
+    def tell(done: int, total: int) -> None:
+        if not quiet and err.is_terminal:
+            err.print(f"{done} of {total}", end="\r")
+
+    found = run(
+        model,
+        backend,
+        device=device,
+        dtype=dtype,
+        tokens=[int(count) for count in counts],
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        progress=tell,
+    )
+    if json_file is not None:
+        _write_json(found.to_dict(), json_file)
+    if plot_file is not None:
+        plot(found, plot_file)
+    if quiet or str(json_file) == "-":
+        return
+    table = Table(title=f"{escape(model)} in {found.dtype} on {found.device}", title_justify="left")
+    for heading in (
+        "layout",
+        "shape",
+        "linears",
+        "backend",
+        "tokens",
+        "ms",
+        "dense",
+        "speed-up",
+        "MB",
+        "GB/s",
+        "of copy",
+    ):
+        table.add_column(heading, justify="left" if heading in ("layout", "backend") else "right")
+    for case in found.cases:
+        table.add_row(
+            escape(describe(case.layout)),
+            "{}×{}".format(*case.shape),
+            str(case.linears),
+            case.backend,
+            str(case.tokens),
+            f"{1e3 * case.seconds:.3f}",
+            f"{1e3 * case.dense_seconds:.3f}",
+            f"{case.speed_up:.2f}×",
+            f"{case.bytes / 1e6:.2f}",
+            f"{case.bandwidth / 1e9:.1f}",
+            f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
+        )
+    out = Console(emoji=False, highlight=False)
+    out.print(table)
+    threads_used = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
+    lines = [f"a copy moves {found.copy_bandwidth / 1e9:.1f} GB/s, read and written, with {threads_used}"]
+    if any(case.cached for case in found.cases):
+        lines.append("* out of the cache: memory does not hold enough such weights to fill it")
+    chosen = ", ".join(f"{name} for {count} linears" for name, count in found.chosen.items())
+    lines.append(f"backend {found.backend} chose {chosen}" if found.backend == "auto" else f"backend {chosen}")
+    lines += [found.fallback] if found.fallback is not None else []
+    for total in found.totals:
+        at_once = "" if total.tokens == 1 else f", {total.tokens} tokens at a time"
+        lines.append(
+            f"all linears{at_once}: {1e3 * total.seconds:.2f} ms a token, dense {1e3 * total.dense_seconds:.2f} ms "
+            f"({total.speed_up:.2f}×)"
+        )
+    for line in lines:
+        out.print(escape(line), soft_wrap=True)
+
+
+@app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -403,7 +502,9 @@ def generate(
     ] = False,
     dtype: Annotated[str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")] = "auto",
     device: Device = "cpu",
-    backend: Annotated[str, typer.Option(help="dense: weights are unpacked while loading.")] = "dense",
+    backend: Annotated[
+        str, typer.Option(help="What computes with packed weights: auto, cpu, triton, cuda-2:4, torch or dense.")
+    ] = "auto",
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:

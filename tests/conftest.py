@@ -3,7 +3,7 @@
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import secateur
 
 VOCABULARY = 320
 HIDDEN = 32
@@ -172,6 +174,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep sampled text out of the user's cache, and the hub out of everything."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def dense_backend() -> Iterator[None]:
+    """Weights are unpacked as models are loaded: for tests that look at them."""
+    with secateur.backend("dense"):
+        yield
 
 
 def prose(words: int, seed: int = 0) -> str:

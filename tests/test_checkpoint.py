@@ -23,6 +23,8 @@ from secateur.formats.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, find
 from secateur.formats.writer import MANIFEST_NAME, ShardWriter, sha256, staged_folder, write_manifest
 from secateur.pipeline.source import open_source
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 HALF = secateur.Recipe(prune="magnitude", sparsity=0.5)
 UP = "model.layers.1.mlp.up_proj.weight"
 

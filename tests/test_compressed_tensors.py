@@ -19,6 +19,8 @@ from secateur.formats.compressed_tensors import packed_weights
 from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 FOLDERS = sorted((Path(__file__).parent / "fixtures" / "compressed_tensors").iterdir())
 EACH = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 BITMASK = next(f for f in FOLDERS if f.name == "0.13.0-sparse-bitmask")

@@ -18,6 +18,8 @@ from secateur.pipeline.inspect import inspect
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import block_linears, build_skeleton, find_blocks
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 TIED = {
     "llama-tied", "qwen3", "gemma", "gemma2", "gemma3", "starcoder2", "cohere", "opt", "gpt2", "falcon", "falcon-new",
     "bloom", "mpt",

@@ -12,6 +12,8 @@ from secateur.formats import LAYOUTS
 from secateur.formats.reader import read_json
 from secateur.pipeline.source import open_source
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 FOLDER = Path(__file__).parent / "fixtures" / "layout_v1"
 
 

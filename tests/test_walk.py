@@ -27,6 +27,8 @@ from secateur.pipeline.structure import generalise, weight_matrix
 from secateur.prune import PRUNERS, REFINERS
 from secateur.prune.patterns import parse_pattern
 
+pytestmark = pytest.mark.usefixtures("dense_backend")
+
 SAMPLES, SEQ_LEN = 12, 24
 
 

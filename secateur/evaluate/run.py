@@ -14,6 +14,7 @@ from secateur.calibration.tokens import windows as cut_windows
 from secateur.errors import UsageError
 from secateur.evaluate.perplexity import Quality, measure
 from secateur.formats.layout import FLOAT_DTYPES
+from secateur.kernels.backends import AUTO
 from secateur.pipeline.load import load
 from secateur.pipeline.source import open_source
 
@@ -111,7 +112,7 @@ def generate(
     chat: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
-    backend: str = "dense",
+    backend: str = AUTO,
     trust_remote_code: bool = False,
 ) -> str:
     """What a model writes after a prompt, without the prompt.

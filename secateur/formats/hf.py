@@ -1,13 +1,17 @@
 """How transformers loads and saves a secateur folder: `import secateur` registers this quantizer.
 
-Each packed weight is expanded to a dense one while the model loads; `save_pretrained` packs it again.
+Packed weights stay packed, and linears compute on them, where there is a backend that can; `backend("dense")` has them expanded
+while the model loads. `save_pretrained` writes them packed again.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,34 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.errors import CheckpointError
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
 from secateur.formats.packed import PackedWeight
+from secateur.formats.packed_modules import densify, packed_linears, replace_linears
 from secateur.formats.reader import StoredTensors, find_entry, parse_quantization_config
 from secateur.formats.sparse_int import CodedLayout
+from secateur.kernels.backends import AUTO, check_backend
 
 QUANT_METHOD = "secateur"
+_backend: ContextVar[str] = ContextVar("secateur_backend", default=AUTO)
 _PARTS = sorted({part for layout in LAYOUTS.values() for part in layout.parts})
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """While it is open, `from_pretrained` and `secateur.load` load secateur's folders for this backend instead of `auto`.
+
+    Raises:
+        UsageError: there is no such backend.
+    """
+    check_backend(name)
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def current_backend() -> str:
+    """The backend that `backend` says, or `auto`."""
+    return _backend.get()
 
 
 class SecateurConfig(QuantizationConfigMixin):
@@ -79,7 +106,7 @@ class _Expand(ConversionOps):
 
 
 class SecateurQuantizer(HfQuantizer):
-    """Loads secateur's layouts to dense weights, and saves dense weights in them."""
+    """Loads models whose weights lie in secateur's layouts, and saves them in these layouts again."""
 
     requires_calibration = True
     quantization_config: SecateurConfig
@@ -88,22 +115,32 @@ class SecateurQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.errors: list[CheckpointError] = []
         self.stored: StoredTensors | None = None
+        self._all_replaced = False
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-        if checkpoint_files:
-            # A weight of which every part is missing would be filled with noise and a warning; here it is an error.
-            self.stored = StoredTensors([Path(file) for file in checkpoint_files])
-            names = (name.rpartition(".") for name in self.stored)
-            packed = {weight.removesuffix(".weight") for weight, _, part in names if part in _PARTS}
-            for name, module in model.named_modules():
-                if (
-                    hasattr(module, "weight")
-                    and self._entry(model, name)
-                    and not packed.intersection(_spellings(model, name))
-                ):
-                    raise CheckpointError(
-                        f"{name}.weight should be packed, says config.json, but its tensors are missing"
-                    )
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
+    ) -> Any:
+        if not checkpoint_files:
+            return model
+        self.stored = StoredTensors([Path(file) for file in checkpoint_files])
+        weights = {}
+        for name, module in model.named_modules():
+            entry = self._entry(model, name) if hasattr(module, "weight") else None
+            if entry is None:
+                continue
+            parts = self._stored_parts(model, f"{name}.weight")
+            if not parts:
+                # It would be filled with noise and a warning; here it is an error.
+                raise CheckpointError(f"{name}.weight should be packed, says config.json, but its tensors are missing")
+            weights[name] = partial(PackedWeight(entry[0], parts, entry[1]).load, f"{name}.weight", self.stored)
+        if current_backend() != "dense" and weights:
+            with torch.device("cpu"):  # transformers makes everything on the meta device here
+                replaced = replace_linears(model, weights, current_backend(), _main_device(device_map), model.dtype)
+            self.stored.release()
+            self._all_replaced = len(replaced) == len(weights)
+            if replaced:
+                ignored = rf"\.weight(\.({'|'.join(_PARTS)}))?$"
+                model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
         return model
 
     def _entry(self, model: Any, module: str) -> tuple[Layout, bool] | None:
@@ -112,6 +149,8 @@ class SecateurQuantizer(HfQuantizer):
         return find_entry(entries, module) or find_entry(entries, f"{model.base_model_prefix}.{module}")
 
     def get_weight_conversions(self) -> list[WeightConverter]:
+        if self._all_replaced:
+            return []
         # By keyword: the order of its fields is not the same in all releases.
         return [_ExpandConverter([f"weight.{part}" for part in _PARTS], ["weight"], operations=[_Expand(self)])]
 
@@ -136,6 +175,10 @@ class SecateurQuantizer(HfQuantizer):
         # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
         if getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]
+        devices = {name: torch.device(place) for name, place in (getattr(model, "hf_device_map", None) or {}).items()}
+        for name, module in packed_linears(model):
+            parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+            module.place(next((devices[parent] for parent in [*parents, ""] if parent in devices), model.device))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -156,19 +199,27 @@ class SecateurQuantizer(HfQuantizer):
                 except ValueError as error:
                     raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
             state.update({f"{name}.{part}": packed for part, packed in parts.items()})
+        for module, _ in packed_linears(model):
+            # What computes packed cannot have changed.
+            parts = self._as_stored(model, f"{module}.weight")
+            state.update({f"{module}.weight.{part}": packed.clone() for part, packed in parts.items()})
         return state, {}
+
+    def _stored_parts(self, model: Any, name: str) -> dict[str, str]:
+        """The tensors in the files that a weight is stored as: part of its layout → name; none if there are no files."""
+        stored = self.stored if self.stored is not None else {}
+        for spelling in _spellings(model, name):
+            parts = {part: f"{spelling}.{part}" for part in _PARTS if f"{spelling}.{part}" in stored}
+            if parts:
+                return parts
+        return {}
 
     def _as_stored(self, model: Any, name: str) -> dict[str, Tensor]:
         """The parts of a weight as its files have them; none if there are no files.
 
         transformers hands them over in the dtype of the model, in which scales of 16 bits are other numbers.
         """
-        stored = self.stored if self.stored is not None else {}
-        for spelling in _spellings(model, name):
-            parts = {part: stored[f"{spelling}.{part}"] for part in _PARTS if f"{spelling}.{part}" in stored}
-            if parts:
-                return parts
-        return {}
+        return {part: self.stored[key] for part, key in self._stored_parts(model, name).items()} if self.stored else {}
 
     def _unchanged_parts(self, model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The parts of a quantized weight as its files have them, if it still is what they hold.
@@ -184,7 +235,8 @@ class SecateurQuantizer(HfQuantizer):
         )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return model
+        densify(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, **_: Any) -> bool:
         return True
@@ -198,6 +250,20 @@ def _spellings(model: Any, name: str) -> tuple[str, str, str]:
     """The names that a tensor or module of a model may have in its files: with the name of the base model and without."""
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name
+
+
+def _main_device(device_map: Any) -> torch.device:
+    """Where most of a model will be, of what transformers takes as a `device_map`."""
+    if isinstance(device_map, dict):
+        device_map = next(iter(device_map.values()), None)
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except RuntimeError:  # "disk"
+        return torch.device("cpu")
 
 
 def _is_ours(conversion: Any) -> bool:

@@ -89,6 +89,11 @@ def check_parts(tensors: Mapping[str, Tensor], wanted: Mapping[str, Callable[[Te
             raise ValueError(f"its tensor {part!r} has dtype {tensor.dtype} and shape {list(tensor.shape)}")
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: both show in the extremes, which one pass without a copy finds."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 def read_shape(shape: Tensor) -> tuple[int, int]:
     """(O, I) from the stored tensor `shape`, which must hold two positive integers.
 

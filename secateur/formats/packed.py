@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.formats.layout import Layout
+from secateur.kernels.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class PackedWeight:
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
         return W_OI.T.contiguous() if self.transposed else W_OI
+
+    def load(self, name: str, stored: Mapping[str, Tensor]) -> Packed:
+        """The weight as kernels compute on it, `[O, I]`. Raises CheckpointError as `decode` does."""
+        try:
+            return self.layout.load({part: stored[key] for part, key in self.parts.items()})
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be read from layout {self.layout.name!r}: {error}") from error
 
 
 class DecodedWeights(Mapping[str, Tensor]):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.codes import Codes, Outliers, Quantized
-from secateur.formats.layout import FLOAT_DTYPES, check_parts, read_shape
+from secateur.formats.layout import FLOAT_DTYPES, all_finite, check_parts, read_shape
 from secateur.kernels.bits import pack_bits, unpack_bits
 from secateur.kernels.packed import CodedWeight, Grid, SparseRows, TableGrid, UniformGrid, padded
 from secateur.kernels.plain import dense_weight
@@ -280,7 +280,7 @@ def check_finite(tensors: Mapping[str, Tensor], *parts: str) -> None:
 
 def finite(W_OI: Tensor) -> Tensor:
     """The same weight. Raises ValueError when finite codes and scales stand for values beyond its dtype."""
-    if W_OI.numel() and not torch.isfinite(torch.stack(torch.aminmax(W_OI))).all():
+    if not all_finite(W_OI):
         raise ValueError(f"its codes stand for values beyond {W_OI.dtype}")
     return W_OI
 

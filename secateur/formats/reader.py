@@ -107,6 +107,10 @@ class StoredTensors(Mapping[str, Tensor]):
         self._left -= tensor.nbytes
         return tensor
 
+    def release(self) -> None:
+        """Map files anew from here on: what has been read so far leaves the memory with the tensors that it was read as."""
+        self._mapped = None
+
     def __contains__(self, name: object) -> bool:
         # Not Mapping's own, which would read the tensor to find out.
         return name in self._file

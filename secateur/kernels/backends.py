@@ -116,6 +116,7 @@ def prepare(
     """
     device = torch.device(device)
     chosen = choose(weight, backend, device, dtype)
+    device = torch.empty(0, device=device).device  # with its number, as tensors have it
     return Prepared(chosen, chosen.prepare(weight, device, dtype), weight.shape, device)
 
 
@@ -136,7 +137,7 @@ def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
     O, I = weight.shape
     if x.shape[-1] != I:
         raise UsageError(f"the input has {x.shape[-1]} features, but the weight takes {I}")
-    if x.device.type != weight.device.type:
+    if x.device != weight.device:
         raise UsageError(f"the input is on {x.device}, but the weight on {weight.device}: move one of them")
     if x.dtype not in FLOAT_DTYPES:
         raise UsageError(f"the input is {x.dtype}: packed weights take float32, bfloat16 or float16")

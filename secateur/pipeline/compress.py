@@ -24,7 +24,7 @@ from secateur.codes import Quantized
 from secateur.errors import SecateurError, UsageError
 from secateur.formats.choose import layout_for
 from secateur.formats.hf import quantization_config
-from secateur.formats.layout import Layout
+from secateur.formats.layout import Layout, all_finite
 from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.capture import BlockCall, BlockCalls, group_by_input
@@ -45,7 +45,7 @@ from secateur.pipeline.structure import (
     weight_matrix,
 )
 from secateur.pipeline.walk import in_batches, solve_in_pass
-from secateur.pipeline.weights import ModelWeights, all_finite, converted, materialise, place, release
+from secateur.pipeline.weights import ModelWeights, converted, materialise, place, release
 from secateur.prune import Pruned
 from secateur.prune.patterns import NM
 from secateur.recipe import Quantization, Recipe

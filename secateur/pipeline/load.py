@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from secateur.errors import CheckpointError, UsageError, one_line
-from secateur.formats.hf import attach_quantizer
+from secateur.formats.hf import attach_quantizer, current_backend
 from secateur.formats.packed import DecodedWeights
+from secateur.formats.packed_modules import packed_linears, replace_linears
+from secateur.formats.reader import StoredTensors
+from secateur.kernels.backends import AUTO, check_backend
+from secateur.kernels.packed import Packed
 from secateur.pipeline.source import Source, open_source
 from secateur.pipeline.structure import build_skeleton
 from secateur.pipeline.weights import ModelWeights, materialise
-
-BACKENDS = ("dense",)
 
 
 def open_device(name: str | torch.device) -> torch.device:
@@ -34,7 +37,7 @@ def open_device(name: str | torch.device) -> torch.device:
 
 def load(
     model: str | Path,
-    backend: str = "dense",
+    backend: str | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -45,19 +48,35 @@ def load(
     Args:
         model: a folder (dense, compressed by secateur, or with an old sparse layout of compressed-tensors), a hub id, a
             `.gguf` file, or `demo`.
-        backend: `dense` unpacks the weights while loading.
+        backend: what computes with packed weights. `dense` unpacks them while loading; `auto` takes the fastest that is
+            installed for the device; for the others see docs/backends.md. None: what `secateur.backend` says, else `auto`.
         dtype: of the loaded weights; None keeps that of the files.
         device: where they go.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        SecateurError: there is no such model or backend, or the files are damaged.
+        SecateurError: there is no such model or backend, the backend cannot be used here or with these weights, or the files
+            are damaged.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} is not known: it can be {', '.join(BACKENDS)}")
+    backend = current_backend() if backend is None else backend
+    check_backend(backend)
     target = open_device(device)
     source = open_source(str(model), trust_remote_code)
-    return load_source(source, dtype or source.dtype, target)
+    if backend not in (AUTO, "dense") and source.quantization is None:
+        raise UsageError(
+            f"{model} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
+        )
+    return load_source(source, dtype or source.dtype, target, backend=backend)
+
+
+def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], Packed]]:
+    """What reads the packed weight of each module that has one, by the module's name."""
+    found: dict[str, Callable[[], Packed]] = {}
+    for name, _ in model.named_modules():
+        packed = weights.packed(f"{name}.weight") if f"{name}.weight" in weights else None
+        if packed is not None:
+            found[name] = partial(packed.load, f"{name}.weight", weights.stored_tensors)
+    return found
 
 
 class _DecodedAhead(Mapping[str, Tensor]):
@@ -82,8 +101,10 @@ class _DecodedAhead(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def load_source(source: Source, dtype: torch.dtype, device: torch.device, check_finite: bool = False) -> Any:
-    """The whole model of an open source, its floating weights as `dtype`.
+def load_source(
+    source: Source, dtype: torch.dtype, device: torch.device, check_finite: bool = False, backend: str = "dense"
+) -> Any:
+    """The whole model of an open source, its floating weights as `dtype`, for a backend.
 
     A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
 
@@ -92,16 +113,26 @@ def load_source(source: Source, dtype: torch.dtype, device: torch.device, check_
             holds a value that is not finite.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        if isinstance(source.weights, DecodedWeights):
-            # Decoding is C code that other threads run while this one builds the model.
-            source = replace(source, weights=_DecodedAhead(source.weights, pool))
-        model: Any = build_skeleton(source, dtype)
-        weights = ModelWeights(source, model)
+        if backend != "dense" and source.quantization is not None:
+            model: Any = build_skeleton(source, dtype)
+            weights = ModelWeights(source, model)
+            replace_linears(model, _packed_in(weights, model), backend, device, dtype)
+            # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
+            if isinstance(weights.stored_tensors, StoredTensors):
+                weights.stored_tensors.release()
+        else:
+            if isinstance(source.weights, DecodedWeights):
+                # Decoding is C code that other threads run while this one builds the model.
+                source = replace(source, weights=_DecodedAhead(source.weights, pool))
+            model = build_skeleton(source, dtype)
+            weights = ModelWeights(source, model)
         materialise(model, "", list(model.state_dict()), weights, dtype, device, check_finite=check_finite)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")
+    for _, module in packed_linears(model):
+        module.place(device)
     model.to(device)  # buffers that are computed, not stored
     if source.quantization is not None:
         attach_quantizer(model, source.quantization, source.files)

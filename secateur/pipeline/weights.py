@@ -11,6 +11,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from secateur.errors import CheckpointError, SecateurError, one_line
+from secateur.formats.hf import backend
+from secateur.formats.layout import all_finite
 from secateur.formats.packed import DecodedWeights, PackedWeight
 from secateur.pipeline.source import Source
 
@@ -53,9 +55,13 @@ class ModelWeights:
         if source.folder is None or not isinstance(source.weights, Mapping):
             raise CheckpointError(problem)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=source.dtype, output_loading_info=True, trust_remote_code=source.trust_remote_code
-            )
+            with backend("dense"):
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    source.folder,
+                    dtype=source.dtype,
+                    output_loading_info=True,
+                    trust_remote_code=source.trust_remote_code,
+                )
         except Exception as error:
             raise CheckpointError(f"{problem}; transformers cannot load it either: {one_line(error)}") from error
         if found["missing_keys"]:
@@ -78,12 +84,16 @@ class ModelWeights:
         weights = self._weights
         return weights.packed.get(self._stored[name]) if isinstance(weights, DecodedWeights) else None
 
+    @property
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        """All tensors as the files have them, of packed weights their parts."""
+        return self._weights.stored if isinstance(self._weights, DecodedWeights) else self._weights
+
     def parts(self, name: str) -> dict[str, Tensor]:
         """The tensors that a packed parameter is stored as, by the names of its layout's parts."""
         packed = self.packed(name)
         assert packed is not None
-        assert isinstance(self._weights, DecodedWeights)
-        return {part: self._weights.stored[key] for part, key in packed.parts.items()}
+        return {part: self.stored_tensors[key] for part, key in packed.parts.items()}
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor that has been read, without reading it again."""
@@ -145,11 +155,6 @@ def materialise(
                 raise CheckpointError(f"{full} holds NaN or infinity: the checkpoint is damaged")
             tensor = tensor.to(dtype)
         place(owner, leaf, tensor.to(device))
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: both show in the extremes, which one pass without a copy finds."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def place(owner: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -1,0 +1,208 @@
+"""Whole models decoding one token at a time: dense against packed, and against llama.cpp.
+
+    python -m benchmarks.decode [--models smollm2,1.1b] [--llama PYTHON] [--rounds 3]
+
+For each model and form, a process of its own loads the folder, writes 48 tokens by `generate`, and tells the time from `load`
+to the first token, the median time of the tokens after it, and the memory that it holds (its own, less what the interpreter
+with torch and transformers held before). The forms take turns, `--rounds` times; medians of the rounds are printed. The 1.1 B
+Llama has random weights. PYTHON is an interpreter with llama-cpp-python and gguf: the same weights as Q4_0, all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+import secateur
+from benchmarks.protocol import arguments, machine, plain_model, prepare, table
+
+TOKENS = 48
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+FORMS = {
+    "dense": None,
+    "bitmap 50 %": secateur.Recipe(prune="magnitude", sparsity=0.5),
+    "packed-int 4 bits": secateur.Recipe(quantize="rtn", quantization=secateur.Quantization(search_range=False)),
+}
+
+CODE = """
+import json, sys, time
+import psutil, torch, transformers
+import secateur
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads({threads})
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+import transformers.models.llama.modeling_llama
+
+class Clock(BaseStreamer):
+    def __init__(self): self.at = []
+    def put(self, value): self.at.append(time.perf_counter())
+    def end(self): pass
+
+how, folder = sys.argv[1:3]
+process = psutil.Process()
+before = process.memory_full_info().uss
+started = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(folder) if how == "transformers" else secateur.load(folder, how)
+ids = torch.arange(3, 11)[None]
+clock = Clock()
+with torch.inference_mode():
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens={tokens}, min_new_tokens={tokens}, do_sample=False,
+                   pad_token_id=0, streamer=clock)
+gaps = sorted(b - a for a, b in zip(clock.at[2:], clock.at[3:]))
+memory = process.memory_full_info().uss - before
+print(json.dumps({{"first": clock.at[1] - started, "token": gaps[len(gaps) // 2], "memory": memory}}))
+"""
+
+GGUF = """
+import sys
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+out, sizes = sys.argv[1], eval(sys.argv[2])
+H, F, L, V = (sizes[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+K = H // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+draw = np.random.default_rng(0)
+writer = GGUFWriter(out, "llama")
+writer.add_block_count(L)
+writer.add_context_length(2048)
+writer.add_embedding_length(H)
+writer.add_feed_forward_length(F)
+writer.add_head_count(sizes["num_attention_heads"])
+writer.add_head_count_kv(sizes["num_key_value_heads"])
+writer.add_layer_norm_rms_eps(1e-6)
+writer.add_rope_dimension_count(H // sizes["num_attention_heads"])
+writer.add_vocab_size(V)
+writer.add_tokenizer_model("no_vocab")
+def add(name, *shape):
+    W = draw.standard_normal(shape, dtype=np.float32) * 0.02
+    writer.add_tensor(name, quantize(W, GGMLQuantizationType.Q4_0), raw_dtype=GGMLQuantizationType.Q4_0)
+add("token_embd.weight", V, H)
+add("output.weight", V, H)
+writer.add_tensor("output_norm.weight", np.ones(H, np.float32))
+for i in range(L):
+    for name, shape in (("attn_q", (H, H)), ("attn_k", (K, H)), ("attn_v", (K, H)), ("attn_output", (H, H)),
+                        ("ffn_gate", (F, H)), ("ffn_up", (F, H)), ("ffn_down", (H, F))):
+        add(f"blk.{i}.{name}.weight", *shape)
+    writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(H, np.float32))
+    writer.add_tensor(f"blk.{i}.ffn_norm.weight", np.ones(H, np.float32))
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+LLAMA = """
+import json, sys, time
+import llama_cpp as ll
+started = time.perf_counter()
+ll.llama_backend_init()
+model = ll.llama_model_load_from_file(sys.argv[1].encode(), ll.llama_model_default_params())
+params = ll.llama_context_default_params()
+params.n_ctx, params.n_threads, params.n_threads_batch = 256, {threads}, {threads}
+context = ll.llama_init_from_model(model, params)
+
+def step(tokens):
+    array = (ll.llama_token * len(tokens))(*tokens)
+    assert ll.llama_decode(context, ll.llama_batch_get_one(array, len(tokens))) == 0
+    ll.llama_synchronize(context)
+
+step(range(3, 11))
+first = time.perf_counter() - started
+gaps = []
+for i in range({tokens}):
+    t = time.perf_counter()
+    step([100 + i])
+    gaps.append(time.perf_counter() - t)
+print(json.dumps({{"first": first, "token": sorted(gaps)[len(gaps) // 2]}}))
+"""
+
+
+def make_llama(out: Path) -> Path:
+    """The 1.1 B Llama, random, bfloat16, with a byte tokenizer."""
+    if not (out / "config.json").exists():
+        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        torch.manual_seed(0)
+        config = LlamaConfig(max_position_embeddings=2048, tie_word_embeddings=False, **SIZES)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
+    return out
+
+
+def run(python: str, code: str, *args: str) -> dict[str, float]:
+    done = subprocess.run([python, "-c", code, *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{args}: {done.returncode}\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = arguments(__doc__)
+    parser.add_argument("--models", default="smollm2,1.1b", help="which, with commas between")
+    parser.add_argument("--llama", help="Python with llama-cpp-python and gguf")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    prepare(args)
+    print(f"{machine()}\n")
+    code = CODE.format(threads=args.threads, tokens=TOKENS)
+    for name in args.models.split(","):
+        source = make_llama(args.work / "llama-1.1b") if name == "1.1b" else plain_model(args.work, torch.bfloat16)
+        runs: dict[str, list[dict[str, float]]] = {}
+        jobs: dict[str, tuple[str, str, tuple[str, ...]]] = {}
+        for form, recipe in FORMS.items():
+            folder = source if recipe is None else args.work / f"{name}-{form.split()[0]}"
+            if recipe is not None and not folder.exists():
+                secateur.compress(str(source), folder, recipe)
+            if recipe is None:
+                jobs["dense, transformers"] = (sys.executable, code, ("transformers", str(folder)))
+            else:
+                jobs[f"{form}, packed"] = (sys.executable, code, ("auto", str(folder)))
+                jobs[f"{form}, unpacked"] = (sys.executable, code, ("dense", str(folder)))
+        if args.llama and name == "1.1b":
+            gguf = args.work / "llama-1.1b-q4_0.gguf"
+            if not gguf.exists():
+                subprocess.run([args.llama, "-c", GGUF, str(gguf), repr(SIZES)], check=True, capture_output=True)
+            jobs["llama.cpp, Q4_0"] = (args.llama, LLAMA.format(threads=args.threads, tokens=TOKENS), (str(gguf),))
+        for _ in range(args.rounds):
+            for job, (python, source_code, given) in jobs.items():
+                runs.setdefault(job, []).append(run(python, source_code, *given))
+        rows = []
+        for job, found in runs.items():
+            middle = {key: statistics.median(r[key] for r in found) for key in found[0]}
+            path = Path(jobs[job][2][-1])
+            files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+            size = sum(file.stat().st_size for file in files)
+            memory = f"{middle['memory'] / 2**20:.0f}" if "memory" in middle else ""
+            rows.append(
+                [
+                    job,
+                    f"{size / 2**20:.0f}",
+                    f"{1e3 * middle['token']:.1f}",
+                    f"{1 / middle['token']:.1f}",
+                    f"{middle['first']:.2f}",
+                    memory,
+                ]
+            )
+        print(f"\n{name}\n")
+        table(["", "files, MiB", "ms a token", "tokens a second", "load to first token, s", "memory, MiB"], rows)
+
+
+if __name__ == "__main__":
+    main()

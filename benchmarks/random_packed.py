@@ -1,0 +1,112 @@
+"""Random weights as kernels take them, made without a model and without packing: for timing at sizes of real models.
+
+Weights are bfloat16, on torch's current default device. Nothing about them matters but their form, and that values are finite.
+
+O: output features, I: input features, G: groups of a row, Γ: groups of all rows, B: bytes of a row's mask, T: tiles of rows,
+N: outliers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from secateur.kernels.bits import bytes_of
+from secateur.kernels.expand import compress_bitmap, count_rows
+from secateur.kernels.packed import (
+    CodedWeight,
+    Grid,
+    SparseRows,
+    SparseWeight,
+    TableGrid,
+    TwoLevelGrid,
+    UniformGrid,
+    padded,
+)
+
+BF16, FP16 = torch.bfloat16, torch.float16
+_TILE_ROWS = 16
+
+
+def two_of_four(O: int, I: int) -> SparseWeight:
+    """2:4: every half byte of the mask is one of the six with two bits."""
+    halves_6 = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
+    low_OB, high_OB = halves_6[torch.randint(0, 6, (2, O, I // 8))]
+    start_O1 = torch.arange(O + 1) * (I // 2)
+    return SparseWeight((O, I), padded(torch.randn(O * I // 2).to(BF16)), low_OB | high_OB << 4, start_O1, (2, 4))
+
+
+def bitmap(O: int, I: int, density: float) -> SparseWeight:
+    """Pruned, without a pattern."""
+    values, bitmask_OB = compress_bitmap(torch.randn(O, I).masked_fill_(torch.rand(O, I) >= density, 0).to(BF16))
+    return SparseWeight((O, I), padded(values), bitmask_OB, _starts(count_rows(bitmask_OB, I)))
+
+
+def packed_int(O: int, I: int, bits: int, group_size: int, symmetric: bool = False) -> CodedWeight:
+    """Codes on a uniform grid, as GPTQ makes them."""
+    return _coded(O, I, bits, _uniform(O * -(-I // group_size), bits, group_size, symmetric))
+
+
+def spqr(O: int, I: int, bits: int, group_size: int, outlier_share: float) -> CodedWeight:
+    """Scales on grids of their own, columns out of order, and outliers in each row, as SpQR makes them. At most 4 bits."""
+    G, N = -(-I // group_size), round(outlier_share * I)
+    pair_Γ = _codes(O * G, bits) | _codes(O * G, bits) << 4
+    # Scales from 0.5 in steps of 0.2, and zero points that are whole numbers.
+    second_TG4 = torch.tensor([0.2, 0.5, 1, 0], dtype=FP16).repeat(-(-O // _TILE_ROWS), G, 1)
+    # One in each of N stretches of a row, so that no two are in the same place.
+    column_ON = torch.arange(N) * I // N + torch.randint(0, I // N, (O, N))
+    start_O1 = torch.arange(O + 1, dtype=torch.int32) * N
+    outliers = SparseRows(start_O1, column_ON.flatten().int(), torch.randn(O * N).to(FP16))
+    grid = TwoLevelGrid(group_size, _TILE_ROWS, pair_Γ, second_TG4)
+    return _coded(O, I, bits, grid, torch.randperm(I).int(), outliers)
+
+
+def codebook(O: int, I: int, bits: int) -> CodedWeight:
+    """Codes into a table for each row, as SqueezeLLM makes them."""
+    return _coded(O, I, bits, TableGrid(torch.randn(O, 2**bits).to(FP16)))
+
+
+def sparse_int(O: int, I: int, density: float, bits: int, group_size: int) -> CodedWeight:
+    """Pruned without a pattern, and codes of the kept weights on a uniform grid."""
+    pruned = bitmap(O, I, density)
+    stored_O = pruned.start_O1.diff()
+    start_O1, group_start_O1 = _starts(-(-stored_O * bits // 8)), _starts(-(-stored_O // group_size))
+    return CodedWeight(
+        (O, I),
+        BF16,
+        bits,
+        padded(_codes(int(start_O1[-1]), 8)),
+        start_O1,
+        stored_O.int(),
+        group_start_O1,
+        _uniform(int(group_start_O1[-1]), bits, group_size, False),
+        pruned.bitmask_OB,
+        None,
+        None,
+    )
+
+
+def _uniform(count: int, bits: int, group_size: int, symmetric: bool) -> UniformGrid:
+    scale_Γ = (torch.rand(count) + 0.5).to(FP16)
+    return UniformGrid(group_size, scale_Γ, None if symmetric else _codes(count, bits))
+
+
+def _coded(
+    O: int, I: int, bits: int, grid: Grid, order_I: Tensor | None = None, outliers: SparseRows | None = None
+) -> CodedWeight:
+    """Codes of all weights of every row."""
+    width = bytes_of(I, bits)
+    start_O1 = torch.arange(O + 1) * width
+    return CodedWeight(
+        (O, I), BF16, bits, padded(_codes(O * width, 8)), start_O1, None, None, grid, None, order_I, outliers
+    )
+
+
+def _codes(count: int, bits: int) -> Tensor:
+    return torch.randint(0, 2**bits, (count,), dtype=torch.uint8)
+
+
+def _starts(count_O: Tensor) -> Tensor:
+    """Where each row begins when they lie end to end, and where the last one ends."""
+    return pad(count_O.long().cumsum(0), (1, 0))

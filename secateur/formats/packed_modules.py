@@ -1,0 +1,86 @@
+"""Putting modules that compute on packed weights in the place of a model's linears, and dense ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import CheckpointError
+from secateur.kernels.backends import choose
+from secateur.kernels.module import PackedLinear
+from secateur.kernels.packed import Packed
+
+
+def replace_linears(
+    model: nn.Module,
+    weights: Mapping[str, Callable[[], Packed]],
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Let the linears of a model, which may be on the meta device, compute on packed weights.
+
+    They have yet to be placed on their device: see `place_linears`. A linear stays as it is, to be given a dense weight, where
+    `dense` is the backend, and where it is of a class of its own, which may do more than multiply.
+
+    Args:
+        model: to be changed.
+        weights: module name → what reads its weight.
+        backend: `auto` or a name.
+        device: where most of the model will be.
+        dtype: of the inputs.
+
+    Returns:
+        The names of the modules that were replaced.
+
+    Raises:
+        CheckpointError: a weight is damaged, or of another shape than the module's.
+        UsageError: there is no such backend, or it cannot be used.
+    """
+    replaced = []
+    plain = [name for name in weights if type(model.get_submodule(name)) in (nn.Linear, Conv1D)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # Reading is checking, which other threads do while this one waits for the first.
+        for name, weight in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
+            module = model.get_submodule(name)
+            transposed = isinstance(module, Conv1D)
+            shape = module.get_parameter("weight").shape
+            wanted = (shape[1], shape[0]) if transposed else tuple(shape)
+            if weight.shape != wanted:
+                raise CheckpointError(
+                    f"{name}.weight is {list(weight.shape)} in the file, but {list(wanted)} in the model"
+                )
+            if choose(weight, backend, device, dtype).name == "dense":
+                continue
+            bias_O = module._parameters.get("bias")
+            packed = PackedLinear(weight, bias_O, backend, dtype, transposed)
+            model.set_submodule(name, packed.train(module.training))
+            replaced.append(name)
+    return replaced
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """The modules of a model that compute on packed weights, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+def densify(model: nn.Module) -> None:
+    """Put ordinary linears with dense weights back."""
+    for name, packed in list(packed_linears(model)):
+        W_OI = packed.dense()
+        if packed.transposed:
+            linear: Any = Conv1D(packed.out_features, packed.in_features)
+            W_OI = W_OI.T.contiguous()
+        else:
+            with torch.device("meta"):
+                linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
+        linear.weight = nn.Parameter(W_OI.to(packed.dtype), requires_grad=False)
+        linear.bias = packed.bias
+        model.set_submodule(name, linear.train(packed.training))

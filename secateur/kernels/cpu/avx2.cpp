@@ -1,0 +1,543 @@
+// The kernels for processors with AVX2, F16C and FMA: x86-64-v3, nearly all since 2013. Inputs and sums are float32 whatever the
+// inputs were.
+//
+// AVX2 cannot expand values under the bits of a mask, so each byte of the mask looks up how to shuffle eight values to their
+// places. Eight codes of up to four bits lie in one 32-bit word: each lane has a copy of it and shifts its own code down.
+// vpermps, which looks only at the low three bits of a lane, then finds what it stands for.
+
+#include "rows.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+
+#include "plain.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi,bmi2")
+#endif
+
+namespace secateur {
+namespace {
+
+// How far ahead values and codes are fetched, in bytes.
+constexpr int PREFETCH = 2048;
+// For one token so many rows are done side by side. They lie far from each other: the processor's own prefetcher follows two
+// streams in different pages, not in one.
+constexpr int ROWS = 2;
+
+inline __m128i load_half(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+inline __m128i load_whole(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+inline __m256 widen_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+inline __m256 widen(__m128i v, Float dtype) { return dtype == Float::bf16 ? widen_bf16(v) : _mm256_cvtph_ps(v); }
+
+inline __m128 load_4(Floats v, int64_t at) {
+  if (v.dtype == Float::f32) return _mm_loadu_ps(static_cast<const float*>(v.data) + at);
+  const __m128i half = load_half(static_cast<const uint16_t*>(v.data) + at);
+  if (v.dtype == Float::f16) return _mm_cvtph_ps(half);
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
+}
+
+// All ones in the first n of 8 lanes.
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < 8 ? int(n) : 8), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// The first n of 8 elements of up to two bytes, and zeros; nothing behind them is read.
+inline __m128i load_some(const void* p, int64_t n, int64_t size) {
+  if (n >= 8) return size == 2 ? load_whole(p) : load_half(p);
+  __m128i some = _mm_setzero_si128();
+  std::memcpy(&some, p, n * size);
+  return some;
+}
+
+inline __m256 load_some(Floats v, int64_t at, int64_t n) {
+  if (v.dtype == Float::f32) return _mm256_maskload_ps(static_cast<const float*>(v.data) + at, first_lanes(n));
+  return widen(load_some(static_cast<const uint16_t*>(v.data) + at, n, 2), v.dtype);
+}
+
+inline float reduce_add(__m256 v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// --- values under a bit mask
+
+// For each byte of a mask, which of the next eight values comes to each of eight columns: in bytes of 16-bit values, and in
+// numbers of 32-bit values. A high bit stands for a zero.
+struct Places {
+  uint8_t of_16[256][16] = {};
+  uint8_t of_32[256][8] = {};
+};
+
+constexpr Places find_places() {
+  Places places;
+  for (int byte = 0; byte < 256; byte++)
+    for (int i = 0, k = 0; i < 8; i++) {
+      const bool set = byte >> i & 1;
+      places.of_16[byte][2 * i] = set ? uint8_t(2 * k) : 128;
+      places.of_16[byte][2 * i + 1] = set ? uint8_t(2 * k + 1) : 128;
+      places.of_32[byte][i] = set ? uint8_t(k) : 128;
+      k += set;
+    }
+  return places;
+}
+
+alignas(64) constexpr Places PLACES = find_places();
+
+// Eight bytes of a mask, and how many values stand before each byte's first: one byte each.
+struct MaskWord {
+  uint64_t bits, before;
+
+  explicit MaskWord(uint64_t word) : bits(word) {
+    uint64_t n = word - (word >> 1 & 0x5555555555555555);
+    n = (n & 0x3333333333333333) + (n >> 2 & 0x3333333333333333);
+    n = (n + (n >> 4)) & 0x0f0f0f0f0f0f0f0f;
+    before = n * 0x0101010101010101 << 8;
+  }
+
+  int64_t count() const { return __builtin_popcountll(bits); }
+  unsigned byte(int b) const { return bits >> (8 * b) & 255; }
+  // At most 4 · 56 bytes: the product stays within its byte.
+  template <int size>
+  int64_t offset(int b) const { return before * size >> (8 * b) & 255; }
+};
+
+inline __m128i expand_16(const uint8_t* values, const MaskWord& word, int b) {
+  return _mm_shuffle_epi8(load_whole(values + word.offset<2>(b)), load_whole(PLACES.of_16[word.byte(b)]));
+}
+
+// Of two bytes' columns.
+inline __m256i expand_pair(const uint8_t* values, const MaskWord& word, int b) {
+  const __m256i found = _mm256_inserti128_si256(_mm256_castsi128_si256(load_whole(values + word.offset<2>(b))),
+                                                load_whole(values + word.offset<2>(b + 1)), 1);
+  const __m256i places = _mm256_inserti128_si256(_mm256_castsi128_si256(load_whole(PLACES.of_16[word.byte(b)])),
+                                                 load_whole(PLACES.of_16[word.byte(b + 1)]), 1);
+  return _mm256_shuffle_epi8(found, places);
+}
+
+inline __m256 expand_32(const uint8_t* values, const MaskWord& word, int b) {
+  const __m256i places = _mm256_cvtepi8_epi32(load_half(PLACES.of_32[word.byte(b)]));
+  const __m256 found = _mm256_loadu_ps(reinterpret_cast<const float*>(values + word.offset<4>(b)));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(found, places), _mm256_setzero_ps(), _mm256_castsi256_ps(places));
+}
+
+enum class Kind { bf16, f16, f32 };
+
+// The weights of 32 columns, from those of byte b of the mask on: in the order of `x_split` for bfloat16, of `x` otherwise.
+template <Kind kind>
+inline void expand(const uint8_t* values, const MaskWord& word, int b, __m256* w) {
+  if constexpr (kind == Kind::bf16) {
+    const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
+    for (int i = 0; i < 2; i++) {
+      const __m256i both = expand_pair(values, word, b + 2 * i);
+      w[i] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+      w[i + 2] = _mm256_castsi256_ps(_mm256_and_si256(both, odd));
+    }
+  } else {
+    for (int i = 0; i < 4; i++) {
+      if constexpr (kind == Kind::f16)
+        w[i] = _mm256_cvtph_ps(expand_16(values, word, b + i));
+      else
+        w[i] = expand_32(values, word, b + i);
+    }
+  }
+}
+
+// R rows, D apart, with T tokens.
+template <Kind kind, int T, int R>
+void sparse_rows(const Sparse& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O) {
+  constexpr int size = kind == Kind::f32 ? 4 : 2;
+  const int64_t B = (w.I + 7) / 8;
+  const uint8_t *values[R], *mask[R];
+  __m256 sum[R][T][2];
+  for (int j = 0; j < R; j++) {
+    values[j] = static_cast<const uint8_t*>(w.values.data) + w.start[first + j * D] * size;
+    mask[j] = w.mask + (first + j * D) * B;
+    for (int t = 0; t < T; t++) sum[j][t][0] = sum[j][t][1] = _mm256_setzero_ps();
+  }
+  const float* x = (kind == Kind::bf16 ? in.x_split : in.x) + t0 * in.stride;
+  for (int64_t b = 0; b < B; b += 8, x += 64) {
+    // Unrolled, or the sums would be kept in memory.
+#pragma GCC unroll 2
+    for (int j = 0; j < R; j++) {
+      const MaskWord word(mask_word(mask[j], b, B));
+      _mm_prefetch(reinterpret_cast<const char*>(values[j] + PREFETCH), _MM_HINT_T0);
+      for (int half = 0; half < 2; half++) {
+        __m256 weight[4];
+        expand<kind>(values[j], word, 4 * half, weight);
+        for (int t = 0; t < T; t++)
+          for (int i = 0; i < 4; i++) {
+            const __m256 xs = _mm256_loadu_ps(x + t * in.stride + 32 * half + 8 * i);
+            sum[j][t][i & 1] = _mm256_fmadd_ps(weight[i], xs, sum[j][t][i & 1]);
+          }
+      }
+      values[j] += word.count() * size;
+    }
+  }
+  for (int j = 0; j < R; j++)
+    for (int t = 0; t < T; t++)
+      y[(t0 + t) * O + first + j * D] = reduce_add(_mm256_add_ps(sum[j][t][0], sum[j][t][1]));
+}
+
+template <Kind kind, int T>
+void sparse_tokens(const Sparse& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O) {
+  constexpr int R = T == 1 ? ROWS : 1;
+  const int64_t D = (last - first) / R;
+  for (int64_t r = first; r < first + D; r++) sparse_rows<kind, T, R>(w, in, r, D, t0, y, O);
+  for (int64_t r = first + R * D; r < last; r++) sparse_rows<kind, T, 1>(w, in, r, 1, t0, y, O);
+}
+
+void sparse_dot(const Sparse& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O) {
+  if (w.values.dtype == Float::f32) {
+    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f32, T>(w, in, first, last, t0, y, O)))
+  } else if (w.values.dtype == Float::f16) {
+    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f16, T>(w, in, first, last, t0, y, O)))
+  } else {
+    SECATEUR_BY_TOKENS((sparse_tokens<Kind::bf16, T>(w, in, first, last, t0, y, O)))
+  }
+}
+
+// Values of a row to their columns.
+inline void place(const uint8_t* mask, int64_t I, const void* stored, Float dtype, float* row) {
+  const int64_t B = (I + 7) / 8;
+  const uint8_t* values = static_cast<const uint8_t*>(stored);
+  for (int64_t b = 0; b < B; b += 8) {
+    const MaskWord word(mask_word(mask, b, B));
+    for (int i = 0; i < 8 && b + i < B; i++) {
+      const __m256 w = dtype == Float::f32 ? expand_32(values, word, i) : widen(expand_16(values, word, i), dtype);
+      _mm256_storeu_ps(row + 8 * (b + i), w);
+    }
+    values += word.count() * (dtype == Float::f32 ? 4 : 2);
+  }
+}
+
+void sparse_row(const Sparse& w, int64_t r, float* row) {
+  const int64_t size = w.values.dtype == Float::f32 ? 4 : 2;
+  place(w.mask + r * ((w.I + 7) / 8), w.I, static_cast<const uint8_t*>(w.values.data) + w.start[r] * size, w.values.dtype, row);
+}
+
+// --- codes
+
+// By how much each lane shifts to get at its code: see `codes_8`.
+inline __m256i shifts_8(int bits) {
+  const int upper = bits <= 4 ? 4 * bits : 4 * bits & 7;
+  return _mm256_setr_epi32(0, bits, 2 * bits, 3 * bits, upper, upper + bits, upper + 2 * bits, upper + 3 * bits);
+}
+
+inline __m256i word_32(const uint8_t* p) {
+  int word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// Eight codes in the low bits of as many lanes; above them lie bits of the next ones. Those of more than four bits are in two
+// words of four codes.
+inline __m256i codes_8(const uint8_t* p, int bits, __m256i shifts) {
+  __m256i words = word_32(p);
+  if (bits > 4) words = _mm256_blend_epi32(words, word_32(p + 4 * bits / 8), 0xf0);
+  return _mm256_srlv_epi32(words, shifts);
+}
+
+// What codes stand for in a row: their numbers, or the entries of its table.
+struct Meaning {
+  bool is_table;
+  __m256 low, high;  // of codes up to 7, and from 8 to 15
+
+  Meaning(const Coded& w, int64_t r) : is_table(w.table.data) {
+    alignas(32) float entries[16];
+    const int last = (1 << w.bits) - 1;
+    for (int c = 0; c < 16; c++)
+      entries[c] = is_table && w.bits <= 4 ? value_at(w.table, (r << w.bits) + (c & last)) : float(c & last);
+    low = _mm256_load_ps(entries);
+    high = _mm256_load_ps(entries + 8);
+  }
+
+  // Of up to four bits, with other bits above them.
+  __m256 operator()(__m256i codes, int bits) const {
+    if (bits <= 3) return _mm256_permutevar8x32_ps(low, codes);
+    if (!is_table) return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+    const __m256 fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), fourth_bit);
+  }
+};
+
+inline __m256 bytes_8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_half(p))); }
+
+// What the codes of a row are, as numbers, or what they stand for where there is a table.
+inline void code_values(const Coded& w, int64_t r, int64_t K, float* out) {
+  const uint8_t* p = w.codes + w.start[r];
+  const __m256i shifts = shifts_8(w.bits);
+  if (w.bits <= 4) {
+    const Meaning meaning(w, r);
+    for (int64_t k = 0; k < K; k += 8, p += w.bits) _mm256_storeu_ps(out + k, meaning(codes_8(p, w.bits, shifts), w.bits));
+  } else if (!w.table.data) {
+    const __m256i low_bits = _mm256_set1_epi32((1 << w.bits) - 1);
+    for (int64_t k = 0; k < K; k += 8, p += w.bits)
+      _mm256_storeu_ps(out + k, _mm256_cvtepi32_ps(_mm256_and_si256(codes_8(p, w.bits, shifts), low_bits)));
+  } else {
+    for (int64_t k = 0; k < K; k++) out[k] = value_at(w.table, (r << w.bits) + code_at(p, w.bits, k));
+  }
+}
+
+// The second level of a tile as four rows of floats, each `second_groups` long: it serves all rows of the tile.
+inline void tile_levels(const Coded& w, int64_t tile, float* level, int64_t stride) {
+  const int64_t G = w.second_groups;
+  for (int64_t g = 0; g < G; g += 4) {
+    __m128 row[4];
+    for (int j = 0; j < 4; j++) row[j] = g + j < G ? load_4(w.second, 4 * (tile * G + g + j)) : _mm_setzero_ps();
+    _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+    for (int j = 0; j < 4; j++) _mm_storeu_ps(level + j * stride + g, row[j]);
+  }
+}
+
+// Scales and zero points of n groups of a row, from that of number `at` on, and zeros up to the next eight.
+inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero) {
+  for (int64_t g = 0; g < n; g += 8) {
+    const int64_t left = n - g;
+    __m256 s, z;
+    if (w.scale.data) {
+      s = load_some(w.scale, at + g, left);
+      z = _mm256_set1_ps(float(1 << (w.bits - 1)));
+      if (w.zero) z = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_some(w.zero + at + g, left, 1)));
+    } else {
+      __m256i c, d;
+      if (w.nibbles) {
+        const __m256i both = _mm256_cvtepu8_epi32(load_some(w.pair + at + g, left, 1));
+        c = _mm256_and_si256(both, _mm256_set1_epi32(15));
+        d = _mm256_srli_epi32(both, 4);
+      } else {
+        const __m256i both = _mm256_cvtepu16_epi32(load_some(w.pair + 2 * (at + g), left, 2));
+        c = _mm256_and_si256(both, _mm256_set1_epi32(255));
+        d = _mm256_srli_epi32(both, 8);
+      }
+      s = _mm256_fmadd_ps(_mm256_loadu_ps(level + g), _mm256_cvtepi32_ps(c), _mm256_loadu_ps(level + stride + g));
+      z = _mm256_fmadd_ps(_mm256_loadu_ps(level + 2 * stride + g), _mm256_cvtepi32_ps(d), _mm256_loadu_ps(level + 3 * stride + g));
+    }
+    if (left < 8) {
+      const __m256 there = _mm256_castsi256_ps(first_lanes(left));
+      s = _mm256_and_ps(s, there);
+      z = _mm256_and_ps(z, there);
+    }
+    _mm256_storeu_ps(scale + g, s);
+    _mm256_storeu_ps(zero + g, z);
+  }
+}
+
+// Numbers to weights, in place.
+inline void apply_grid(int64_t K, int64_t group_size, const float* scale, const float* zero, float* w) {
+  for (int64_t g = 0, k = 0; k < K; g++) {
+    const __m256 s = _mm256_set1_ps(scale[g]), z = _mm256_set1_ps(zero[g]);
+    const int64_t end = k + group_size < K ? k + group_size : K;
+    for (; k + 8 <= end; k += 8) _mm256_storeu_ps(w + k, _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w + k), z), s));
+    for (; k < end; k++) w[k] = (w[k] - zero[g]) * scale[g];
+  }
+}
+
+// `levels` of the row's tile, see `tile_levels`. scratch: the stored weights, then scales and zero points.
+inline void one_row(const Coded& w, int64_t r, const float* levels, float* row, float* scratch) {
+  const int64_t K = stored_of(w, r), Gs = round_up(w.G + WIDTH);
+  float* stored = w.mask ? scratch : row;
+  code_values(w, r, K, stored);
+  if (!w.table.data) {
+    float *scale = scratch + round_up(w.I), *zero = scale + Gs;
+    grid(w, groups_before(w, r), (K + w.group_size - 1) / w.group_size, levels, Gs, scale, zero);
+    apply_grid(K, w.group_size, scale, zero, stored);
+  }
+  if (w.mask) place(w.mask + r * ((w.I + 7) / 8), w.I, stored, Float::f32, row);
+  add_outliers(w, r, row);
+}
+
+void coded_row(const Coded& w, int64_t r, float* row, float* scratch) {
+  const int64_t Gs = round_up(w.G + WIDTH);
+  float* levels = scratch + round_up(w.I) + 2 * Gs;
+  if (w.second.data) tile_levels(w, r / w.tile_rows, levels, Gs);
+  one_row(w, r, levels, row, scratch);
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (int j = 0; j < 4; j++)
+      sum[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * j), _mm256_loadu_ps(b + i + 8 * j), sum[j]);
+  for (; i < n; i += 8) {
+    const __m256i some = first_lanes(n - i);
+    sum[0] = _mm256_fmadd_ps(_mm256_maskload_ps(a + i, some), _mm256_maskload_ps(b + i, some), sum[0]);
+  }
+  return reduce_add(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+}
+
+// What outliers add. Inputs are fetched one by one: gathers are slow on many of these processors.
+inline float some_outliers(const Coded& w, int64_t r, const float* x) {
+  if (!w.outlier_start) return 0;
+  __m256 sum = _mm256_setzero_ps();
+  const int64_t end = w.outlier_start[r + 1];
+  int64_t n = w.outlier_start[r];
+  for (; n + 8 <= end; n += 8) {
+    const int32_t* at = w.outlier_column + n;
+    const __m256 xs = _mm256_setr_ps(x[at[0]], x[at[1]], x[at[2]], x[at[3]], x[at[4]], x[at[5]], x[at[6]], x[at[7]]);
+    sum = _mm256_fmadd_ps(xs, load_some(w.outlier_value, n, 8), sum);
+  }
+  float rest = 0;
+  for (; n < end; n++) rest += value_at(w.outlier_value, n) * x[w.outlier_column[n]];
+  return reduce_add(sum) + rest;
+}
+
+// Σ scale · zero · Σx over the groups of a row: what the zero points take away.
+inline float zeros_dot(const float* scale, const float* zero, const float* sums, int64_t G) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t g = 0; g < G; g += 8) {
+    const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(scale + g), _mm256_loadu_ps(zero + g));
+    sum = _mm256_fmadd_ps(product, _mm256_loadu_ps(sums + g), sum);
+  }
+  return reduce_add(sum);
+}
+
+// What `fused_rows` keeps for each of the rows that it does side by side.
+struct Stream {
+  float *scale, *zero, *levels, *repeated;
+  int64_t tile = -1;
+};
+
+// Scales of the blocks of row r. What its zero points take away goes to y.
+inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, int64_t t0, int64_t T,
+                                 float* y, int64_t O, Stream& s) {
+  const int64_t Gs = round_up(w.G + WIDTH);
+  if (w.table.data) {
+    for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = 0;
+    return s.repeated;
+  }
+  if (w.second.data && r / w.tile_rows != s.tile) tile_levels(w, s.tile = r / w.tile_rows, s.levels, Gs);
+  grid(w, groups_before(w, r), w.G, s.levels, Gs, s.scale, s.zero);
+  for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = -zeros_dot(s.scale, s.zero, in.group_sum + t * in.sums, w.G);
+  const int64_t repeat = (w.group_size + block - 1) / block;
+  if (repeat == 1) return s.scale;
+  for (int64_t g = 0, b = 0; g < w.G; g++)
+    for (const int64_t end = b + repeat < blocks ? b + repeat : blocks; b < end; b++) s.repeated[b] = s.scale[g];
+  return s.repeated;
+}
+
+// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2, 3, 4 or 8 bits, and
+// groups are of whole blocks of columns, which have one scale.
+template <int bits, int block, int T, int R>
+void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O, Stream* streams) {
+  const int64_t blocks = (w.I + block - 1) / block;
+  const __m256i shifts = shifts_8(bits);
+  const uint8_t* p[R];
+  const float* scales[R];
+  __m256 sum[R][T];
+  // Rows side by side have the same kind of grid, but each its own table.
+  const Meaning meaning[2] = {Meaning(w, first), Meaning(w, first + (R - 1) * D)};
+  for (int j = 0; j < R; j++) {
+    const int64_t r = first + j * D;
+    p[j] = w.codes + w.start[r];
+    scales[j] = block_scales(w, in, r, blocks, block, t0, T, y, O, streams[j]);
+    for (int t = 0; t < T; t++) sum[j][t] = _mm256_setzero_ps();
+  }
+  const float* x = in.x + t0 * in.stride;
+  for (int64_t b = 0; b < blocks; b++, x += block) {
+    __m256 part[R][T];
+    for (int j = 0; j < R; j++) _mm_prefetch(reinterpret_cast<const char*>(p[j] + PREFETCH), _MM_HINT_T0);
+    for (int i = 0; i < block; i += 8) {
+      __m256 xs[T];
+      for (int t = 0; t < T; t++) xs[t] = _mm256_loadu_ps(x + t * in.stride + i);
+      for (int j = 0; j < R; j++) {
+        const uint8_t* at = p[j] + i / 8 * bits;
+        const __m256 q = bits == 8 ? bytes_8(at) : meaning[j](codes_8(at, bits, shifts), bits);
+        for (int t = 0; t < T; t++)
+          part[j][t] = i == 0 ? _mm256_mul_ps(q, xs[t]) : _mm256_fmadd_ps(q, xs[t], part[j][t]);
+      }
+    }
+    for (int j = 0; j < R; j++) {
+      p[j] += block / 8 * bits;
+      const __m256 s = _mm256_set1_ps(scales[j][b]);
+      for (int t = 0; t < T; t++) sum[j][t] = _mm256_fmadd_ps(part[j][t], s, sum[j][t]);
+    }
+  }
+  for (int j = 0; j < R; j++)
+    for (int t = 0; t < T; t++) {
+      const int64_t r = first + j * D;
+      y[(t0 + t) * O + r] += reduce_add(sum[j][t]) + some_outliers(w, r, in.x + (t0 + t) * in.stride);
+    }
+}
+
+template <int bits, int block, int T>
+void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O, float* scratch) {
+  constexpr int R = T == 1 ? ROWS : 1;
+  const int64_t Gs = round_up(w.G + WIDTH), blocks = (w.I + block - 1) / block;
+  Stream streams[R];
+  for (Stream& s : streams) {
+    s.scale = scratch;
+    s.zero = s.scale + Gs;
+    s.levels = s.zero + Gs;
+    s.repeated = s.levels + 4 * Gs;
+    scratch = s.repeated + blocks;
+    // A table's values need no scale.
+    if (w.table.data)
+      for (int64_t b = 0; b < blocks; b++) s.repeated[b] = 1;
+  }
+  const int64_t D = (last - first) / R;
+  for (int64_t r = first; r < first + D; r++) fused_rows<bits, block, T, R>(w, in, r, D, t0, y, O, streams);
+  for (int64_t r = first + R * D; r < last; r++) fused_rows<bits, block, T, 1>(w, in, r, 1, t0, y, O, streams);
+}
+
+template <int bits>
+void fused(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (w.table.data || w.group_size >= w.I || w.group_size % 64 == 0) {
+    SECATEUR_BY_TOKENS((fused_tokens<bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
+  } else if (w.group_size % 32 == 0) {
+    SECATEUR_BY_TOKENS((fused_tokens<bits, 32, T>(w, in, first, last, t0, y, O, scratch)))
+  } else {
+    SECATEUR_BY_TOKENS((fused_tokens<bits, 16, T>(w, in, first, last, t0, y, O, scratch)))
+  }
+}
+
+void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (!w.mask && (w.table.data || w.group_size >= w.I || w.group_size % 16 == 0)) {
+    if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
+    if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);
+    if (w.bits == 4) return fused<4>(w, in, first, last, y, O, scratch);
+    if (w.bits == 8 && !w.table.data) return fused<8>(w, in, first, last, y, O, scratch);
+  }
+  const int64_t Gs = round_up(w.G + WIDTH);
+  float *row = scratch, *spare = row + round_up(w.I), *levels = spare + round_up(w.I) + 2 * Gs;
+  int64_t tile = -1;
+  for (int64_t r = first; r < last; r++) {
+    if (w.second.data && r / w.tile_rows != tile) tile_levels(w, tile = r / w.tile_rows, levels, Gs);
+    one_row(w, r, levels, row, spare);
+    for (int64_t t = 0; t < in.T; t++) y[t * O + r] = dot(row, in.x + t * in.stride, w.I);
+  }
+}
+
+const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row};
+
+}  // namespace
+}  // namespace secateur
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace secateur {
+const Kernels* avx2_kernels() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c") ||
+      !__builtin_cpu_supports("popcnt") || !__builtin_cpu_supports("bmi") || !__builtin_cpu_supports("bmi2"))
+    return nullptr;
+  return &kernels;
+}
+}  // namespace secateur
+
+#else
+namespace secateur {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace secateur
+#endif

@@ -1,0 +1,480 @@
+// The kernels for processors with AVX-512 as of Ice Lake (VBMI, VBMI2). Inputs and sums are float32 whatever the inputs were:
+// bfloat16 products (vdpbf16ps) were measured and are no faster.
+//
+// Bits of a mask expand values in one instruction (vpexpandw, vpexpandd). Codes of up to four bits are taken from any bit of a
+// quadword, eight bits at a time (vpmultishiftqb). They become numbers as the highest bits of a float's fraction, or choose among
+// the 16 entries of a register (vpermps), of which the high bits, that belong to the next code, do not count: entries repeat.
+
+#include "rows.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+
+#include "plain.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,bmi2,popcnt,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,bmi2,popcnt,fma,f16c")
+#endif
+
+namespace secateur {
+namespace {
+
+// How far ahead values and codes are fetched, in bytes.
+constexpr int PREFETCH = 2048;
+// For one token so many rows are done side by side. They lie far from each other: the processor's own prefetcher follows two
+// streams in different pages, not in one.
+constexpr int ROWS = 2;
+
+inline __m512 even_bf16(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+inline __m512 odd_bf16(__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000)))); }
+inline __m512 widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+
+inline __m512 load16(Floats v, int64_t at) {
+  if (v.dtype == Float::f32) return _mm512_loadu_ps(static_cast<const float*>(v.data) + at);
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(v.data) + at));
+  return v.dtype == Float::bf16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
+}
+
+// The first n of 16 values; nothing behind them is read.
+inline __m512 load_some(Floats v, int64_t at, int64_t n) {
+  const __mmask16 some = n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
+  if (v.dtype == Float::f32) return _mm512_maskz_loadu_ps(some, static_cast<const float*>(v.data) + at);
+  const __m256i half = _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(v.data) + at);
+  return v.dtype == Float::bf16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
+}
+
+// --- values under a bit mask
+
+// The products of 32 columns with T tokens, added up. `x` is what suits the kind of values: see `sparse_dot`.
+enum class Kind { bf16, f16, f32 };
+
+template <Kind kind, int T>
+inline void sparse_step(const uint8_t*& values, uint32_t bits, const Inputs& in, int64_t t0, int64_t i, __m512* sum) {
+  if constexpr (kind == Kind::f32) {
+    const __m512 a = _mm512_maskz_expand_ps(__mmask16(bits), _mm512_loadu_ps(values));
+    values += 4 * __builtin_popcount(bits & 0xffff);
+    const __m512 b = _mm512_maskz_expand_ps(__mmask16(bits >> 16), _mm512_loadu_ps(values));
+    values += 4 * __builtin_popcount(bits >> 16);
+    for (int t = 0; t < T; t++) {
+      const float* x = in.x + (t0 + t) * in.stride + i;
+      sum[t] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x), sum[t]);
+      sum[t] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + 16), sum[t]);
+    }
+    return;
+  }
+  const __m512i w = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
+  values += 2 * __builtin_popcount(bits);
+  if constexpr (kind == Kind::bf16) {
+    const __m512 even = even_bf16(w), odd = odd_bf16(w);
+    for (int t = 0; t < T; t++) {
+      const float* x = in.x_split + (t0 + t) * in.stride + i;
+      sum[t] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x), sum[t]);
+      sum[t] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sum[t]);
+    }
+  } else {
+    const __m512 a = _mm512_cvtph_ps(_mm512_castsi512_si256(w)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1));
+    for (int t = 0; t < T; t++) {
+      const float* x = in.x + (t0 + t) * in.stride + i;
+      sum[t] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x), sum[t]);
+      sum[t] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + 16), sum[t]);
+    }
+  }
+}
+
+template <Kind kind, int T, int R>
+inline void sparse_rows(const Sparse& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O) {
+  const int64_t B = (w.I + 7) / 8;
+  const int64_t size = kind == Kind::f32 ? 4 : 2;
+  const uint8_t *values[R], *mask[R];
+  __m512 sum[R][T];
+  for (int j = 0; j < R; j++) {
+    values[j] = static_cast<const uint8_t*>(w.values.data) + w.start[first + j * D] * size;
+    mask[j] = w.mask + (first + j * D) * B;
+    for (int t = 0; t < T; t++) sum[j][t] = _mm512_setzero_ps();
+  }
+  for (int64_t b = 0; b < B; b += 8)
+    for (int j = 0; j < R; j++) {
+      const uint64_t bits = mask_word(mask[j], b, B);
+      _mm_prefetch(reinterpret_cast<const char*>(values[j] + PREFETCH), _MM_HINT_T0);
+      sparse_step<kind, T>(values[j], uint32_t(bits), in, t0, 8 * b, sum[j]);
+      sparse_step<kind, T>(values[j], uint32_t(bits >> 32), in, t0, 8 * b + 32, sum[j]);
+    }
+  for (int j = 0; j < R; j++)
+    for (int t = 0; t < T; t++) y[(t0 + t) * O + first + j * D] = _mm512_reduce_add_ps(sum[j][t]);
+}
+
+template <Kind kind, int T>
+void sparse_tokens(const Sparse& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O) {
+  constexpr int R = T == 1 ? ROWS : 1;
+  const int64_t D = (last - first) / R;
+  for (int64_t r = first; r < first + D; r++) sparse_rows<kind, T, R>(w, in, r, D, t0, y, O);
+  for (int64_t r = first + R * D; r < last; r++) sparse_rows<kind, T, 1>(w, in, r, 1, t0, y, O);
+}
+
+void sparse_dot(const Sparse& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O) {
+  if (w.values.dtype == Float::f32) {
+    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f32, T>(w, in, first, last, t0, y, O)))
+  } else if (w.values.dtype == Float::f16) {
+    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f16, T>(w, in, first, last, t0, y, O)))
+  } else {
+    SECATEUR_BY_TOKENS((sparse_tokens<Kind::bf16, T>(w, in, first, last, t0, y, O)))
+  }
+}
+
+// 16 values under a mask, wherever they lie; returns how many there were.
+void sparse_row(const Sparse& w, int64_t r, float* row) {
+  const int64_t B = (w.I + 7) / 8;
+  int64_t v = w.start[r];
+  for (int64_t b = 0; b < B; b += 8) {
+    const uint64_t bits = mask_word(w.mask + r * B, b, B);
+    for (int part = 0; part < 4 && 8 * b + 16 * part < w.I; part++) {
+      const __mmask16 some = __mmask16(bits >> (16 * part));
+      _mm512_storeu_ps(row + 8 * b + 16 * part, _mm512_maskz_expand_ps(some, load16(w.values, v)));
+      v += __builtin_popcount(some);
+    }
+  }
+}
+
+// --- codes
+
+// Of a quadword that is repeated, the bytes that begin at each of 16 codes, in the low bytes of doublewords.
+inline __m512i shifts_16(int bits) {
+  alignas(64) uint8_t at[64] = {};
+  for (int j = 0; j < 16; j++) at[4 * j] = uint8_t(bits * j);
+  return _mm512_load_si512(at);
+}
+
+inline __m512i quad(const uint8_t* p) {
+  return _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline __m512 codes_16(const uint8_t* p, __m512i shifts, __m512 table) {
+  return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, quad(p)), table);
+}
+
+inline __m512 bytes_16(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+inline __m512 numbers_table(int bits) {
+  alignas(64) float table[16];
+  for (int c = 0; c < 16; c++) table[c] = float(c & ((1 << bits) - 1));
+  return _mm512_load_ps(table);
+}
+
+// Row r's lookup table, repeated where it has fewer than 16 entries.
+inline __m512 row_table(const Coded& w, int64_t r) {
+  alignas(64) float table[16];
+  const int C = 1 << w.bits;
+  for (int c = 0; c < 16; c++) table[c] = value_at(w.table, (r << w.bits) + (c & (C - 1)));
+  return _mm512_load_ps(table);
+}
+
+// What the codes of a row are, as numbers, or what they stand for where there is a table.
+inline void code_values(const Coded& w, int64_t r, int64_t K, float* out) {
+  const uint8_t* p = w.codes + w.start[r];
+  if (w.bits <= 4) {
+    const __m512 table = w.table.data ? row_table(w, r) : numbers_table(w.bits);
+    const __m512i shifts = shifts_16(w.bits);
+    for (int64_t k = 0; k < K; k += 16, p += 2 * w.bits) _mm512_storeu_ps(out + k, codes_16(p, shifts, table));
+  } else if (w.bits == 8 && !w.table.data) {
+    for (int64_t k = 0; k < K; k += 16) _mm512_storeu_ps(out + k, bytes_16(p + k));
+  } else {
+    for (int64_t k = 0; k < K; k++) {
+      const int code = code_at(p, w.bits, k);
+      out[k] = w.table.data ? value_at(w.table, (r << w.bits) + code) : float(code);
+    }
+  }
+}
+
+// The second level of a tile as four rows of floats, each `second_groups` long: it serves all rows of the tile.
+inline void tile_levels(const Coded& w, int64_t tile, float* level, int64_t stride) {
+  const int64_t G = w.second_groups;
+  const __m512i by_four = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  for (int64_t g = 0; g < G; g += 4) {
+    const __m512 four = load_some(w.second, 4 * (tile * G + g), 4 * (G - g));
+    const __m512 sorted = _mm512_permutexvar_ps(by_four, four);
+    _mm_storeu_ps(level + g, _mm512_castps512_ps128(sorted));
+    _mm_storeu_ps(level + stride + g, _mm512_extractf32x4_ps(sorted, 1));
+    _mm_storeu_ps(level + 2 * stride + g, _mm512_extractf32x4_ps(sorted, 2));
+    _mm_storeu_ps(level + 3 * stride + g, _mm512_extractf32x4_ps(sorted, 3));
+  }
+}
+
+// Scales and zero points of n groups of a row, from that of number `at` on, and zeros up to the next sixteen. Folded, for
+// codes c that were read as u + c/unit: unit · scale, and scale · (zero + unit · u).
+template <bool folded = false>
+inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero,
+                 float unit = 1, float u = 0) {
+  for (int64_t g = 0; g < n; g += 16) {
+    const int64_t left = n - g;
+    const __mmask16 some = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+    __m512 s, z;
+    if (w.scale.data) {
+      s = load_some(w.scale, at + g, left);
+      z = _mm512_set1_ps(float(1 << (w.bits - 1)));
+      if (w.zero) z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.zero + at + g)));
+    } else {
+      __m512i c, d;
+      if (w.nibbles) {
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.pair + at + g));
+        c = _mm512_and_si512(both, _mm512_set1_epi32(15));
+        d = _mm512_srli_epi32(both, 4);
+      } else {
+        const __m512i both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, w.pair + 2 * (at + g)));
+        c = _mm512_and_si512(both, _mm512_set1_epi32(255));
+        d = _mm512_srli_epi32(both, 8);
+      }
+      s = _mm512_fmadd_ps(_mm512_loadu_ps(level + g), _mm512_cvtepi32_ps(c), _mm512_loadu_ps(level + stride + g));
+      z = _mm512_fmadd_ps(_mm512_loadu_ps(level + 2 * stride + g), _mm512_cvtepi32_ps(d), _mm512_loadu_ps(level + 3 * stride + g));
+    }
+    if (folded) {
+      z = _mm512_mul_ps(s, _mm512_add_ps(z, _mm512_set1_ps(unit * u)));
+      s = _mm512_mul_ps(s, _mm512_set1_ps(unit));
+    }
+    _mm512_storeu_ps(scale + g, _mm512_maskz_mov_ps(some, s));
+    _mm512_storeu_ps(zero + g, _mm512_maskz_mov_ps(some, z));
+  }
+}
+
+// Numbers to weights, in place.
+inline void apply_grid(int64_t K, int64_t group_size, const float* scale, const float* zero, float* w) {
+  for (int64_t g = 0, k = 0; k < K; g++) {
+    const __m512 s = _mm512_set1_ps(scale[g]), z = _mm512_set1_ps(zero[g]);
+    const int64_t end = k + group_size < K ? k + group_size : K;
+    for (; k + 16 <= end; k += 16)
+      _mm512_storeu_ps(w + k, _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + k), z), s));
+    if (k < end) {
+      const __mmask16 some = __mmask16((1u << (end - k)) - 1);
+      const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + k), z), s);
+      _mm512_mask_storeu_ps(w + k, some, v);
+      k = end;
+    }
+  }
+}
+
+inline void place(const uint8_t* mask, int64_t I, const float* stored, float* row) {
+  const int64_t B = (I + 7) / 8;
+  for (int64_t b = 0; b < B; b += 8) {
+    const uint64_t bits = mask_word(mask, b, B);
+    for (int part = 0; part < 4 && 8 * b + 16 * part < I; part++) {
+      const __mmask16 some = __mmask16(bits >> (16 * part));
+      _mm512_storeu_ps(row + 8 * b + 16 * part, _mm512_maskz_expand_ps(some, _mm512_loadu_ps(stored)));
+      stored += __builtin_popcount(some);
+    }
+  }
+}
+
+// `levels` of the row's tile, see `tile_levels`. scratch: the stored weights, then scales and zero points.
+inline void one_row(const Coded& w, int64_t r, const float* levels, float* row, float* scratch) {
+  const int64_t K = stored_of(w, r), Gs = round_up(w.G + WIDTH);
+  float* stored = w.mask ? scratch : row;
+  code_values(w, r, K, stored);
+  if (!w.table.data) {
+    float *scale = scratch + round_up(w.I), *zero = scale + Gs;
+    grid(w, groups_before(w, r), (K + w.group_size - 1) / w.group_size, levels, Gs, scale, zero);
+    apply_grid(K, w.group_size, scale, zero, stored);
+  }
+  if (w.mask) place(w.mask + r * ((w.I + 7) / 8), w.I, stored, row);
+  add_outliers(w, r, row);
+}
+
+void coded_row(const Coded& w, int64_t r, float* row, float* scratch) {
+  const int64_t Gs = round_up(w.G + WIDTH);
+  float* levels = scratch + round_up(w.I) + 2 * Gs;
+  if (w.second.data) tile_levels(w, r / w.tile_rows, levels, Gs);
+  one_row(w, r, levels, row, scratch);
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  __m512 sum = _mm512_setzero_ps(), more = sum;
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sum);
+    more = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(b + i + 16), more);
+  }
+  for (; i < n; i += 16) {
+    const __mmask16 some = n - i >= 16 ? __mmask16(0xffff) : __mmask16((1u << (n - i)) - 1);
+    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, a + i), _mm512_maskz_loadu_ps(some, b + i), sum);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum, more));
+}
+
+// What outliers add.
+inline float some_outliers(const Coded& w, int64_t r, const float* x) {
+  if (!w.outlier_start) return 0;
+  __m512 sum = _mm512_setzero_ps();
+  const int64_t end = w.outlier_start[r + 1];
+  for (int64_t n = w.outlier_start[r]; n < end; n += 16) {
+    const __mmask16 some = end - n >= 16 ? __mmask16(0xffff) : __mmask16((1u << (end - n)) - 1);
+    const __m512i column = _mm512_maskz_loadu_epi32(some, w.outlier_column + n);
+    const __m512 xs = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, column, x, 4);
+    sum = _mm512_fmadd_ps(xs, load_some(w.outlier_value, n, end - n), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Codes of up to four bits as numbers from 1 to 2: they become the highest bits of the fraction of a float. That takes one
+// instruction of a kind of which two can run at a time, where a lookup has to wait for the one unit that moves bytes about.
+inline __m512i shifts_to_fraction(int bits) {
+  alignas(64) uint8_t at[64] = {};
+  for (int j = 0; j < 16; j++) at[4 * j + 2] = uint8_t((bits * j - (7 - bits)) & 63);
+  return _mm512_load_si512(at);
+}
+
+template <int bits>
+inline __m512 fractions_16(const uint8_t* p, __m512i shifts) {
+  const __m512i fraction = _mm512_set1_epi32(((1 << bits) - 1) << (23 - bits)), one = _mm512_set1_epi32(0x3f800000);
+  constexpr int and_or = 0xea;
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shifts, quad(p)), fraction, one, and_or));
+}
+
+// What `fused_rows` keeps for each of the rows that it does side by side.
+struct Stream {
+  float *scale, *zero, *levels, *repeated;
+  int64_t tile = -1;
+};
+
+// Scales of the blocks of row r, for codes that are read as u + code/unit. What its zero points take away goes to y.
+inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, float unit, float u,
+                                 int64_t t0, int64_t T, float* y, int64_t O, Stream& s) {
+  const int64_t Gs = round_up(w.G + WIDTH);
+  if (w.table.data) {
+    for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = 0;
+    return s.repeated;
+  }
+  if (w.second.data && r / w.tile_rows != s.tile) tile_levels(w, s.tile = r / w.tile_rows, s.levels, Gs);
+  grid<true>(w, groups_before(w, r), w.G, s.levels, Gs, s.scale, s.zero, unit, u);
+  for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = -dot(s.zero, in.group_sum + t * in.sums, w.G);
+  const int64_t repeat = (w.group_size + block - 1) / block;
+  if (repeat == 1) return s.scale;
+  for (int64_t g = 0, b = 0; g < w.G; g++)
+    for (const int64_t end = b + repeat < blocks ? b + repeat : blocks; b < end; b++) s.repeated[b] = s.scale[g];
+  return s.repeated;
+}
+
+// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2, 3, 4 or 8 bits, and
+// groups are of whole blocks of columns, which have one scale.
+template <bool lookup, int bits, int block, int T, int R>
+void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O, Stream* streams) {
+  const int64_t blocks = (w.I + block - 1) / block;
+  const __m512i shifts = lookup ? shifts_16(bits) : shifts_to_fraction(bits);
+  const float unit = bits == 8 ? 1 : float(1 << bits), u = bits == 8 ? 0 : 1;
+  __m512 table[R], sum[R][T];
+  const uint8_t* p[R];
+  const float* scales[R];
+  for (int j = 0; j < R; j++) {
+    const int64_t r = first + j * D;
+    p[j] = w.codes + w.start[r];
+    table[j] = lookup ? row_table(w, r) : _mm512_setzero_ps();
+    scales[j] = block_scales(w, in, r, blocks, block, unit, u, t0, T, y, O, streams[j]);
+    for (int t = 0; t < T; t++) sum[j][t] = _mm512_setzero_ps();
+  }
+  const float* x = in.x + t0 * in.stride;
+  // One offset for all rows: advanced each by itself, the compiler keeps pointers in vectors, and fetches them from memory.
+  for (int64_t b = 0, offset = 0; b < blocks; b++, x += block, offset += block / 8 * bits) {
+    __m512 part[R][T];
+    for (int j = 0; j < R; j++) _mm_prefetch(reinterpret_cast<const char*>(p[j] + offset + PREFETCH), _MM_HINT_T0);
+    for (int i = 0; i < block; i += 16) {
+      __m512 xs[T];
+      for (int t = 0; t < T; t++) xs[t] = _mm512_loadu_ps(x + t * in.stride + i);
+      for (int j = 0; j < R; j++) {
+        const uint8_t* at = p[j] + offset + i / 8 * bits;
+        const __m512 q = bits == 8 ? bytes_16(at) : lookup ? codes_16(at, shifts, table[j]) : fractions_16<bits & 7>(at, shifts);
+        for (int t = 0; t < T; t++)
+          part[j][t] = i == 0 ? _mm512_mul_ps(q, xs[t]) : _mm512_fmadd_ps(q, xs[t], part[j][t]);
+      }
+    }
+    for (int j = 0; j < R; j++) {
+      const __m512 s = _mm512_set1_ps(scales[j][b]);
+      for (int t = 0; t < T; t++) sum[j][t] = _mm512_fmadd_ps(part[j][t], s, sum[j][t]);
+    }
+  }
+  for (int j = 0; j < R; j++)
+    for (int t = 0; t < T; t++) {
+      const int64_t r = first + j * D;
+      y[(t0 + t) * O + r] += _mm512_reduce_add_ps(sum[j][t]) + some_outliers(w, r, in.x + (t0 + t) * in.stride);
+    }
+}
+
+template <bool lookup, int bits, int block, int T>
+void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O, float* scratch) {
+  constexpr int R = T == 1 ? ROWS : 1;
+  const int64_t Gs = round_up(w.G + WIDTH), blocks = (w.I + block - 1) / block;
+  Stream streams[R];
+  for (Stream& s : streams) {
+    s.scale = scratch;
+    s.zero = s.scale + Gs;
+    s.levels = s.zero + Gs;
+    s.repeated = s.levels + 4 * Gs;
+    scratch = s.repeated + blocks;
+    // A table's values need no scale.
+    if (w.table.data)
+      for (int64_t b = 0; b < blocks; b++) s.repeated[b] = 1;
+  }
+  const int64_t D = (last - first) / R;
+  for (int64_t r = first; r < first + D; r++) fused_rows<lookup, bits, block, T, R>(w, in, r, D, t0, y, O, streams);
+  for (int64_t r = first + R * D; r < last; r++) fused_rows<lookup, bits, block, T, 1>(w, in, r, 1, t0, y, O, streams);
+}
+
+template <int bits>
+void fused(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (bits < 8 && w.table.data) {
+    SECATEUR_BY_TOKENS((fused_tokens<bits < 8, bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
+  } else if (w.group_size >= w.I || w.group_size % 64 == 0) {
+    SECATEUR_BY_TOKENS((fused_tokens<false, bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
+  } else if (w.group_size % 32 == 0) {
+    SECATEUR_BY_TOKENS((fused_tokens<false, bits, 32, T>(w, in, first, last, t0, y, O, scratch)))
+  } else {
+    SECATEUR_BY_TOKENS((fused_tokens<false, bits, 16, T>(w, in, first, last, t0, y, O, scratch)))
+  }
+}
+
+void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (!w.mask && (w.table.data || w.group_size >= w.I || w.group_size % 16 == 0)) {
+    if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
+    if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);
+    if (w.bits == 4) return fused<4>(w, in, first, last, y, O, scratch);
+    if (w.bits == 8 && !w.table.data) return fused<8>(w, in, first, last, y, O, scratch);
+  }
+  const int64_t Gs = round_up(w.G + WIDTH);
+  float *row = scratch, *spare = row + round_up(w.I), *levels = spare + round_up(w.I) + 2 * Gs;
+  int64_t tile = -1;
+  for (int64_t r = first; r < last; r++) {
+    if (w.second.data && r / w.tile_rows != tile) tile_levels(w, tile = r / w.tile_rows, levels, Gs);
+    one_row(w, r, levels, row, spare);
+    for (int64_t t = 0; t < in.T; t++) y[t * O + r] = dot(row, in.x + t * in.stride, w.I);
+  }
+}
+
+const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row};
+
+}  // namespace
+}  // namespace secateur
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace secateur {
+const Kernels* avx512_kernels() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vbmi") ||
+      !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("fma"))
+    return nullptr;
+  return &kernels;
+}
+}  // namespace secateur
+
+#else
+namespace secateur {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace secateur
+#endif

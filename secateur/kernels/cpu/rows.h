@@ -1,0 +1,86 @@
+// What the operators hand to the kernels, and the table of kernels that each instruction set has.
+//
+// O: output features, I: input features, K: stored weights of a row, G: groups of a row, T: tokens.
+
+#pragma once
+
+#include <cstdint>
+
+namespace secateur {
+
+enum class Float : int { f32, bf16, f16 };
+
+// A vector of floating values; `data` is null where a weight has none.
+struct Floats {
+  const void* data = nullptr;
+  Float dtype = Float::f32;
+};
+
+// Wide loads may begin at any value or code, so 64 bytes of zeros follow the last; and inputs are as long as WIDTH demands.
+constexpr int64_t WIDTH = 64;
+constexpr int64_t round_up(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+// Values under a bit mask.
+struct Sparse {
+  int64_t I;
+  Floats values;
+  const uint8_t* mask;   // [O, ⌈I/8⌉]
+  const int64_t* start;  // [O + 1]
+};
+
+// Codes, and what they stand for. Pointers to what a weight does not have are null.
+struct Coded {
+  int64_t I;
+  int bits;
+  const uint8_t* codes;
+  const int64_t* start;        // [O + 1], bytes
+  const int32_t* count;        // [O], stored weights; null: I
+  const int64_t* group_start;  // [O + 1]; null: r · G
+  int64_t group_size;          // at most I
+  int64_t G;                   // ⌈I / group_size⌉; 0 for a table
+  // One of three grids: scale and zero,
+  Floats scale;
+  const uint8_t* zero;  // null: 2^(bits − 1)
+  // codes of scale and zero and the second level,
+  const uint8_t* pair;
+  bool nibbles;
+  Floats second;  // [tiles, second_groups, 4]
+  int64_t second_groups;
+  int64_t tile_rows;
+  // or a table.
+  Floats table;  // [O, 2^bits]
+  const uint8_t* mask;  // [O, ⌈I/8⌉], of stored columns
+  const int32_t* outlier_start;  // [O + 1]
+  const int32_t* outlier_column;
+  Floats outlier_value;
+};
+
+// The inputs of T tokens, columns in stored order, with zeros after the last column up to `stride`, a multiple of WIDTH.
+struct Inputs {
+  int64_t T;
+  int64_t stride;
+  const float* x;              // [T, stride]
+  const float* x_split;        // of every 32 columns the even ones before the odd ones; null unless values are bfloat16
+  const float* group_sum;      // [T, sums]: of each group; null where there are no groups
+  int64_t sums;                // a multiple of WIDTH
+};
+
+// Floats of scratch that a kernel wants for a weight of these sizes.
+constexpr int64_t scratch_floats(int64_t I, int64_t G) { return 3 * round_up(I) + 12 * round_up(G + WIDTH); }
+
+// Kernels for the rows from `first` to before `last`. `y` is [T, O], of which these columns are set.
+struct Kernels {
+  const char* name;
+  void (*sparse_dot)(const Sparse&, const Inputs&, int64_t first, int64_t last, float* y, int64_t O);
+  // One row, dense, columns in stored order; `w` has room for round_up(I).
+  void (*sparse_row)(const Sparse&, int64_t r, float* w);
+  void (*coded_dot)(const Coded&, const Inputs&, int64_t first, int64_t last, float* y, int64_t O, float* scratch);
+  void (*coded_row)(const Coded&, int64_t r, float* w, float* scratch);
+};
+
+extern const Kernels plain_kernels;
+// Null where they were not compiled, or this processor cannot run them.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace secateur

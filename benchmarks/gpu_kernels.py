@@ -7,97 +7,37 @@ so many copies of it that none is left in the L2 cache when its turn comes again
 take as long as Python and the libraries need for the call. A time marked "e" is from outside one, for it could not be
 captured.
 
-O: output features, I: input features, T: tokens, G: groups of a row, B: bytes of a row's mask, N: outliers.
+O: output features, I: input features, T: tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.random_packed import BF16, bitmap, packed_int, spqr, two_of_four
 from secateur import kernels
 from secateur.errors import one_line
-from secateur.kernels.bits import bytes_of
-from secateur.kernels.expand import compress_bitmap, count_rows
-from secateur.kernels.packed import (
-    CodedWeight,
-    Packed,
-    SparseRows,
-    SparseWeight,
-    TwoLevelGrid,
-    UniformGrid,
-    map_tensors,
-    padded,
-    tensors_of,
-)
+from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.kernels.plain import dense_weight
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 11008), (14336, 4096))
 TOKENS = (1, 16, 512, 4096)
-BF16 = torch.bfloat16
-
-
-def two_of_four(O: int, I: int) -> SparseWeight:
-    """Random 2:4: every half byte of the mask is one of the six with two bits."""
-    halves_6 = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
-    low_OB, high_OB = halves_6[torch.randint(0, 6, (2, O, I // 8))]
-    start_O1 = torch.arange(O + 1) * (I // 2)
-    return SparseWeight((O, I), padded(torch.randn(O * I // 2).to(BF16)), low_OB | high_OB << 4, start_O1, (2, 4))
-
-
-def bitmap(O: int, I: int, density: float) -> SparseWeight:
-    """Random, without a pattern."""
-    values, bitmask_OB = compress_bitmap(torch.randn(O, I).masked_fill_(torch.rand(O, I) >= density, 0).to(BF16))
-    start_O1 = torch.nn.functional.pad(count_rows(bitmask_OB, I).cumsum(0), (1, 0))
-    return SparseWeight((O, I), padded(values), bitmask_OB, start_O1)
-
-
-def packed_int(O: int, I: int) -> CodedWeight:
-    """4 bits in groups of 128, as GPTQ makes them."""
-    G = I // 128
-    scale_Γ = (torch.rand(O * G) + 0.5).to(torch.float16)
-    return coded(O, I, 4, UniformGrid(128, scale_Γ, torch.randint(0, 16, (O * G,), dtype=torch.uint8)))
-
-
-def spqr(O: int, I: int) -> CodedWeight:
-    """3 bits in groups of 16, columns out of order, and one outlier in every 64 columns, as SpQR makes them."""
-    G = I // 16
-    pair_Γ = torch.randint(0, 8, (O * G,), dtype=torch.uint8) | torch.randint(0, 8, (O * G,), dtype=torch.uint8) << 4
-    # Scales of 0.5 to 1.9 and zero points of 0 to 7.
-    second_TG4 = torch.tensor([0.2, 0.5, 1, 0], dtype=torch.float16).repeat(O // 16, G, 1)
-    column_N = (torch.arange(0, I, 64) + torch.randint(0, 64, (O, I // 64))).flatten().int()
-    start_O1 = torch.arange(O + 1, dtype=torch.int32) * (I // 64)
-    outliers = SparseRows(start_O1, column_N, torch.randn(len(column_N)).to(torch.float16))
-    return coded(O, I, 3, TwoLevelGrid(16, 16, pair_Γ, second_TG4), torch.randperm(I).int(), outliers)
-
-
-def coded(
-    O: int,
-    I: int,
-    bits: int,
-    grid: UniformGrid | TwoLevelGrid,
-    order_I: Tensor | None = None,
-    outliers: SparseRows | None = None,
-) -> CodedWeight:
-    """Random codes on a grid."""
-    width = bytes_of(I, bits)
-    codes_S = padded(torch.randint(0, 256, (O * width,), dtype=torch.uint8))
-    start_O1 = torch.arange(O + 1) * width
-    return CodedWeight((O, I), BF16, bits, codes_S, start_O1, None, None, grid, None, order_I, outliers)
-
 
 # What a row is called: how its weights are made, and the backend.
 CASES: dict[str, tuple[Callable[[int, int], Packed], str]] = {
     "dense": (two_of_four, "dense"),
     "2:4, cuda-2:4": (two_of_four, "cuda-2:4"),
-    "bitmap 50 %, triton": (lambda O, I: bitmap(O, I, 0.5), "triton"),
-    "bitmap 70 %, triton": (lambda O, I: bitmap(O, I, 0.3), "triton"),
-    "SpQR 3 bits, triton": (spqr, "triton"),
-    "packed-int 4 bits, triton": (packed_int, "triton"),
+    "bitmap 50 %, triton": (partial(bitmap, density=0.5), "triton"),
+    "bitmap 70 %, triton": (partial(bitmap, density=0.3), "triton"),
+    # One outlier in 64 columns.
+    "SpQR 3 bits, triton": (partial(spqr, bits=3, group_size=16, outlier_share=1 / 64), "triton"),
+    "packed-int 4 bits, triton": (partial(packed_int, bits=4, group_size=128), "triton"),
 }
 # Case, tokens, and how many times as fast as dense it is to be.
 GOALS = (
@@ -142,15 +82,6 @@ class Figures:
             f"{self.error:.1e}",
         ]
         return f"| {' | '.join(cells)} |"
-
-
-def stored_tensors(ready: kernels.Prepared) -> Iterator[Tensor]:
-    """What a prepared weight keeps on the GPU."""
-    for tensor in tensors_of(ready.weight):
-        if isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
-            yield from (part for part in (tensor.packed, tensor.meta) if part is not None)
-        else:
-            yield tensor
 
 
 def milliseconds(run: Callable[[], object], least: float = 20) -> float:
@@ -209,7 +140,7 @@ def measure(make: Callable[[int, int], Packed], shape: tuple[int, int], backend:
         return kernels.prepare(weight, backend, device="cuda", dtype=BF16)
 
     copies = [prepare()]
-    held = sum(tensor.nbytes for tensor in stored_tensors(copies[0]))
+    held = nbytes(copies[0].weight)
     cold = 4 * torch.cuda.get_device_properties(0).L2_cache_size
     copies += [prepare() for _ in range(math.ceil(cold / held))]
     W_OI = dense_weight(random).float()

@@ -174,6 +174,7 @@ def report(cases: dict[str, Case], samples: dict[str, list[float]]) -> None:
     """Print a table. Ratios are of medians; above 1 is faster than torch."""
     copied, read = (cases[name].bytes / min(samples[name]) for name in (COPY, READ))
     middle = {name: statistics.median(each) for name, each in samples.items()}
+    torch_cases = {"bfloat16": TORCH_BF16, "float32": TORCH_FP32, "int4": TORCH_INT4}
     rows = []
     for name, case in cases.items():
         bandwidth = case.bytes / middle[name]
@@ -186,11 +187,14 @@ def report(cases: dict[str, Case], samples: dict[str, list[float]]) -> None:
                 f"{bandwidth / 1e9:.1f}",
                 f"{bandwidth / copied:.0%}",
                 f"{bandwidth / read:.0%}",
-                *(f"{middle[other] / middle[name]:.2f}×" for other in (TORCH_BF16, TORCH_FP32, TORCH_INT4)),
+                *(
+                    "" if name in (COPY, READ) else f"{middle[other] / middle[name]:.2f}×"
+                    for other in torch_cases.values()
+                ),
             ]
         )
-    headings = ["", "ms", "least ms", "MB", "GB/s", "of copy", "of read", "bfloat16", "float32", "int4"]
-    table([*headings[:7], *(f"against torch, {heading}" for heading in headings[7:])], rows)
+    against = [f"against torch, {dtype}" for dtype in torch_cases]
+    table(["", "ms", "least ms", "MB", "GB/s", "of copy", "of read", *against], rows)
 
 
 if __name__ == "__main__":

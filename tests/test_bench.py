@@ -23,11 +23,11 @@ import secateur
 from secateur import cli
 from secateur.errors import CheckpointError, UsageError
 from secateur.evaluate import bench as bench_file
-from secateur.evaluate.bench import bench, describe, held_bytes
+from secateur.evaluate.bench import bench, describe
 from secateur.evaluate.bench_timing import cache_bytes, free_bytes, large_copy, time_in_turn
 from secateur.formats.bitmap import Bitmap
 from secateur.kernels import BACKENDS, cpu_backend
-from secateur.kernels.packed import PADDING
+from secateur.kernels.packed import PADDING, nbytes
 from secateur.kernels.triton_decode import TritonWeight
 
 CPU = torch.device("cpu")
@@ -228,10 +228,10 @@ def test_describe():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 def test_every_form_of_weight_is_counted():
     ten, four = torch.zeros(10, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
-    assert held_bytes(TritonWeight((2, 8), {"values_V": ten, "zero": None}, {"BITS": 4}, order_I=four)) == 14
+    assert nbytes(TritonWeight((2, 8), {"values_V": ten, "zero": None}, {"BITS": 4}, order_I=four)) == 14
     sparse = SparseSemiStructuredTensorCUSPARSELT(torch.Size((32, 32)), ten, None, None, None, None)
-    assert held_bytes(sparse) == 10
-    assert held_bytes(ten) == 10
+    assert nbytes(sparse) == 10
+    assert nbytes(ten) == 10
 
 
 def test_copies_of_a_form_of_its_own_lie_elsewhere(monkeypatch):
@@ -251,7 +251,7 @@ def test_copies_of_a_form_of_its_own_lie_elsewhere(monkeypatch):
             found = [(weight["weight"] if backend == "own" else weight).values_V for weight in found]
         assert len({tensor.data_ptr() for tensor in found}) == len(found) > len(weights)
         assert all(torch.equal(tensor, found[i % 2]) for i, tensor in enumerate(found))
-        assert sum(map(held_bytes, found)) > 2**18 / 2
+        assert sum(map(nbytes, found)) > 2**18 / 2
         assert len({W_OI.data_ptr() for W_OI in rotation.dense}) == len(rotation.dense) == 2**19 // (4 * 64 * 64)
 
 

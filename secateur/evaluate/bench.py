@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.sparse import SparseSemiStructuredTensor
 
 from secateur import kernels
 from secateur.errors import UsageError
@@ -32,7 +31,7 @@ from secateur.evaluate.bench_timing import COLD, cache_bytes, free_bytes, large_
 from secateur.formats.packed import DecodedWeights
 from secateur.formats.quantized import DTYPES
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
-from secateur.kernels.packed import CodedWeight, Packed, SparseWeight, map_tensors
+from secateur.kernels.packed import CodedWeight, Packed, SparseWeight, map_tensors, nbytes
 from secateur.pipeline.load import open_device
 from secateur.pipeline.source import Source, open_source
 
@@ -300,12 +299,12 @@ class _Rotation:
         cold = COLD * cache_bytes(device)
         most = free_bytes(device) * _MEMORY_SHARE
         first = prepare(weights[0], backend, device=device, dtype=dtype)
-        size = held_bytes(first.weight)
+        size = nbytes(first.weight)
         held = max(1, math.floor(most / size))
         own = weights[:held]
         self.linears = len(weights)
         self.ready = [first, *(prepare(weight, backend, device=device, dtype=dtype) for weight in own[1:])]
-        self.weight_bytes = round(statistics.mean(held_bytes(ready.weight) for ready in self.ready))
+        self.weight_bytes = round(statistics.mean(nbytes(ready.weight) for ready in self.ready))
         copies = min(_copies(size, cold), held) - len(own)
         self.ready += [_copy(self.ready[i % len(own)], own[i % len(own)], dtype) for i in range(copies)]
         W_OI: Tensor = prepare(weights[0], "dense", device=device, dtype=dtype).weight
@@ -326,20 +325,6 @@ def _copy(ready: Prepared, weight: Packed, dtype: torch.dtype) -> Prepared:
         return map_tensors(ready, torch.clone)
     # A form of a backend's own, which may share nothing with the packed weight, or all.
     return prepare(map_tensors(weight, torch.clone), ready.backend.name, device=ready.device, dtype=dtype)
-
-
-def held_bytes(weight: Any) -> int:
-    """Bytes of memory that a prepared weight of any backend takes."""
-    if isinstance(weight, SparseSemiStructuredTensor):
-        # Its own `nbytes` are those of the dense weight.
-        return held_bytes({"packed": weight.packed, "meta": weight.meta})
-    if isinstance(weight, Tensor):
-        return weight.nbytes
-    if isinstance(weight, Mapping):
-        return sum(map(held_bytes, weight.values()))
-    if dataclasses.is_dataclass(weight):
-        return sum(held_bytes(getattr(weight, field.name)) for field in dataclasses.fields(weight))
-    return 0
 
 
 def _measure(key: _Key, rotation: _Rotation, T: int, copy: Callable[[], object], seconds: float) -> tuple[Case, float]:

@@ -36,8 +36,9 @@ def plot(bench: Bench, file: Path) -> None:
     rows = len(bench.cases) // len(panels)
     figure = Figure(figsize=(9, 1.5 + len(panels) * (1 + 0.6 * rows)), layout="constrained")
     figure.suptitle(
-        f"{bench.model}: {bench.dtype}, {bench.device}, {bench.threads} threads, "
-        f"copy bandwidth {bench.copy_bandwidth / 1e9:.1f} GB/s"
+        f"{bench.model}: {bench.dtype}, {bench.device}, threads: {bench.threads}, "
+        f"copy bandwidth {bench.copy_bandwidth / 1e9:.1f} GB/s",
+        parse_math=False,  # of a path
     )
     for T, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
         cases = [case for case in bench.cases if case.tokens == T]

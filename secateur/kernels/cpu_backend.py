@@ -41,10 +41,19 @@ def missing() -> str | None:
 def _register_fakes() -> None:
     """What the operators return, for `torch.compile` and `torch.export`."""
 
-    def fake_sparse(x: Tensor, values: Tensor, mask: Tensor, start: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_empty(x.shape[0], start.shape[0] - 1)
+    def fake_sparse(x: Tensor, *parts: Tensor | None) -> Tensor:
+        return fake(x, *parts, start=parts[2])
 
-    def fake_coded(x: Tensor, bits: int, codes: Tensor, start: Tensor, *_: Any) -> Tensor:
+    def fake_coded(x: Tensor, bits: int, codes: Tensor, start: Tensor, *parts: Any) -> Tensor:
+        return fake(x, codes, start, *parts, start=start)
+
+    def fake(x: Tensor, *parts: Any, start: Tensor | None) -> Tensor:
+        assert start is not None
+        # One real tensor among fake ones would otherwise be given memory that nobody fills.
+        for part in parts:
+            torch._check(
+                not isinstance(part, Tensor) or part.device == x.device, lambda: "secateur: parts on other devices"
+            )
         return x.new_empty(x.shape[0], start.shape[0] - 1)
 
     torch.library.register_fake("secateur::sparse_linear", fake_sparse)

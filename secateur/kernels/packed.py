@@ -8,12 +8,13 @@ C: entries of a lookup table, N: outliers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensor
 
 #: Zero bytes after the last value or code, so that a wide load that begins inside the stream ends inside the tensor.
 PADDING = 64
@@ -154,18 +155,18 @@ def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     return value
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a dataclass, at any depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, f.name))
-
-
 def nbytes(weight: Any) -> int:
-    """Bytes of all its tensors."""
-    return sum(tensor.nbytes for tensor in tensors_of(weight))
+    """Bytes of memory that a packed weight takes, or what a backend has made of it."""
+    if isinstance(weight, SparseSemiStructuredTensor):
+        # Its own `nbytes` are those of the dense weight.
+        return nbytes({"packed": weight.packed, "meta": weight.meta})
+    if isinstance(weight, Tensor):
+        return weight.nbytes
+    if isinstance(weight, Mapping):
+        return sum(map(nbytes, weight.values()))
+    if dataclasses.is_dataclass(weight):
+        return sum(nbytes(getattr(weight, field.name)) for field in dataclasses.fields(weight))
+    return 0
 
 
 def padded(stream: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-// The kernels for processors with AVX2, F16C and FMA: x86-64-v3, nearly all since 2013. Inputs and sums are float32 whatever the
-// inputs were.
+// The kernels for processors with AVX2, F16C and FMA: x86-64-v3, nearly all since 2013. Inputs and sums are float32 whatever
+// the inputs were.
 //
 // AVX2 cannot expand values under the bits of a mask, so each byte of the mask looks up how to shuffle eight values to their
 // places. Eight codes of up to four bits lie in one 32-bit word: each lane has a copy of it and shifts its own code down.
@@ -28,6 +28,7 @@ constexpr int PREFETCH = 2048;
 // For one token so many rows are done side by side. They lie far from each other: the processor's own prefetcher follows two
 // streams in different pages, not in one.
 constexpr int ROWS = 2;
+static_assert(ROWS <= MOST_ROWS);
 
 inline __m128i load_half(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 inline __m128i load_whole(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -316,8 +317,9 @@ inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int6
         c = _mm256_and_si256(both, _mm256_set1_epi32(255));
         d = _mm256_srli_epi32(both, 8);
       }
+      const float* of_zero = level + 2 * stride;
       s = _mm256_fmadd_ps(_mm256_loadu_ps(level + g), _mm256_cvtepi32_ps(c), _mm256_loadu_ps(level + stride + g));
-      z = _mm256_fmadd_ps(_mm256_loadu_ps(level + 2 * stride + g), _mm256_cvtepi32_ps(d), _mm256_loadu_ps(level + 3 * stride + g));
+      z = _mm256_fmadd_ps(_mm256_loadu_ps(of_zero + g), _mm256_cvtepi32_ps(d), _mm256_loadu_ps(of_zero + stride + g));
     }
     if (left < 8) {
       const __m256 there = _mm256_castsi256_ps(first_lanes(left));
@@ -406,8 +408,8 @@ struct Stream {
 };
 
 // Scales of the blocks of row r. What its zero points take away goes to y.
-inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, int64_t t0, int64_t T,
-                                 float* y, int64_t O, Stream& s) {
+inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, int64_t t0,
+                                 int64_t T, float* y, int64_t O, Stream& s) {
   const int64_t Gs = round_up(w.G + WIDTH);
   if (w.table.data) {
     for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = 0;
@@ -468,7 +470,8 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
 }
 
 template <int bits, int block, int T>
-void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O, float* scratch) {
+void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O,
+                  float* scratch) {
   constexpr int R = T == 1 ? ROWS : 1;
   const int64_t Gs = round_up(w.G + WIDTH), blocks = (w.I + block - 1) / block;
   Stream streams[R];
@@ -515,7 +518,20 @@ void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, fl
   }
 }
 
-const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row};
+void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256 value = _mm256_loadu_ps(from + i);
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i all = _mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc0), nan);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+}
+
+const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16};
 
 }  // namespace
 }  // namespace secateur

@@ -24,10 +24,10 @@ namespace secateur {
 namespace {
 
 // How far ahead values and codes are fetched, in bytes.
-constexpr int PREFETCH = 2048;
-// For one token so many rows are done side by side. They lie far from each other: the processor's own prefetcher follows two
-// streams in different pages, not in one.
-constexpr int ROWS = 2;
+constexpr int PREFETCH = 1024;
+// For one token so many rows are done side by side. They lie far from each other: the processor's own prefetcher follows
+// several streams in different pages, not in one.
+constexpr int ROWS = MOST_ROWS;
 
 inline __m512 even_bf16(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
 inline __m512 odd_bf16(__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000)))); }
@@ -205,40 +205,47 @@ inline void tile_levels(const Coded& w, int64_t tile, float* level, int64_t stri
   }
 }
 
-// Scales and zero points of n groups of a row, from that of number `at` on, and zeros up to the next sixteen. Folded, for
-// codes c that were read as u + c/unit: unit · scale, and scale · (zero + unit · u).
+// Scales and zero points of 16 groups of a row, or of fewer at its end, with zeros after them. `at` counts the groups of all
+// rows, g those of this one. Folded, for codes c that were read as u + c/unit: unit · scale, and scale · (zero + unit · u).
+template <bool folded, bool end>
+inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const float* level, int64_t stride, float* scale,
+                    float* zero, float unit, float u) {
+  const __mmask16 some = end ? __mmask16((1u << n) - 1) : __mmask16(0xffff);
+  __m512 s, z;
+  if (w.scale.data) {
+    s = end ? load_some(w.scale, at, n) : load16(w.scale, at);
+    z = _mm512_set1_ps(float(1 << (w.bits - 1)));
+    if (w.zero) z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.zero + at)));
+  } else {
+    __m512i c, d;
+    if (w.nibbles) {
+      const __m512i both = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.pair + at));
+      c = _mm512_and_si512(both, _mm512_set1_epi32(15));
+      d = _mm512_srli_epi32(both, 4);
+    } else {
+      const __m512i both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, w.pair + 2 * at));
+      c = _mm512_and_si512(both, _mm512_set1_epi32(255));
+      d = _mm512_srli_epi32(both, 8);
+    }
+    level += g;
+    s = _mm512_fmadd_ps(_mm512_loadu_ps(level), _mm512_cvtepi32_ps(c), _mm512_loadu_ps(level + stride));
+    z = _mm512_fmadd_ps(_mm512_loadu_ps(level + 2 * stride), _mm512_cvtepi32_ps(d), _mm512_loadu_ps(level + 3 * stride));
+  }
+  if (folded) {
+    z = _mm512_mul_ps(s, _mm512_add_ps(z, _mm512_set1_ps(unit * u)));
+    s = _mm512_mul_ps(s, _mm512_set1_ps(unit));
+  }
+  _mm512_storeu_ps(scale + g, end ? _mm512_maskz_mov_ps(some, s) : s);
+  _mm512_storeu_ps(zero + g, end ? _mm512_maskz_mov_ps(some, z) : z);
+}
+
+// The same for all n groups of a row, from that of number `at` on.
 template <bool folded = false>
 inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero,
                  float unit = 1, float u = 0) {
-  for (int64_t g = 0; g < n; g += 16) {
-    const int64_t left = n - g;
-    const __mmask16 some = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
-    __m512 s, z;
-    if (w.scale.data) {
-      s = load_some(w.scale, at + g, left);
-      z = _mm512_set1_ps(float(1 << (w.bits - 1)));
-      if (w.zero) z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.zero + at + g)));
-    } else {
-      __m512i c, d;
-      if (w.nibbles) {
-        const __m512i both = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.pair + at + g));
-        c = _mm512_and_si512(both, _mm512_set1_epi32(15));
-        d = _mm512_srli_epi32(both, 4);
-      } else {
-        const __m512i both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, w.pair + 2 * (at + g)));
-        c = _mm512_and_si512(both, _mm512_set1_epi32(255));
-        d = _mm512_srli_epi32(both, 8);
-      }
-      s = _mm512_fmadd_ps(_mm512_loadu_ps(level + g), _mm512_cvtepi32_ps(c), _mm512_loadu_ps(level + stride + g));
-      z = _mm512_fmadd_ps(_mm512_loadu_ps(level + 2 * stride + g), _mm512_cvtepi32_ps(d), _mm512_loadu_ps(level + 3 * stride + g));
-    }
-    if (folded) {
-      z = _mm512_mul_ps(s, _mm512_add_ps(z, _mm512_set1_ps(unit * u)));
-      s = _mm512_mul_ps(s, _mm512_set1_ps(unit));
-    }
-    _mm512_storeu_ps(scale + g, _mm512_maskz_mov_ps(some, s));
-    _mm512_storeu_ps(zero + g, _mm512_maskz_mov_ps(some, z));
-  }
+  int64_t g = 0;
+  for (; g + 16 <= n; g += 16) grid_16<folded, false>(w, at + g, g, 16, level, stride, scale, zero, unit, u);
+  if (g < n) grid_16<folded, true>(w, at + g, g, n - g, level, stride, scale, zero, unit, u);
 }
 
 // Numbers to weights, in place.
@@ -250,11 +257,30 @@ inline void apply_grid(int64_t K, int64_t group_size, const float* scale, const 
       _mm512_storeu_ps(w + k, _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + k), z), s));
     if (k < end) {
       const __mmask16 some = __mmask16((1u << (end - k)) - 1);
-      const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + k), z), s);
+      const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, w + k), z), s);
       _mm512_mask_storeu_ps(w + k, some, v);
       k = end;
     }
   }
+}
+
+// The products of T tokens with a row of which the values of `stored` are kept.
+template <int T>
+inline void masked_dot(const uint8_t* mask, int64_t I, const float* stored, const Inputs& in, int64_t t0, float* y, int64_t O) {
+  const int64_t B = (I + 7) / 8;
+  const float* x = in.x + t0 * in.stride;
+  __m512 sum[T];
+  for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < B; b += 8, x += 64) {
+    const uint64_t bits = mask_word(mask, b, B);
+    for (int part = 0; part < 4; part++) {
+      const __mmask16 some = __mmask16(bits >> (16 * part));
+      const __m512 w = _mm512_maskz_expand_ps(some, _mm512_loadu_ps(stored));
+      stored += __builtin_popcount(some);
+      for (int t = 0; t < T; t++) sum[t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + t * in.stride + 16 * part), sum[t]);
+    }
+  }
+  for (int t = 0; t < T; t++) y[(t0 + t) * O] = _mm512_reduce_add_ps(sum[t]);
 }
 
 inline void place(const uint8_t* mask, int64_t I, const float* stored, float* row) {
@@ -269,25 +295,22 @@ inline void place(const uint8_t* mask, int64_t I, const float* stored, float* ro
   }
 }
 
-// `levels` of the row's tile, see `tile_levels`. scratch: the stored weights, then scales and zero points.
-inline void one_row(const Coded& w, int64_t r, const float* levels, float* row, float* scratch) {
+// What row r stores. `levels` of the row's tile, see `tile_levels`; scratch for scales and zero points.
+inline void stored_values(const Coded& w, int64_t r, const float* levels, float* stored, float* scratch) {
   const int64_t K = stored_of(w, r), Gs = round_up(w.G + WIDTH);
-  float* stored = w.mask ? scratch : row;
   code_values(w, r, K, stored);
-  if (!w.table.data) {
-    float *scale = scratch + round_up(w.I), *zero = scale + Gs;
-    grid(w, groups_before(w, r), (K + w.group_size - 1) / w.group_size, levels, Gs, scale, zero);
-    apply_grid(K, w.group_size, scale, zero, stored);
-  }
-  if (w.mask) place(w.mask + r * ((w.I + 7) / 8), w.I, stored, row);
-  add_outliers(w, r, row);
+  if (w.table.data) return;
+  grid(w, groups_before(w, r), (K + w.group_size - 1) / w.group_size, levels, Gs, scratch, scratch + Gs);
+  apply_grid(K, w.group_size, scratch, scratch + Gs, stored);
 }
 
 void coded_row(const Coded& w, int64_t r, float* row, float* scratch) {
   const int64_t Gs = round_up(w.G + WIDTH);
-  float* levels = scratch + round_up(w.I) + 2 * Gs;
+  float *levels = scratch + round_up(w.I), *more = levels + 4 * Gs, *stored = w.mask ? scratch : row;
   if (w.second.data) tile_levels(w, r / w.tile_rows, levels, Gs);
-  one_row(w, r, levels, row, scratch);
+  stored_values(w, r, levels, stored, more);
+  if (w.mask) place(w.mask + r * ((w.I + 7) / 8), w.I, stored, row);
+  add_outliers(w, r, row);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -442,16 +465,34 @@ void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, fl
     if (w.bits == 8 && !w.table.data) return fused<8>(w, in, first, last, y, O, scratch);
   }
   const int64_t Gs = round_up(w.G + WIDTH);
-  float *row = scratch, *spare = row + round_up(w.I), *levels = spare + round_up(w.I) + 2 * Gs;
+  float *stored = scratch, *levels = stored + round_up(w.I), *more = levels + 4 * Gs;
   int64_t tile = -1;
   for (int64_t r = first; r < last; r++) {
     if (w.second.data && r / w.tile_rows != tile) tile_levels(w, tile = r / w.tile_rows, levels, Gs);
-    one_row(w, r, levels, row, spare);
-    for (int64_t t = 0; t < in.T; t++) y[t * O + r] = dot(row, in.x + t * in.stride, w.I);
+    stored_values(w, r, levels, stored, more);
+    if (w.mask) {
+      const uint8_t* mask = w.mask + r * ((w.I + 7) / 8);
+      SECATEUR_BY_TOKENS((masked_dot<T>(mask, w.I, stored, in, t0, y + r, O)))
+    } else {
+      for (int64_t t = 0; t < in.T; t++) y[t * O + r] = dot(stored, in.x + t * in.stride, w.I);
+    }
+    for (int64_t t = 0; t < in.T; t++) y[t * O + r] += some_outliers(w, r, in.x + t * in.stride);
   }
 }
 
-const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row};
+void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 value = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i all = _mm512_mask_mov_epi32(nearest, nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(all));
+  }
+}
+
+const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16};
 
 }  // namespace
 }  // namespace secateur

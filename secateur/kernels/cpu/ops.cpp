@@ -23,8 +23,8 @@ using Maybe = const std::optional<Tensor>&;
 
 // From so many tokens on, rows are unpacked, a tile of them at a time, and multiplied by torch.
 constexpr int64_t FROM_TOKENS = 9;
-// Of float32 or bfloat16: of this order are second-level caches.
-constexpr int64_t TILE_BYTES = 1 << 20;
+// A tile of unpacked rows stays in the second-level cache, but with fewer rows torch's products are slow.
+constexpr int64_t TILE_BYTES = 1 << 20, LEAST_ROWS = 128;
 // A thread is not woken for less: to wake one takes about as long.
 constexpr int64_t WEIGHTS_PER_THREAD = 1 << 17;
 
@@ -130,27 +130,29 @@ int64_t grain(int64_t I) { return std::max<int64_t>(1, WEIGHTS_PER_THREAD / std:
 // x Wᵀ by unpacking tiles of rows; `row(r, w, scratch)` unpacks one in float32, columns in stored order.
 template <class Row>
 Tensor by_tiles(const Tensor& x, Maybe order, Maybe bias, int64_t O, int64_t floats, const Row& row) {
-  const int64_t T = x.size(0), I = x.size(1);
+  const int64_t T = x.size(0), I = x.size(1), stride = round_up(I);
   // float16 products are slow in torch on a CPU.
   const auto dtype = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
   const Tensor source = (order ? x.index_select(1, *order) : x).to(dtype);
   Tensor y = at::empty({T, O}, source.options());
-  const int64_t rows = std::clamp<int64_t>(TILE_BYTES / std::max<int64_t>(1, I * at::elementSize(dtype)), 16, 512);
-  Tensor tile = at::empty({std::min(rows, O), I}, source.options());
+  const int64_t rows = std::clamp<int64_t>(TILE_BYTES / (stride * at::elementSize(dtype)), LEAST_ROWS, 8 * LEAST_ROWS);
+  Tensor tile = at::empty({std::min(rows, O), stride}, source.options());
+  const Kernels& kernels = *chosen();
   for (int64_t first = 0; first < O; first += rows) {
     const int64_t count = std::min(rows, O - first);
     at::parallel_for(0, count, grain(I), [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(round_up(I) + floats);
+      std::vector<float> buffer(stride + floats);
       for (int64_t r = begin; r < end; r++) {
-        row(first + r, buffer.data(), buffer.data() + round_up(I));
-        if (dtype == at::kFloat)
-          std::copy_n(buffer.data(), I, tile.data_ptr<float>() + r * I);
-        else
-          at::vec::convert(buffer.data(), tile.data_ptr<at::BFloat16>() + r * I, I);
+        if (dtype == at::kFloat) {
+          row(first + r, tile.data_ptr<float>() + r * stride, buffer.data());
+        } else {
+          row(first + r, buffer.data(), buffer.data() + stride);
+          kernels.to_bf16(buffer.data(), static_cast<uint16_t*>(tile.data_ptr()) + r * stride, I);
+        }
       }
     });
     Tensor part = y.narrow(1, first, count);
-    const Tensor weight = tile.narrow(0, 0, count).t();
+    const Tensor weight = tile.narrow(0, 0, count).narrow(1, 0, I).t();
     if (bias)
       at::addmm_out(part, bias->narrow(0, first, count).to(dtype), source, weight);
     else

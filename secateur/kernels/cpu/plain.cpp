@@ -56,8 +56,12 @@ void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, fl
   }
 }
 
+void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
+}
+
 }  // namespace
 
-const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row};
+const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16};
 
 }  // namespace secateur

@@ -36,6 +36,13 @@ inline float value_at(Floats v, int64_t i) {
   }
 }
 
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // NaN stays NaN
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 inline bool bit_at(const uint8_t* mask, int64_t i) { return mask[i >> 3] >> (i & 7) & 1; }
 
 // Eight bytes of a mask of B bytes from byte b on, as far as there are any.

@@ -65,8 +65,11 @@ struct Inputs {
   int64_t sums;                // a multiple of WIDTH
 };
 
-// Floats of scratch that a kernel wants for a weight of these sizes.
-constexpr int64_t scratch_floats(int64_t I, int64_t G) { return 3 * round_up(I) + 12 * round_up(G + WIDTH); }
+// Rows that a kernel does side by side, at most.
+constexpr int MOST_ROWS = 4;
+
+// Floats of scratch that a kernel wants for a weight of these sizes: rows, and for each row done at a time six of groups.
+constexpr int64_t scratch_floats(int64_t I, int64_t G) { return 3 * round_up(I) + MOST_ROWS * 6 * round_up(G + WIDTH); }
 
 // Kernels for the rows from `first` to before `last`. `y` is [T, O], of which these columns are set.
 struct Kernels {
@@ -76,6 +79,8 @@ struct Kernels {
   void (*sparse_row)(const Sparse&, int64_t r, float* w);
   void (*coded_dot)(const Coded&, const Inputs&, int64_t first, int64_t last, float* y, int64_t O, float* scratch);
   void (*coded_row)(const Coded&, int64_t r, float* w, float* scratch);
+  // float32 to bfloat16, to the nearest and ties to even. Both vectors have room for round_up(n).
+  void (*to_bf16)(const float* from, uint16_t* to, int64_t n);
 };
 
 extern const Kernels plain_kernels;

@@ -1,0 +1,281 @@
+// Runs all kernels on random weights whose buffers are exactly as long as rows.h promises, and compares them with the plain
+// ones. Built with sanitizers, it stops at the first byte that is read or written beyond a buffer.
+//
+// usage: check_kernels [unpadded]    "unpadded" leaves out what has to follow values and codes: that must be found.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "plain.h"
+
+using namespace secateur;
+
+namespace {
+
+std::mt19937 draw(0);
+int64_t padding = WIDTH;
+
+int64_t below(int64_t n) { return int64_t(draw() % uint64_t(n)); }
+bool chance(double share) { return draw() < share * 4294967296.0; }
+
+template <class T>
+T one_of(const std::vector<T>& choices) {
+  return choices[below(choices.size())];
+}
+
+// Memory of so many bytes and no more: either from the heap, where the address sanitizer watches both ends, or up to the end
+// of a page, behind which no instruction can read. The sanitizer does not see masked loads and gathers.
+class Exact {
+ public:
+  explicit Exact(size_t bytes) : bytes_(bytes) {
+    if (chance(0.5)) {
+      heap_.reset(new uint8_t[bytes]);
+      data_ = heap_.get();
+      return;
+    }
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), pages = (bytes + page - 1) / page * page;
+    void* memory = mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(static_cast<uint8_t*>(memory) + pages, page, PROT_NONE)) std::abort();
+    mapped_ = memory;
+    mapped_bytes_ = pages + page;
+    data_ = static_cast<uint8_t*>(memory) + pages - bytes;
+  }
+  Exact(Exact&& other) : bytes_(other.bytes_), data_(other.data_), heap_(std::move(other.heap_)) {
+    std::swap(mapped_, other.mapped_);
+    mapped_bytes_ = other.mapped_bytes_;
+  }
+  ~Exact() {
+    if (mapped_) munmap(mapped_, mapped_bytes_);
+  }
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_;
+  uint8_t* data_ = nullptr;
+  std::unique_ptr<uint8_t[]> heap_;
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
+};
+
+// What one weight and its inputs lie in.
+class Memory {
+ public:
+  template <class T>
+  T* exactly(const std::vector<T>& values, int64_t bytes_after = 0) {
+    owned_.emplace_back(values.size() * sizeof(T) + bytes_after);
+    uint8_t* data = owned_.back().data();
+    std::memset(data, 0, owned_.back().bytes());
+    if (!values.empty()) std::memcpy(data, values.data(), values.size() * sizeof(T));
+    return reinterpret_cast<T*>(data);
+  }
+
+  float* floats(int64_t n) { return exactly(std::vector<float>(n)); }
+
+  // Values between 2^-5 and 2^3, of either sign if it is wanted.
+  Floats values(int64_t n, Float dtype, bool either_sign, int64_t bytes_after = 0) {
+    std::vector<uint16_t> halves;
+    std::vector<float> wholes;
+    for (int64_t i = 0; i < n; i++) {
+      const uint32_t sign = either_sign && chance(0.5), exponent = uint32_t(below(8)), fraction = draw();
+      if (dtype == Float::f32) wholes.push_back(from_bits(sign << 31 | (exponent + 122) << 23 | (fraction & 0x7fffff)));
+      if (dtype == Float::bf16) halves.push_back(uint16_t(sign << 15 | (exponent + 122) << 7 | (fraction & 127)));
+      if (dtype == Float::f16) halves.push_back(uint16_t(sign << 15 | (exponent + 10) << 10 | (fraction & 1023)));
+    }
+    const void* data = dtype == Float::f32 ? static_cast<void*>(exactly(wholes, bytes_after)) : exactly(halves, bytes_after);
+    return {data, dtype};
+  }
+
+ private:
+  std::vector<Exact> owned_;
+};
+
+std::vector<uint8_t> random_bytes(int64_t n) {
+  std::vector<uint8_t> bytes(n);
+  for (uint8_t& byte : bytes) byte = uint8_t(draw());
+  return bytes;
+}
+
+// A mask [O, ⌈I/8⌉], and how many bits each row has.
+std::vector<uint8_t> random_mask(int64_t O, int64_t I, std::vector<int64_t>& count) {
+  const int64_t B = (I + 7) / 8;
+  std::vector<uint8_t> mask(O * B);
+  count.assign(O, 0);
+  for (int64_t r = 0; r < O; r++) {
+    const double density = one_of<double>({0, 0.1, 0.5, 0.9, 1});
+    for (int64_t i = 0; i < I; i++)
+      if (chance(density)) {
+        mask[r * B + i / 8] |= uint8_t(1 << i % 8);
+        count[r]++;
+      }
+  }
+  return mask;
+}
+
+template <class T>
+std::vector<T> running_sum(const std::vector<int64_t>& counts) {
+  std::vector<T> start = {0};
+  for (int64_t count : counts) start.push_back(T(start.back() + count));
+  return start;
+}
+
+Inputs random_inputs(Memory& memory, int64_t T, int64_t I, int64_t group_size, int64_t G, bool split) {
+  const int64_t stride = round_up(I), sums = G ? round_up(G) : 0;
+  std::vector<float> x(T * stride), x_split(T * stride), group_sum(T * sums);
+  std::normal_distribution<float> normal;
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t i = 0; i < I; i++) {
+      x[t * stride + i] = normal(draw);
+      x_split[t * stride + i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = x[t * stride + i];
+      if (G) group_sum[t * sums + i / group_size] += x[t * stride + i];
+    }
+  const float* sum_of_groups = G ? memory.exactly(group_sum) : nullptr;
+  return {T, stride, memory.exactly(x), split ? memory.exactly(x_split) : nullptr, sum_of_groups, sums};
+}
+
+void fail(const char* what, const Kernels& kernels, int64_t weight) {
+  std::printf("%s of %s differs from plain C++ at weight %ld\n", what, kernels.name, long(weight));
+  std::exit(1);
+}
+
+// `largest`: of the terms that are added up for one column of a row, per unit of input.
+void compare_dot(const float* y, const float* want, const Inputs& in, int64_t first, int64_t last, int64_t O, float largest,
+                 const Kernels& kernels, int64_t number) {
+  for (int64_t t = 0; t < in.T; t++) {
+    float size = 0;
+    for (int64_t i = 0; i < in.stride; i++) size += std::fabs(in.x[t * in.stride + i]);
+    for (int64_t r = 0; r < O; r++) {
+      const bool asked = r >= first && r < last;
+      // What was not asked for is left alone.
+      if (asked ? !(std::fabs(y[t * O + r] - want[t * O + r]) <= 1e-5f * size * largest) : y[t * O + r] != 0)
+        fail("dot", kernels, number);
+    }
+  }
+}
+
+void compare_row(const float* row, const float* want, int64_t I, float tolerance, const Kernels& kernels, int64_t number) {
+  for (int64_t i = 0; i < I; i++)
+    if (!(std::fabs(row[i] - want[i]) <= tolerance)) fail("row", kernels, number);
+}
+
+int64_t random_columns() { return one_of<int64_t>({1, 7, 8, 9, 31, 33, 63, 64, 65, 100, 128, 200, 333}); }
+
+void check_sparse(const std::vector<const Kernels*>& all, int64_t number) {
+  Memory memory;
+  const int64_t O = 1 + below(6), I = random_columns(), T = below(9), first = below(O), last = first + 1 + below(O - first);
+  std::vector<int64_t> count;
+  Sparse w = {};
+  w.I = I;
+  w.mask = memory.exactly(random_mask(O, I, count));
+  w.start = memory.exactly(running_sum<int64_t>(count));
+  w.values = memory.values(w.start[O], one_of<Float>({Float::f32, Float::bf16, Float::f16}), true, padding);
+  const Inputs in = random_inputs(memory, T, I, 1, 0, w.values.dtype == Float::bf16);
+  float *want = memory.floats(T * O), *want_row = memory.floats(round_up(I));
+  plain_kernels.sparse_dot(w, in, first, last, want, O);
+  for (const Kernels* kernels : all) {
+    float *y = memory.floats(T * O), *row = memory.floats(round_up(I));
+    kernels->sparse_dot(w, in, first, last, y, O);
+    compare_dot(y, want, in, first, last, O, 8, *kernels, number);
+    for (int64_t r = 0; r < O; r++) {
+      plain_kernels.sparse_row(w, r, want_row);
+      kernels->sparse_row(w, r, row);
+      compare_row(row, want_row, I, 0, *kernels, number);
+    }
+  }
+}
+
+void check_coded(const std::vector<const Kernels*>& all, int64_t number) {
+  Memory memory;
+  const int64_t O = 1 + below(6), I = random_columns(), T = below(9), first = below(O), last = first + 1 + below(O - first);
+  const Float half = one_of<Float>({Float::bf16, Float::f16});
+  Coded w = {};
+  w.I = I;
+  w.bits = int(1 + below(8));
+  // Which weights are stored.
+  std::vector<int64_t> K(O, I), bytes(O), groups(O);
+  if (chance(0.4)) {
+    w.mask = memory.exactly(random_mask(O, I, K));
+    w.count = memory.exactly(std::vector<int32_t>(K.begin(), K.end()));
+  }
+  for (int64_t r = 0; r < O; r++) bytes[r] = (K[r] * w.bits + 7) / 8;
+  w.start = memory.exactly(running_sum<int64_t>(bytes));
+  w.codes = memory.exactly(random_bytes(w.start[O]), padding);
+  // What codes stand for, and the largest of the terms that make a weight.
+  float largest = 16;
+  const int64_t kind = below(3);
+  if (kind == 0) {
+    w.table = memory.values(O << w.bits, half, true);
+  } else {
+    w.group_size = std::min<int64_t>(I, one_of<int64_t>({1, 3, 16, 32, 48, 64, 96, 128, 1000}));
+    w.G = (I + w.group_size - 1) / w.group_size;
+    for (int64_t r = 0; r < O; r++) groups[r] = (K[r] + w.group_size - 1) / w.group_size;
+    const std::vector<int64_t> group_start = running_sum<int64_t>(groups);
+    if (w.mask) w.group_start = memory.exactly(group_start);
+    const int64_t total = group_start[O];
+    if (kind == 1) {
+      w.scale = memory.values(total, half, false);
+      if (chance(0.5)) w.zero = memory.exactly(random_bytes(total));
+      largest = 8 * 512 + 16;
+    } else {
+      w.nibbles = chance(0.5);
+      w.pair = memory.exactly(random_bytes(w.nibbles ? total : 2 * total));
+      w.tile_rows = 1 + below(4);
+      w.second_groups = *std::max_element(groups.begin(), groups.end());
+      w.second = memory.values((O + w.tile_rows - 1) / w.tile_rows * w.second_groups * 4, half, false);
+      const float most = 8 + 8 * (w.nibbles ? 15 : 255);
+      largest = most * (256 + most) + 16;
+    }
+  }
+  if (chance(0.5)) {
+    std::vector<int64_t> count(O);
+    std::vector<int32_t> column;
+    for (int64_t& n : count) {
+      n = chance(0.3) ? 0 : below(I + 1);
+      for (int64_t i = 0; i < n; i++) column.push_back(int32_t(below(I)));
+    }
+    w.outlier_start = memory.exactly(running_sum<int32_t>(count));
+    w.outlier_column = memory.exactly(column);
+    w.outlier_value = memory.values(int64_t(column.size()), half, true);
+    largest += 8 * float(I);  // some may be of one column
+  }
+  const Inputs in = random_inputs(memory, T, I, std::max<int64_t>(1, w.group_size), w.G, false);
+  const int64_t scratch = scratch_floats(I, w.G);
+  float *want = memory.floats(T * O), *want_row = memory.floats(round_up(I));
+  plain_kernels.coded_dot(w, in, first, last, want, O, memory.floats(scratch));
+  for (const Kernels* kernels : all) {
+    float *y = memory.floats(T * O), *row = memory.floats(round_up(I));
+    kernels->coded_dot(w, in, first, last, y, O, memory.floats(scratch));
+    compare_dot(y, want, in, first, last, O, largest, *kernels, number);
+    for (int64_t r = 0; r < O; r++) {
+      plain_kernels.coded_row(w, r, want_row, memory.floats(scratch));
+      kernels->coded_row(w, r, row, memory.floats(scratch));
+      compare_row(row, want_row, I, 1e-5f * largest, *kernels, number);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && !std::strcmp(arguments[1], "unpadded")) padding = 0;
+  std::vector<const Kernels*> all;
+  for (const Kernels* kernels : {&plain_kernels, avx2_kernels(), avx512_kernels()})
+    if (kernels) {
+      all.push_back(kernels);
+      std::printf("%s\n", kernels->name);
+    }
+  for (int64_t number = 0; number < 3000; number++) {
+    check_sparse(all, number);
+    check_coded(all, number);
+  }
+  std::printf("all agree\n");
+}

@@ -1,9 +1,10 @@
-"""Size and loading time of a 50 % bitmap checkpoint against the same model saved dense, from a warm page cache.
+"""Size of a 50 % bitmap checkpoint, and the time to load it unpacked, against the same model saved dense (warm page cache).
 
     python -m benchmarks.load
 
 transformers maps a dense file into memory and reads nothing until a weight is used, so two times are taken of each: of the
-call alone, and of the call and one pass over every weight, which is when the model is really in memory.
+call alone, and of the call and one pass over every weight, which is when the model is really in memory. How long packed
+weights take to load, up to the first token, is told by `benchmarks.decode`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ load = secateur.load if how == "secateur.load" else AutoModelForCausalLM.from_pr
 times = []
 for _ in range(7):
     start = time.perf_counter()
-    model = load(path)
+    with secateur.backend("dense"):
+        model = load(path)
     loaded = time.perf_counter()
     total = sum(p.view(torch.int16).amax().item() for p in model.parameters())
     times.append((loaded - start, time.perf_counter() - start))

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import secateur
+from secateur import cli
 
 VOCABULARY = 320
 HIDDEN = 32
@@ -181,6 +183,20 @@ def dense_backend() -> Iterator[None]:
     """Weights are unpacked as models are loaded: for tests that look at them."""
     with secateur.backend("dense"):
         yield
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: `code, stdout, stderr = says("compress", …)`."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, args)])
+        monkeypatch.setattr(cli, "_debug", False)
+        capfd.readouterr()
+        code = cli.run(cli.app)
+        return code, *capfd.readouterr()
+
+    return run
 
 
 def prose(words: int, seed: int = 0) -> str:

@@ -8,7 +8,6 @@ O: output features, I: input features.
 import json
 import math
 import shutil
-import sys
 from functools import partial
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 import secateur
-from secateur import cli
 from secateur.errors import CheckpointError, UsageError
 from secateur.evaluate import bench as bench_file
 from secateur.evaluate.bench import bench, describe
@@ -74,19 +72,11 @@ def folder(model_of, text_file, tmp_path_factory):
 
 
 @pytest.fixture
-def says(monkeypatch, capfd):
-    """Run a command in this process: `code, stdout, stderr = says("bench", …)`."""
+def says(says, monkeypatch):
+    """The same with quick measurements, and a table that is wide enough for them."""
     monkeypatch.setattr(bench_file, "bench", quick)
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, args)])
-        monkeypatch.setattr(cli, "_debug", False)
-        capfd.readouterr()
-        code = cli.run(cli.app)
-        return code, *capfd.readouterr()
-
-    return run
+    return says
 
 
 @pytest.fixture

@@ -15,30 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur import cli
 from secateur.recipe import Calibration, Recipe
 
 
 @pytest.fixture
-def secateur_says(monkeypatch, capfd):
-    """Run a command in this process: `code, stdout, stderr = secateur_says("compress", …)`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, args)])
-        monkeypatch.setattr(cli, "_debug", False)
-        capfd.readouterr()
-        code = cli.run(cli.app)
-        return code, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def fails(secateur_says):
+def fails(says):
     """Run a command that must fail with this exit code and one line on standard error; the line."""
 
     def run(code, *args):
-        found, out, err = secateur_says(*args)
+        found, out, err = says(*args)
         assert (found, out) == (code, ""), err
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, err
@@ -75,15 +60,15 @@ def test_version():
     assert (found.stdout, found.stderr) == (f"secateur {secateur.__version__}\n", "")
 
 
-def test_help_names_every_command(secateur_says):
-    code, out, _ = secateur_says("--help")
+def test_help_names_every_command(says):
+    code, out, _ = says("--help")
     assert code == 0
     assert all(command in out for command in ("compress", "eval", "inspect", "export", "generate"))
 
 
-def test_compress_tells_of_every_block_in_plain_lines(secateur_says, model_of, text_options, tmp_path):
+def test_compress_tells_of_every_block_in_plain_lines(says, model_of, text_options, tmp_path):
     out = tmp_path / "out"
-    code, stdout, stderr = secateur_says(
+    code, stdout, stderr = says(
         "compress", model_of("llama"), out, "--prune", "sparsegpt", "--pattern", "2:4", *text_options
     )
     assert (code, stdout) == (0, "")
@@ -104,15 +89,15 @@ def test_compress_tells_of_every_block_in_plain_lines(secateur_says, model_of, t
     )
 
 
-def test_compress_quietly(secateur_says, model_of, text_options, tmp_path):
+def test_compress_quietly(says, model_of, text_options, tmp_path):
     args = ("compress", model_of("llama"), tmp_path / "out", "--prune", "wanda", "--sparsity", 0.5, *text_options)
-    assert secateur_says(*args, "--quiet") == (0, "", "")
+    assert says(*args, "--quiet") == (0, "", "")
     assert (tmp_path / "out" / "secateur.json").exists()
 
 
-def test_compress_reports_as_json(secateur_says, model_of, text_options, tmp_path):
+def test_compress_reports_as_json(says, model_of, text_options, tmp_path):
     out = tmp_path / "out"
-    code, stdout, stderr = secateur_says(
+    code, stdout, stderr = says(
         "compress", model_of("llama"), out, "--prune", "wanda", "--sparsity", 0.5, *text_options, "--json"
     )
     assert code == 0
@@ -131,10 +116,10 @@ def test_compress_reports_as_json(secateur_says, model_of, text_options, tmp_pat
     assert linear["layout"] == "bitmap"
 
 
-def test_eval(secateur_says, pruned, model_of, text_file, tmp_path):
+def test_eval(says, pruned, model_of, text_file, tmp_path):
     figures = tmp_path / "figures.json"
     options = ("--data", text_file, "--seq-len", 32, "--windows", 3)
-    code, stdout, _ = secateur_says("eval", pruned, "--reference", model_of("llama"), *options, "--json", figures)
+    code, stdout, _ = says("eval", pruned, "--reference", model_of("llama"), *options, "--json", figures)
     assert code == 0
     assert "KL divergence" in stdout
     assert "same most likely token" in stdout
@@ -147,21 +132,21 @@ def test_eval(secateur_says, pruned, model_of, text_file, tmp_path):
     assert found["size"]["bytes"] == (pruned / "model.safetensors").stat().st_size
     assert found["size"]["bits_per_weight"] < found["reference_size"]["bits_per_weight"]
 
-    code, alone, _ = secateur_says("eval", pruned, *options, "--json", "-")
+    code, alone, _ = says("eval", pruned, *options, "--json", "-")
     assert code == 0
     assert json.loads(alone)["quality"]["perplexity"] == pytest.approx(quality["perplexity"], rel=1e-5)
-    assert secateur_says("eval", pruned, *options, "--quiet")[:2] == (0, "")
-    code, same, _ = secateur_says("eval", pruned, "--reference", pruned, *options, "--json", "-")
+    assert says("eval", pruned, *options, "--quiet")[:2] == (0, "")
+    code, same, _ = says("eval", pruned, "--reference", pruned, *options, "--json", "-")
     assert json.loads(same)["quality"]["kl"] == pytest.approx(0, abs=1e-6)
     assert json.loads(same)["quality"]["agreement"] == 1
 
 
-def test_inspect(secateur_says, pruned, model_of):
-    code, table, _ = secateur_says("inspect", pruned)
+def test_inspect(says, pruned, model_of):
+    code, table, _ = says("inspect", pruned)
     assert code == 0
     assert table.count("50.00%") == 15
     assert "all linears" in table
-    code, stdout, stderr = secateur_says("inspect", pruned, "--json")
+    code, stdout, stderr = says("inspect", pruned, "--json")
     assert (code, stderr) == (0, "")
     found = json.loads(stdout)
     manifest = json.loads((pruned / "secateur.json").read_text())
@@ -172,47 +157,47 @@ def test_inspect(secateur_says, pruned, model_of):
     assert found["linear_bytes"] == sum(entry["bytes"] for entry in manifest["linears"].values())
     assert found["parameters"] == manifest["parameters"]
     # A dense model has no errors on record; JSON has no NaN.
-    dense = json.loads(secateur_says("inspect", model_of("llama"), "--json")[1])
+    dense = json.loads(says("inspect", model_of("llama"), "--json")[1])
     assert {linear["error"] for linear in dense["linears"]} == {None}
     assert {linear["layout"] for linear in dense["linears"]} == {"dense"}
     assert dense["sparsity"] == 0
 
 
-def test_export(secateur_says, pruned, tmp_path):
+def test_export(says, pruned, tmp_path):
     dense, packed = tmp_path / "dense", tmp_path / "packed"
-    code, stdout, stderr = secateur_says("export", pruned, dense, "--to", "dense")
+    code, stdout, stderr = says("export", pruned, dense, "--to", "dense")
     assert (code, stdout) == (0, "")
     assert stderr == f"{pruned} is written as dense to {dense}\n"
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())
-    assert secateur_says("export", dense, packed, "--to", "secateur", "--quiet") == (0, "", "")
+    assert says("export", dense, packed, "--to", "secateur", "--quiet") == (0, "", "")
     before, after = load_file(pruned / "model.safetensors"), load_file(packed / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (packed / "config.json").read_bytes() == (pruned / "config.json").read_bytes()
 
 
-def test_generate(secateur_says, pruned):
+def test_generate(says, pruned):
     args = ("generate", pruned, "bon dun", "--max-new-tokens", 8)
-    code, text, _ = secateur_says(*args)
+    code, text, _ = says(*args)
     assert code == 0
     assert text.endswith("\n")
     assert not text.startswith("bon dun")
-    assert secateur_says(*args)[1] == text
-    warm = [secateur_says(*args, "--temperature", 1.5, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert says(*args)[1] == text
+    warm = [says(*args, "--temperature", 1.5, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
 
 
-def test_generate_by_the_chat_template(secateur_says, own_model):
+def test_generate_by_the_chat_template(says, own_model):
     source = own_model("llama")
     template = "{{ '<s>' }}{% for message in messages %}{{ message['content'] }}.{% endfor %}"
     (source / "chat_template.jinja").write_text(template)
-    code, chat, _ = secateur_says("generate", source, "bon dun", "--chat", "--max-new-tokens", 8)
+    code, chat, _ = says("generate", source, "bon dun", "--chat", "--max-new-tokens", 8)
     assert code == 0
     # The template's text is taken as it stands, without the token that the tokenizer puts before other texts.
     content = json.loads((source / "tokenizer.json").read_text())
     content["post_processor"] = None
     (source / "tokenizer.json").write_text(json.dumps(content))
-    assert secateur_says("generate", source, "<s>bon dun.", "--max-new-tokens", 8)[1] == chat
+    assert says("generate", source, "<s>bon dun.", "--max-new-tokens", 8)[1] == chat
 
 
 # --- what can go wrong: the request
@@ -295,8 +280,8 @@ def test_other_words_that_are_not_known(fails, pruned, tmp_path):
 @pytest.mark.parametrize(
     "args", [["compress", "a", "b", "--sparcity", "0.5"], ["compres", "a", "b"], ["compress", "a"]]
 )
-def test_options_and_commands_that_do_not_exist(args, secateur_says):
-    code, out, err = secateur_says(*args)
+def test_options_and_commands_that_do_not_exist(args, says):
+    code, out, err = says(*args)
     assert (code, out) == (2, "")
     assert re.search(r"No such option: --sparcity|No such command 'compres'|Missing argument 'out'", err)
     assert "Traceback" not in err
@@ -311,10 +296,10 @@ def test_groups_that_do_not_divide(fails, model_of, text_options, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_groups_that_do_not_divide_can_be_ignored(secateur_says, model_of, text_options, tmp_path):
+def test_groups_that_do_not_divide_can_be_ignored(says, model_of, text_options, tmp_path):
     source = model_of("llama", intermediate_size=36)
     args = ("compress", source, tmp_path / "out", "--prune", "wanda", "--pattern", "4:8", *text_options, "--quiet")
-    assert secateur_says(*args, "--ignore", "*.down_proj") == (0, "", "")
+    assert says(*args, "--ignore", "*.down_proj") == (0, "", "")
 
 
 # --- what can go wrong: the model
@@ -495,16 +480,16 @@ def test_a_recipe_that_is_not_there(fails, model_of, tmp_path):
     assert f"recipe {tmp_path / 'no.yaml'} cannot be read" in line
 
 
-def test_a_manifest_is_a_recipe_that_gives_the_same_bytes(secateur_says, model_of, text_options, tmp_path):
+def test_a_manifest_is_a_recipe_that_gives_the_same_bytes(says, model_of, text_options, tmp_path):
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
     options = ["--prune", "sparsegpt", "--sparsity", 0.6, "--refine", "dsnot", "--ignore", "*.0.mlp.*", "--seed", 3]
     model = model_of("gpt2")
-    assert secateur_says("compress", model, first, *options, *text_options, "--dtype", "bfloat16", "-q")[0] == 0
-    assert secateur_says("compress", model, again, "--recipe", first / "secateur.json", "-q") == (0, "", "")
+    assert says("compress", model, first, *options, *text_options, "--dtype", "bfloat16", "-q")[0] == 0
+    assert says("compress", model, again, "--recipe", first / "secateur.json", "-q") == (0, "", "")
     assert files(first) == files(again)
     # Options stand above the recipe.
     more = ["--recipe", first / "secateur.json", "--sparsity", 0.25, "--samples", 6, "--ignore", "*.c_attn", "-q"]
-    assert secateur_says("compress", model, other, *more)[0] == 0
+    assert says("compress", model, other, *more)[0] == 0
     found = json.loads((other / "secateur.json").read_text())["recipe"]
     before = json.loads((first / "secateur.json").read_text())["recipe"]
     assert found == {
@@ -518,7 +503,7 @@ def test_a_manifest_is_a_recipe_that_gives_the_same_bytes(secateur_says, model_o
 # --- the output folder
 
 
-def test_an_output_that_exists(secateur_says, fails, model_of, tmp_path):
+def test_an_output_that_exists(says, fails, model_of, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("kept")
@@ -528,7 +513,7 @@ def test_an_output_that_exists(secateur_says, fails, model_of, tmp_path):
     # A run that fails leaves what was there.
     assert "no such file" in fails(2, *args[:4], "wanda", *args[5:], "--calibration", "/no.txt", "--overwrite")
     assert files(out) == {"precious": b"kept"}
-    assert secateur_says(*args, "--overwrite") == (0, "", "")
+    assert says(*args, "--overwrite") == (0, "", "")
     assert "precious" not in files(out)
     assert "model.safetensors" in files(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -537,16 +522,16 @@ def test_an_output_that_exists(secateur_says, fails, model_of, tmp_path):
         assert "exists already" in fails(2, other, model_of("llama"), out, *options)
 
 
-def test_debug_shows_where_it_went_wrong(secateur_says, model_of, tmp_path):
+def test_debug_shows_where_it_went_wrong(says, model_of, tmp_path):
     args = ("compress", model_of("llama"), tmp_path / "out", "--prune", "wanda", "--sparsity", "1.5", "--debug")
-    code, out, err = secateur_says(*args)
+    code, out, err = says(*args)
     assert (code, out) == (2, "")
     assert "Traceback" in err
     assert "patterns.py" in err
     assert "sparsity 1.5 is outside" in err
 
 
-def test_what_nobody_foresaw_is_one_line_too(fails, secateur_says, model_of, tmp_path, monkeypatch):
+def test_what_nobody_foresaw_is_one_line_too(fails, says, model_of, tmp_path, monkeypatch):
     def break_down(*_, **__):
         raise RuntimeError("first line\nsecond [line]")
 

@@ -4,7 +4,6 @@ O: output features, I: input features.
 """
 
 import json
-import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur import cli
 from secateur.errors import CheckpointError, SecateurError
 from secateur.formats.reader import find_entry, parse_quantization_config
 from secateur.pipeline.inspect import inspect
@@ -293,20 +291,6 @@ def test_some_linears_are_left_alone(model_of, recipe_of, tmp_path):
 
 
 # --- recipes and the command line
-
-
-@pytest.fixture
-def says(monkeypatch, capfd):
-    """Run a command in this process: `code, stdout, stderr = says("compress", …)`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, args)])
-        monkeypatch.setattr(cli, "_debug", False)
-        capfd.readouterr()
-        code = cli.run(cli.app)
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture

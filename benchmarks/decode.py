@@ -18,11 +18,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
-from benchmarks.protocol import arguments, machine, plain_model, prepare, table
+from benchmarks.protocol import arguments, machine, plain_model, prepare, random_llama, table
 
 TOKENS = 48
 SIZES = {
@@ -133,18 +131,6 @@ print(json.dumps({{"first": first, "token": sorted(gaps)[len(gaps) // 2]}}))
 """
 
 
-def make_llama(out: Path) -> Path:
-    """The 1.1 B Llama, random, bfloat16, with a byte tokenizer."""
-    if not (out / "config.json").exists():
-        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        torch.manual_seed(0)
-        config = LlamaConfig(max_position_embeddings=2048, tie_word_embeddings=False, **SIZES)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
-    return out
-
-
 def run(python: str, code: str, *args: str) -> dict[str, float]:
     done = subprocess.run([python, "-c", code, *args], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -163,7 +149,12 @@ def main() -> None:
     print(f"{machine()}\n")
     code = CODE.format(threads=args.threads, tokens=TOKENS)
     for name in args.models.split(","):
-        source = make_llama(args.work / "llama-1.1b") if name == "1.1b" else plain_model(args.work, torch.bfloat16)
+        if name == "1.1b":
+            source = args.work / "llama-1.1b"
+            if not (source / "config.json").exists():
+                random_llama(source, torch.bfloat16, max_position_embeddings=2048, **SIZES)
+        else:
+            source = plain_model(args.work, torch.bfloat16)
         runs: dict[str, list[dict[str, float]]] = {}
         jobs: dict[str, tuple[str, str, tuple[str, ...]]] = {}
         for form, recipe in FORMS.items():

@@ -16,11 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
 from benchmarks import gpu_kernels
+from benchmarks.protocol import random_llama
 from secateur.errors import one_line
 from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
@@ -32,15 +31,8 @@ SHAPES = {
 
 
 def make_model(out: Path, shape: str, dtype: torch.dtype) -> None:
-    """A random Llama with a byte tokenizer."""
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, max_position_embeddings=4096, tie_word_embeddings=False, **SHAPES[shape])
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.cpu().save_pretrained(out, max_shard_size="500MB")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
+    """A random Llama whose vocabulary are the bytes."""
+    random_llama(out, dtype, "cuda", "500MB", vocab_size=256, max_position_embeddings=4096, **SHAPES[shape])
 
 
 RECIPES = {

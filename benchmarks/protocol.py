@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
 from secateur.calibration.tokens import windows
@@ -62,6 +63,19 @@ def plain_model(work: Path, dtype: torch.dtype = torch.float32, dithered: bool =
             _dither(model)
         model.save_pretrained(out)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    return out
+
+
+def random_llama(out: Path, dtype: torch.dtype, device: str = "cpu", shard: str = "50GB", **sizes: Any) -> Path:
+    """A Llama with random weights, made on a device, and a tokenizer of bytes."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    torch.manual_seed(0)
+    config = LlamaConfig(tie_word_embeddings=False, **sizes)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.cpu().save_pretrained(out, max_shard_size=shard)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
     return out
 
 

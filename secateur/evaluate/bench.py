@@ -29,10 +29,9 @@ from secateur import kernels
 from secateur.errors import UsageError
 from secateur.evaluate.bench_timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
 from secateur.formats.packed import DecodedWeights
-from secateur.formats.quantized import DTYPES
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
 from secateur.kernels.packed import CodedWeight, Packed, SparseWeight, map_tensors, nbytes
-from secateur.pipeline.load import open_device
+from secateur.pipeline.load import open_device, parse_dtype
 from secateur.pipeline.source import Source, open_source
 
 # Copies of a weight at most: more of one so small would take longer to make than to measure.
@@ -205,16 +204,14 @@ def bench(
         CheckpointError: files are damaged.
     """
     check_backend(backend)
-    dtypes = {"auto": None, **DTYPES}
-    if dtype not in dtypes:
-        raise UsageError(f"--dtype {dtype!r} is not known: it can be {', '.join(dtypes)}")
+    wanted = parse_dtype(dtype)
     if not tokens or min(tokens) < 1:
         raise UsageError(
             f"--tokens {','.join(map(str, tokens))}: there must be at least one number, and all at least 1"
         )
     target = open_device(device)
     source = open_source(model, trust_remote_code)
-    computed = dtypes[dtype] or source.dtype
+    computed = wanted or source.dtype
     with _threads(threads), torch.inference_mode():
         groups, fallback = _group(source, backend, target, computed)
         copy, copied = large_copy(target)

@@ -13,9 +13,8 @@ from secateur.calibration.text import read_text
 from secateur.calibration.tokens import windows as cut_windows
 from secateur.errors import UsageError
 from secateur.evaluate.perplexity import Quality, measure
-from secateur.formats.layout import FLOAT_DTYPES
 from secateur.kernels.backends import AUTO
-from secateur.pipeline.load import load
+from secateur.pipeline.load import load, parse_dtype
 from secateur.pipeline.source import open_source
 
 
@@ -91,10 +90,7 @@ def evaluate(
 
 
 def _load(model: str, dtype: str, device: str, trust_remote_code: bool, backend: str = "dense") -> Any:
-    dtypes = {"auto": None, **{str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}}
-    if dtype not in dtypes:
-        raise UsageError(f"--dtype {dtype!r} is not known: it can be {', '.join(dtypes)}")
-    return load(model, backend, dtype=dtypes[dtype], device=device, trust_remote_code=trust_remote_code)
+    return load(model, backend, dtype=parse_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
 
 
 def _size(name: str, model: Any, trust_remote_code: bool) -> Size:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur.formats.layout import FLOAT_DTYPES, check_parts, layout, read_shape
+from secateur.formats.layout import check_parts, layout, read_shape
 from secateur.kernels.expand import compress_bitmap, count_rows, expand_bitmap
-from secateur.kernels.packed import SparseWeight, padded
+from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded
 
 
 @layout

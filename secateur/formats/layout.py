@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.kernels.packed import Packed
+from secateur.kernels.packed import FLOAT_DTYPES, Packed
 
 LAYOUT_VERSION = 1
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: The dtypes of weights by the names that configs and users give them.
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 class Layout(Protocol):

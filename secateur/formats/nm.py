@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.formats.layout import FLOAT_DTYPES, check_parts, layout, read_shape
+from secateur.formats.layout import check_parts, layout, read_shape
 from secateur.kernels.expand import expand_bitmap
-from secateur.kernels.packed import SparseWeight, padded
+from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded
 
 
 @layout

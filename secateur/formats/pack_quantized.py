@@ -18,10 +18,11 @@ from torch import Tensor
 
 from secateur.codes import Quantized, Uniform
 from secateur.errors import CheckpointError
-from secateur.formats.layout import FLOAT_DTYPES, Layout, check_parts, read_shape
+from secateur.formats.layout import Layout, check_parts, read_shape
 from secateur.formats.packed import PackedWeight
 from secateur.formats.quantized import check_finite
 from secateur.kernels.bits import bytes_of, pack_bits, unpack_bits
+from secateur.kernels.packed import FLOAT_DTYPES
 
 FORMAT = "pack-quantized"
 BITS = (4, 8)

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from secateur.codes import Codes, Outliers, Quantized
-from secateur.formats.layout import FLOAT_DTYPES, all_finite, check_parts, read_shape
+from secateur.formats.layout import all_finite, check_parts, read_shape
 from secateur.kernels.bits import pack_bits, unpack_bits
 from secateur.kernels.packed import CodedWeight, Grid, SparseRows, TableGrid, UniformGrid, padded
 from secateur.kernels.plain import dense_weight
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 OUTLIER_PARTS = ("outlier_count", "outlier_column", "outlier_value")
 _INDEX_DTYPES = (torch.uint16, torch.int32)

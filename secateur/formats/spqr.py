@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from secateur.codes import Codes, TwoLevel
-from secateur.formats.layout import check_parts, layout
+from secateur.formats.layout import DTYPES, check_parts, layout
 from secateur.formats.quantized import (
-    DTYPES,
     HALF_DTYPES,
     OUTLIER_PARTS,
     QuantizedLayout,

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UsageError
-from secateur.kernels.packed import Packed
+from secateur.kernels.packed import FLOAT_DTYPES, Packed
 
 AUTO = "auto"
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What `auto` tries, by type of device; elsewhere, and at the end of each list, weights are made dense.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda-2:4", "triton")}
 

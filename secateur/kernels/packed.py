@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor
 
+#: What weights, inputs and outputs may be.
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Zero bytes after the last value or code, so that a wide load that begins inside the stream ends inside the tensor.
 PADDING = 64
 
@@ -172,8 +173,7 @@ def nbytes(weight: Any) -> int:
 
 def padded(stream: Tensor) -> Tensor:
     """A copy of a vector with `PADDING` bytes of zeros after it."""
-    # From numpy, which asks for huge pages: a large weight is in memory in half the time, and found there faster.
-    out = torch.from_numpy(np.empty(stream.nbytes + PADDING, np.uint8)).view(stream.dtype)
+    out = stream.new_empty(stream.numel() + PADDING // stream.element_size())
     out[: stream.numel()] = stream
     out[stream.numel() :] = 0
     return out

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur.kernels.backends import FLOAT_DTYPES, backend
-from secateur.kernels.packed import CodedWeight, Packed, SparseRows, SparseWeight, TableGrid, UniformGrid, map_tensors
+from secateur.kernels.backends import backend
+from secateur.kernels.packed import (
+    FLOAT_DTYPES,
+    CodedWeight,
+    Packed,
+    SparseRows,
+    SparseWeight,
+    TableGrid,
+    UniformGrid,
+    map_tensors,
+)
 
 #: Columns of a chunk: those of 32 bytes of a mask, one for each thread of a warp.
 CHUNK = 256

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.hf import attach_quantizer, current_backend
+from secateur.formats.layout import DTYPES
 from secateur.formats.packed import DecodedWeights
 from secateur.formats.packed_modules import packed_linears, replace_linears
 from secateur.formats.reader import StoredTensors
@@ -33,6 +34,13 @@ def open_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, or None for `auto`. Raises UsageError when it is neither."""
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {name!r} is not known: it can be {', '.join(('auto', *DTYPES))}")
+    return DTYPES.get(name)
 
 
 def load(

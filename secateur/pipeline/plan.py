@@ -12,7 +12,7 @@ import torch
 from secateur.calibration.stats import Level
 from secateur.errors import UsageError
 from secateur.formats.bitmap import Bitmap
-from secateur.formats.layout import FLOAT_DTYPES, Layout
+from secateur.formats.layout import DTYPES, Layout
 from secateur.formats.nm import NMBits
 from secateur.prune import PRUNERS, REFINERS, Pruner, Refiner
 from secateur.prune.patterns import NM, Pattern, parse_pattern
@@ -92,8 +92,7 @@ def plan(recipe: Recipe) -> Plan:
         layout = NMBits(pattern.n, pattern.m)
     elif recipe.format != "dense":
         layout = Bitmap()
-    dtypes = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-    dtype = None if recipe.dtype == "auto" else dtypes[_known("dtype", recipe.dtype, ["auto", *dtypes])]
+    dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
     return Plan(pruning, quantizer, layout, recipe.format == "dense", dtype)
 
 

@@ -186,23 +186,7 @@ void sparse_rows(const Sparse& w, const Inputs& in, int64_t first, int64_t D, in
       y[(t0 + t) * O + first + j * D] = reduce_add(_mm256_add_ps(sum[j][t][0], sum[j][t][1]));
 }
 
-template <Kind kind, int T>
-void sparse_tokens(const Sparse& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O) {
-  constexpr int R = T == 1 ? ROWS : 1;
-  const int64_t D = (last - first) / R;
-  for (int64_t r = first; r < first + D; r++) sparse_rows<kind, T, R>(w, in, r, D, t0, y, O);
-  for (int64_t r = first + R * D; r < last; r++) sparse_rows<kind, T, 1>(w, in, r, 1, t0, y, O);
-}
-
-void sparse_dot(const Sparse& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O) {
-  if (w.values.dtype == Float::f32) {
-    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f32, T>(w, in, first, last, t0, y, O)))
-  } else if (w.values.dtype == Float::f16) {
-    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f16, T>(w, in, first, last, t0, y, O)))
-  } else {
-    SECATEUR_BY_TOKENS((sparse_tokens<Kind::bf16, T>(w, in, first, last, t0, y, O)))
-  }
-}
+#include "sparse_dot.inl"
 
 // Values of a row to their columns.
 inline void place(const uint8_t* mask, int64_t I, const void* stored, Float dtype, float* row) {
@@ -401,12 +385,6 @@ inline float zeros_dot(const float* scale, const float* zero, const float* sums,
   return reduce_add(sum);
 }
 
-// What `fused_rows` keeps for each of the rows that it does side by side.
-struct Stream {
-  float *scale, *zero, *levels, *repeated;
-  int64_t tile = -1;
-};
-
 // Scales of the blocks of row r. What its zero points take away goes to y.
 inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, int64_t t0,
                                  int64_t T, float* y, int64_t O, Stream& s) {
@@ -473,18 +451,9 @@ template <int bits, int block, int T>
 void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O,
                   float* scratch) {
   constexpr int R = T == 1 ? ROWS : 1;
-  const int64_t Gs = round_up(w.G + WIDTH), blocks = (w.I + block - 1) / block;
+  const int64_t blocks = (w.I + block - 1) / block;
   Stream streams[R];
-  for (Stream& s : streams) {
-    s.scale = scratch;
-    s.zero = s.scale + Gs;
-    s.levels = s.zero + Gs;
-    s.repeated = s.levels + 4 * Gs;
-    scratch = s.repeated + blocks;
-    // A table's values need no scale.
-    if (w.table.data)
-      for (int64_t b = 0; b < blocks; b++) s.repeated[b] = 1;
-  }
+  for (Stream& s : streams) scratch = s.lay_out(w, blocks, scratch);
   const int64_t D = (last - first) / R;
   for (int64_t r = first; r < first + D; r++) fused_rows<bits, block, T, R>(w, in, r, D, t0, y, O, streams);
   for (int64_t r = first + R * D; r < last; r++) fused_rows<bits, block, T, 1>(w, in, r, 1, t0, y, O, streams);

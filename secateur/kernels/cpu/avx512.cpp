@@ -49,7 +49,7 @@ inline __m512 load_some(Floats v, int64_t at, int64_t n) {
 
 // --- values under a bit mask
 
-// The products of 32 columns with T tokens, added up. `x` is what suits the kind of values: see `sparse_dot`.
+// The products of 32 columns with T tokens, added up. bfloat16 values are taken apart into even and odd columns, as `x_split` is.
 enum class Kind { bf16, f16, f32 };
 
 template <Kind kind, int T>
@@ -107,23 +107,7 @@ inline void sparse_rows(const Sparse& w, const Inputs& in, int64_t first, int64_
     for (int t = 0; t < T; t++) y[(t0 + t) * O + first + j * D] = _mm512_reduce_add_ps(sum[j][t]);
 }
 
-template <Kind kind, int T>
-void sparse_tokens(const Sparse& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O) {
-  constexpr int R = T == 1 ? ROWS : 1;
-  const int64_t D = (last - first) / R;
-  for (int64_t r = first; r < first + D; r++) sparse_rows<kind, T, R>(w, in, r, D, t0, y, O);
-  for (int64_t r = first + R * D; r < last; r++) sparse_rows<kind, T, 1>(w, in, r, 1, t0, y, O);
-}
-
-void sparse_dot(const Sparse& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O) {
-  if (w.values.dtype == Float::f32) {
-    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f32, T>(w, in, first, last, t0, y, O)))
-  } else if (w.values.dtype == Float::f16) {
-    SECATEUR_BY_TOKENS((sparse_tokens<Kind::f16, T>(w, in, first, last, t0, y, O)))
-  } else {
-    SECATEUR_BY_TOKENS((sparse_tokens<Kind::bf16, T>(w, in, first, last, t0, y, O)))
-  }
-}
+#include "sparse_dot.inl"
 
 // 16 values under a mask, wherever they lie; returns how many there were.
 void sparse_row(const Sparse& w, int64_t r, float* row) {
@@ -356,12 +340,6 @@ inline __m512 fractions_16(const uint8_t* p, __m512i shifts) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shifts, quad(p)), fraction, one, and_or));
 }
 
-// What `fused_rows` keeps for each of the rows that it does side by side.
-struct Stream {
-  float *scale, *zero, *levels, *repeated;
-  int64_t tile = -1;
-};
-
 // Scales of the blocks of row r, for codes that are read as u + code/unit. What its zero points take away goes to y.
 inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, float unit, float u,
                                  int64_t t0, int64_t T, float* y, int64_t O, Stream& s) {
@@ -427,18 +405,9 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
 template <bool lookup, int bits, int block, int T>
 void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O, float* scratch) {
   constexpr int R = T == 1 ? ROWS : 1;
-  const int64_t Gs = round_up(w.G + WIDTH), blocks = (w.I + block - 1) / block;
+  const int64_t blocks = (w.I + block - 1) / block;
   Stream streams[R];
-  for (Stream& s : streams) {
-    s.scale = scratch;
-    s.zero = s.scale + Gs;
-    s.levels = s.zero + Gs;
-    s.repeated = s.levels + 4 * Gs;
-    scratch = s.repeated + blocks;
-    // A table's values need no scale.
-    if (w.table.data)
-      for (int64_t b = 0; b < blocks; b++) s.repeated[b] = 1;
-  }
+  for (Stream& s : streams) scratch = s.lay_out(w, blocks, scratch);
   const int64_t D = (last - first) / R;
   for (int64_t r = first; r < first + D; r++) fused_rows<lookup, bits, block, T, R>(w, in, r, D, t0, y, O, streams);
   for (int64_t r = first + R * D; r < last; r++) fused_rows<lookup, bits, block, T, 1>(w, in, r, 1, t0, y, O, streams);

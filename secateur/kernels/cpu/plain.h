@@ -84,6 +84,25 @@ inline void plain_grid(const Coded& w, int64_t r, int64_t first_group, int64_t n
 inline int64_t stored_of(const Coded& w, int64_t r) { return w.count ? w.count[r] : w.I; }
 inline int64_t groups_before(const Coded& w, int64_t r) { return w.group_start ? w.group_start[r] : r * w.G; }
 
+// What a fused kernel keeps for each of the rows that it does side by side.
+struct Stream {
+  float *scale, *zero, *levels, *repeated;
+  int64_t tile = -1;  // of which `levels` are
+
+  // Takes its memory from `scratch`; returns the rest.
+  float* lay_out(const Coded& w, int64_t blocks, float* scratch) {
+    const int64_t Gs = round_up(w.G + WIDTH);
+    scale = scratch;
+    zero = scale + Gs;
+    levels = zero + Gs;
+    repeated = levels + 4 * Gs;
+    // A table's values need no scale.
+    if (w.table.data)
+      for (int64_t b = 0; b < blocks; b++) repeated[b] = 1;
+    return repeated + blocks;
+  }
+};
+
 // What the outliers of row r add to the output for inputs x, columns in stored order.
 inline float outliers_dot(const Coded& w, int64_t r, const float* x) {
   if (!w.outlier_start) return 0;

@@ -7,9 +7,11 @@ from secateur._version import __version__
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats.hf import backend
 from secateur.formats.hf import register as _register
+from secateur.formats.manifest import Problem
 from secateur.pipeline.compress import compress
 from secateur.pipeline.load import load
 from secateur.pipeline.report import Progress, Report
+from secateur.pipeline.verify import verify
 from secateur.recipe import Calibration, Quantization, Recipe
 
 _register()
@@ -17,6 +19,7 @@ _register()
 __all__ = [
     "Calibration",
     "CheckpointError",
+    "Problem",
     "Progress",
     "Quantization",
     "Recipe",
@@ -27,4 +30,5 @@ __all__ = [
     "backend",
     "compress",
     "load",
+    "verify",
 ]

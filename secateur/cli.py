@@ -45,6 +45,9 @@ Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare the files' SHA-256 with the manifest before they are opened.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
 
@@ -248,7 +251,9 @@ class _Display:
 
 
 def _say(line: str) -> None:
-    err.print(escape(line), soft_wrap=True)
+    # What a file calls its tensors is not to reach the terminal as anything but text.
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    err.print(escape(plain), soft_wrap=True)
 
 
 @app.command("eval")
@@ -268,6 +273,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
     ] = None,
+    verify: Verify = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -288,6 +294,7 @@ def evaluate(
         windows=windows,
         dtype=dtype,
         device=device,
+        verify=verify,
         trust_remote_code=trust_remote_code,
         progress=tell,
     )
@@ -371,6 +378,31 @@ def inspect(
     bits = 8 * found.weight_bytes / found.parameters
     table.add_row("whole model, files", "", "", "", *gap, f"{bits:.2f}", str(found.weight_bytes), "")
     Console(emoji=False).print(table)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder made by secateur.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the problems to this file ('-': standard output).")
+    ] = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is broken in the folder OUT, and where; the exit code is 1 if anything is."""
+    from secateur.pipeline.verify import examine
+
+    found = examine(out, trust_remote_code=trust_remote_code)
+    if json_file is not None:
+        _write_json({"folder": str(out), "sound": not found.problems, **dataclasses.asdict(found)}, json_file)
+    if str(json_file) != "-":
+        for problem in found.problems:
+            _say(f"{problem}")
+        if not found.problems and not quiet:
+            _say(f"{out} is sound: {found.files} files, {found.linears} linears")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -497,6 +529,7 @@ def generate(
     backend: Annotated[
         str, typer.Option(help="What computes with packed weights: auto, cpu, triton, cuda-2:4, torch or dense.")
     ] = "auto",
+    verify: Verify = False,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -513,6 +546,7 @@ def generate(
         dtype=dtype,
         device=device,
         backend=backend,
+        verify=verify,
         trust_remote_code=trust_remote_code,
     )
     print(text)

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats import writer
+from secateur.formats.manifest import MANIFEST_NAME, sha256
 from secateur.formats.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, find_entry, weight_files
-from secateur.formats.writer import MANIFEST_NAME, ShardWriter, sha256, staged_folder, write_manifest
+from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
 from secateur.pipeline.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")

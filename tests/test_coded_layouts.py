@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.codes import BITS, Outliers, Quantized, Table, TwoLevel, Uniform
 from secateur.errors import CheckpointError
-from secateur.formats import LAYOUTS, layout_from_config
+from secateur.formats import LAYOUTS, layout_from_config, quantized
 from secateur.formats.choose import layout_for
 from secateur.formats.codebook import Codebook
 from secateur.formats.packed_int import PackedInt
@@ -474,6 +474,41 @@ def test_huge_groups_take_no_memory(kind, masked):
             layout = layout_from_config(layout_for(weight).to_config())
             assert same(layout.unpack(layout.pack(weight)), twin_dense(weight))
         refused(layout, layout.pack(weight), "its codes has|'bitmask'", shape=torch.tensor([4, HUGE]))
+
+
+@EACH
+@pytest.mark.parametrize("pieces", [1, 2, 13])
+def test_a_weight_that_is_unpacked_in_pieces_is_the_same(pieces, kind, masked, monkeypatch):
+    """Wherever rows, tiles of rows and the lists of outliers are cut."""
+    O, I = 13, 22
+    monkeypatch.setattr(quantized, "_WEIGHTS_AT_ONCE", -(-O // pieces) * I)
+    for tile_rows, order in ((2, False), (5, True), (100, False)):
+        outliers = "" if kind == "packed-int" else "some"
+        weight = make(
+            kind,
+            O,
+            I,
+            group_size=3,
+            tile_rows=tile_rows,
+            masked="some" if masked else "",
+            order=order,
+            outliers=outliers,
+        )
+        layout = layout_for(weight)
+        assert same(layout.unpack(layout.pack(weight)), twin_dense(weight))
+
+
+@pytest.mark.parametrize("row", [0, 7, 12])
+def test_a_value_beyond_the_dtype_is_found_in_every_piece(row, monkeypatch):
+    monkeypatch.setattr(quantized, "_WEIGHTS_AT_ONCE", 4 * 22)
+    weight = make("codebook", 13, 22, bits=1, half=BF16, dtype=FP16)
+    layout = layout_for(weight)
+    parts = {**layout.pack(weight), "table": torch.ones(13, 2, dtype=BF16)}
+    assert layout.unpack(parts).eq(1).all()
+    parts["table"][row] = 1e5
+    for read in (layout.unpack, layout.load):
+        with pytest.raises(ValueError, match=r"stand for values beyond torch\.float16"):
+            read(parts)
 
 
 # --- what a config says

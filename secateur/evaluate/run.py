@@ -52,6 +52,7 @@ def evaluate(
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a model on the first windows of a text, and its distance from a reference if one is given.
@@ -63,6 +64,7 @@ def evaluate(
         dtype: to compute in; `auto` is that of the files.
         device: where.
         trust_remote_code: whether code that comes with a model may run.
+        verify: whether the model's files (not the reference's) have to be those that its manifest names.
         progress: called with (windows done, windows in total).
 
     Raises:
@@ -70,7 +72,7 @@ def evaluate(
     """
     if data == "self":
         raise UsageError("--data self would let the model judge its own words: give a text, or docs")
-    tokenizer = open_source(model, trust_remote_code).tokenizer()
+    tokenizer = open_source(model, trust_remote_code, verify).tokenizer()
     ids_KS = cut_windows(
         read_text(data, text_field, held_out=True),
         tokenizer,
@@ -110,13 +112,14 @@ def generate(
     device: str = "cpu",
     backend: str = AUTO,
     trust_remote_code: bool = False,
+    verify: bool = False,
 ) -> str:
-    """What a model writes after a prompt, without the prompt.
+    """What a model writes after a prompt, without the prompt. `verify` is as in `evaluate`.
 
     Raises:
         SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
     """
-    tokenizer = open_source(model, trust_remote_code).tokenizer()
+    tokenizer = open_source(model, trust_remote_code, verify).tokenizer()
     loaded = _load(model, dtype, device, trust_remote_code, backend)
     if chat:
         if not tokenizer.chat_template:

@@ -65,7 +65,8 @@ class Bitmap:
         count_O = count_rows(bitmask_OB, I)
         if "row_offsets" in tensors:
             offset_O = tensors["row_offsets"].flatten()
-            if not torch.equal(offset_O, (count_O.cumsum(0) - count_O).to(offset_O)):
+            whole = offset_O.dtype in (torch.int32, torch.int64)
+            if not whole or not torch.equal(offset_O.long(), count_O.cumsum(0) - count_O):
                 raise ValueError("its row_offsets are out of order: they do not match the bits of the mask")
         return I, count_O
 

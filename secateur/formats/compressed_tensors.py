@@ -24,7 +24,7 @@ _SPARSE_ONLY = {"quant_method", "version", "sparsity_config", "transform_config"
 
 
 @dataclass(frozen=True)
-class _Bitmask(Bitmap):
+class SparseBitmask(Bitmap):
     """Releases before 0.9 packed every tensor of a model, vectors such as norms and biases included."""
 
     name: ClassVar[str] = "sparse-bitmask"
@@ -39,7 +39,7 @@ class _Bitmask(Bitmap):
         return super().unpack(row)[0]
 
 
-_LAYOUTS: dict[str, Layout] = {"sparse-bitmask": _Bitmask(), "sparse-24-bitmask": NMBits(2, 4)}
+_LAYOUTS: dict[str, Layout] = {"sparse-bitmask": SparseBitmask(), "sparse-24-bitmask": NMBits(2, 4)}
 
 
 def packed_weights(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, PackedWeight]:

@@ -92,7 +92,12 @@ def check_parts(tensors: Mapping[str, Tensor], wanted: Mapping[str, Callable[[Te
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: both show in the extremes, which one pass without a copy finds."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(widened(tensor)))).all())
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The same values in a dtype that torch computes with: it has few operations for floats of eight bits."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def read_shape(shape: Tensor) -> tuple[int, int]:

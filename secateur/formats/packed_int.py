@@ -64,7 +64,7 @@ class PackedInt(QuantizedLayout):
 
     def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> UniformGrid:
         check_parts(tensors, {"codes": is_stream, "scale": is_half_vector})
-        total = int(rows.groups(self.group_size).length_O.sum())
+        total = rows.groups(self.group_size).total
         if tensors["scale"].numel() != total:
             raise ValueError(f"its scale has {tensors['scale'].numel()} values for {total} groups")
         check_finite(tensors, "scale")

@@ -7,8 +7,8 @@ B: bytes, N: outliers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,8 @@ from secateur.kernels.plain import dense_weight
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 OUTLIER_PARTS = ("outlier_count", "outlier_column", "outlier_value")
 _INDEX_DTYPES = (torch.uint16, torch.int32)
+# Which a CPU's caches hold on their way from codes.
+_WEIGHTS_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,20 @@ class Rows:
     @classmethod
     def full(cls, shape: tuple[int, int]) -> Rows:
         """All weights of every row."""
-        return cls(shape, torch.full(shape[:1], shape[1]))
+        return cls(shape, torch.tensor(shape[1]).expand(shape[0]))
 
     @property
     def longest(self) -> int:
-        return int(self.length_O.max())
+        return int(self.length_O[0] if self.length_O.stride(0) == 0 else self.length_O.max())
 
     def groups(self, group_size: int) -> Rows:
         """The groups of each row, the last of which may be shorter."""
-        return Rows(self.shape, -(-self.length_O // group_size))
+        return self._map(lambda length: -(-length // group_size))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same rows with other lengths. Where one number stands for all of them, it stays one."""
+        one = self.length_O.stride(0) == 0
+        return Rows(self.shape, change(self.length_O[:1]).expand(self.shape[0]) if one else change(self.length_O))
 
     @property
     def filled(self) -> Tensor:
@@ -56,8 +63,13 @@ class Rows:
         return torch.nn.functional.pad(self.length_O.cumsum(0), (1, 0))
 
     @property
+    def total(self) -> int:
+        """What all rows have together."""
+        return len(self.length_O) * self.longest if self._equal else int(self.length_O.sum())
+
+    @property
     def _equal(self) -> bool:
-        return int(self.length_O.min()) == self.longest
+        return self.length_O.stride(0) == 0 or int(self.length_O.min()) == self.longest
 
     def flatten(self, x_OK: Tensor) -> Tensor:
         """What the rows have, one after the other."""
@@ -73,7 +85,7 @@ class Rows:
         return x_OK
 
     def _bytes(self, bits: int) -> Rows:
-        return Rows(self.shape, -(-self.length_O * bits // 8))
+        return self._map(lambda length: -(-length * bits // 8))
 
     def pack(self, code_OK: Tensor, bits: int) -> Tensor:
         """Codes as a stream of bytes, each row starting at a byte."""
@@ -94,11 +106,16 @@ class Rows:
         Raises ValueError when the stream has another length or bits too many.
         """
         rows = self._bytes(bits)
+        _check_length(stream_B, rows.total, part)  # before anything of that size is made
         start_O1 = rows.starts
-        _check_length(stream_B, int(start_O1[-1]), part)
-        last_O = stream_B[start_O1[1:][rows.length_O > 0] - 1].int()
-        used_O = (self.length_O * bits - 1)[rows.length_O > 0] % 8 + 1
-        if (last_O >> used_O).any():
+        if self._equal and self.longest:
+            last_O, used = stream_B.view(len(rows.length_O), -1)[:, -1], (self.longest * bits - 1) % 8 + 1
+            stray = bool((last_O.int() >> used).any())
+        else:
+            some_O = rows.length_O > 0
+            used_O = (self.length_O * bits - 1)[some_O] % 8 + 1
+            stray = bool((stream_B[start_O1[1:][some_O] - 1].int() >> used_O).any())
+        if stray:
             raise ValueError(f"its {part} has bits set after the last code of a row")
         return start_O1
 
@@ -184,7 +201,7 @@ class QuantizedLayout(ABC):
         return order_I, outliers
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return finite(self.read(tensors).dequantize())
+        return unpacked(self.load(tensors))
 
     def load(self, tensors: Mapping[str, Tensor]) -> CodedWeight:
         return self.load_rows(tensors, self._full_rows(tensors))
@@ -234,7 +251,54 @@ def check_range(weight: CodedWeight) -> None:
         bound = (low + step * code) * (2**weight.bits + zero_low + zero_step * code)
     # A bound that holds whatever the codes are is enough nearly always.
     if not bound + outlier < limit:
-        finite(dense_weight(weight))
+        for _, W_RI in _dense_rows(weight):
+            finite(W_RI)
+
+
+def unpacked(weight: CodedWeight) -> Tensor:
+    """The dense weight `[O, I]`, made in pieces: what a piece takes on its way is many times its size."""
+    W_OI = torch.empty(weight.shape, dtype=weight.dtype)
+    for start, W_RI in _dense_rows(weight):
+        W_OI[start : start + len(W_RI)] = W_RI
+    return W_OI
+
+
+def _dense_rows(weight: CodedWeight) -> Iterator[tuple[int, Tensor]]:
+    """The dense weight some rows at a time, with the number of the first."""
+    O, I = weight.shape
+    step = max(1, _WEIGHTS_AT_ONCE // I)
+    for start in range(0, O, step):
+        yield start, dense_weight(_some_rows(weight, start, min(start + step, O)))
+
+
+def _some_rows(weight: CodedWeight, start: int, end: int) -> CodedWeight:
+    """Some consecutive rows of a weight. Streams stay whole: rows say where in them they begin."""
+    I, grid, outliers = weight.shape[1], weight.grid, weight.outliers
+    group_start_O1 = weight.group_start_O1
+    if isinstance(grid, TableGrid):
+        grid = TableGrid(grid.table_OC[start:end])
+    else:
+        if group_start_O1 is None:
+            group_start_O1 = torch.arange(weight.shape[0] + 1) * -(-I // grid.group_size)
+        group_start_O1 = group_start_O1[start : end + 1]
+        if not isinstance(grid, UniformGrid):
+            tile_O = torch.arange(start, end) // grid.tile_rows
+            grid = replace(grid, tile_rows=1, second_TG4=grid.second_TG4[tile_O])
+    if outliers is not None:
+        first, last = int(outliers.start_O1[start]), int(outliers.start_O1[end])
+        outliers = SparseRows(
+            outliers.start_O1[start : end + 1] - first, outliers.column_N[first:last], outliers.value_N[first:last]
+        )
+    return replace(
+        weight,
+        shape=(end - start, I),
+        start_O1=weight.start_O1[start : end + 1],
+        count_O=None if weight.count_O is None else weight.count_O[start:end],
+        group_start_O1=group_start_O1,
+        grid=grid,
+        bitmask_OB=None if weight.bitmask_OB is None else weight.bitmask_OB[start:end],
+        outliers=outliers,
+    )
 
 
 def _largest(x: Tensor) -> float:

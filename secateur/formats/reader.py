@@ -1,12 +1,13 @@
 """Reading a checkpoint folder as a mapping from weight names to dense tensors, whatever lies on disk.
 
-Nothing here trusts the files: safetensors checks every offset against the file, names in an index must stay in the folder,
-and each layout checks its tensors before it uses them.
+Nothing here trusts the files: safetensors checks every offset against the file, names in an index must stay in the folder
+(and its links, see `folder`), and each layout checks its tensors before it uses them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,26 +19,49 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.formats import compressed_tensors, spqr_quant
+from secateur.formats.folder import is_plain_name
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout, layout_from_config
 from secateur.formats.packed import DecodedWeights, PackedWeight
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAPPED_BYTES = 64 * 2**20
+# What is said about tensors, in headers and JSON, takes up to 25 times its size in memory. So much of it there may be beside so
+# many bytes of weights; real checkpoints have a thousandth.
+_SPARE_TEXT = 2**20
+_WEIGHTS_PER_TEXT = 16
+# torch can do next to nothing with them.
+_UNREADABLE = {torch.complex64, torch.float4_e2m1fn_x2}
 _PARTS = {part for layout in LAYOUTS.values() for part in layout.parts}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError when it cannot be read or holds something else."""
+def read_limited(path: Path) -> bytes:
+    """The bytes of a JSON file of a checkpoint folder. Raises CheckpointError when it cannot be read, or is far too large."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        weights = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _SPARE_TEXT + weights // _WEIGHTS_PER_TEXT:
+                raise CheckpointError(f"{path} has {size} bytes, far too many beside weight files of {weights}")
+            return file.read()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object in such bytes. Raises CheckpointError when they hold something else."""
+    try:
+        found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it cannot be read, is too large, or holds something else."""
+    return parse_json(read_limited(path), path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -61,7 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index_path} has no usable 'weight_map'")
     files = []
     for name in sorted(set(names.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index_path} names {name!r}, which is not a safetensors file in this folder")
         if not (folder / name).exists():
             raise CheckpointError(f"{folder / name} is missing: {INDEX_NAME} names it")
@@ -82,6 +106,7 @@ class StoredTensors(Mapping[str, Tensor]):
         self._mapped: tuple[Path, Any] | None = None
         self._left = 0
         for file in files:
+            _check_header(file)
             for name in self._open(file).keys():  # noqa: SIM118 - a handle is not a mapping
                 if name in self._file:
                     raise CheckpointError(f"tensor {name!r} is both in {self._file[name]} and in {file}")
@@ -104,6 +129,10 @@ class StoredTensors(Mapping[str, Tensor]):
             tensor = mapped[1].get_tensor(name)
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
+        if tensor.dtype in _UNREADABLE:
+            raise CheckpointError(
+                f"tensor {name!r} in {file} is {tensor.dtype}, which no weight of a language model is"
+            )
         self._left -= tensor.nbytes
         return tensor
 
@@ -120,6 +149,17 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file)
+
+
+def _check_header(file: Path) -> None:
+    """Raise CheckpointError when the header of a safetensors file is so long that it is not about weights."""
+    try:
+        with file.open("rb") as opened:
+            header, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    if _SPARE_TEXT + size // _WEIGHTS_PER_TEXT < header < size:  # one beyond the file safetensors refuses
+        raise CheckpointError(f"{file} has a header of {header} bytes, far too many for a file of {size}")
 
 
 def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:

@@ -17,7 +17,7 @@ from secateur.codes import Quantized
 from secateur.formats.codebook import Codebook
 from secateur.formats.layout import check_parts, layout
 from secateur.formats.packed_int import PackedInt
-from secateur.formats.quantized import QuantizedLayout, Rows, finite, read_stored_shape
+from secateur.formats.quantized import QuantizedLayout, Rows, read_stored_shape, unpacked
 from secateur.formats.spqr import SpQRLayout
 from secateur.kernels.expand import count_rows
 from secateur.kernels.packed import CodedWeight
@@ -67,7 +67,7 @@ class SparseInt:
         return Rows((O, I), count_rows(tensors["bitmask"], I))
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return finite(self.read(tensors).dequantize())
+        return unpacked(self.load(tensors))
 
     def load(self, tensors: Mapping[str, Tensor]) -> CodedWeight:
         weight = self.codes.load_rows(tensors, self._rows(tensors), tensors["bitmask"].clone())

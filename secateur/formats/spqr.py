@@ -99,7 +99,7 @@ class SpQRLayout(QuantizedLayout):
             },
         )
         check_finite(tensors, "second")
-        total = int(groups.length_O.sum())
+        total = groups.total
         return (
             unpack_stream(tensors["scale_codes"], self.scale_bits, total, "scale_codes"),
             unpack_stream(tensors["zero_codes"], self.scale_bits, total, "zero_codes"),

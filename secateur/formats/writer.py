@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
+from secateur.formats.manifest import MANIFEST_NAME, seal, sha256_of
 from secateur.formats.reader import INDEX_NAME, SINGLE_NAME
 
-MANIFEST_NAME = "secateur.json"
 # Tensors wait in memory until this much is there, so that small models make one file and large ones stay within bounds.
 SHARD_BYTES = 256 * 2**20
 
@@ -127,16 +126,9 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `secateur.json`: what the caller says, and the SHA-256 of every other file of the folder."""
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_NAME}
-    write_json(folder / MANIFEST_NAME, {**manifest, "files": files})
+    """Write `secateur.json`: what the caller says, the SHA-256 of every other file of the folder, and its own."""
+    files = sha256_of(p for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_NAME)
+    content = {**manifest, "files": files}
+    content.pop("sha256", None)
+    (folder / MANIFEST_NAME).write_bytes(seal(content))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from secateur._version import __version__
 from secateur.errors import UsageError
+from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.reader import read_json
-from secateur.formats.writer import MANIFEST_NAME, ShardWriter, staged_folder, write_manifest
+from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
 from secateur.pipeline.forms import FORMS, Form
 from secateur.pipeline.source import Source, open_source, save_config
 from secateur.pipeline.structure import Linear, block_linears, build_skeleton, find_blocks
@@ -76,14 +77,14 @@ def export(
         writer.finish()
         save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, prefix, linears))
         source.write_companions(folder)
-        write_manifest(folder, _manifest(source, to))
+        write_manifest(folder, _manifest(source, to, weights.unused))
 
 
-def _manifest(source: Source, to: str) -> dict[str, Any]:
+def _manifest(source: Source, to: str, unused: list[str]) -> dict[str, Any]:
     """How the weights came about, if the source knows, and that they were exported."""
     known = {}
     if source.folder is not None and (source.folder / MANIFEST_NAME).exists():
         known = read_json(source.folder / MANIFEST_NAME)
         known.pop("files", None)
     exported = {"to": to, "from": source.name, "sha256": source.hashes(), "secateur": __version__}
-    return {**known, "exported": exported}
+    return {**known, "unused": unused, "exported": exported}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.pack_quantized import PackQuantized
 from secateur.formats.reader import read_json
 from secateur.formats.sparse_int import CodedLayout
 from secateur.formats.spqr_quant import SpQRQuant
-from secateur.formats.writer import MANIFEST_NAME
 from secateur.pipeline.report import LinearReport
 from secateur.pipeline.source import Source
 from secateur.pipeline.structure import block_linears, build_skeleton, find_blocks, weight_matrix

@@ -50,6 +50,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    verify: bool = False,
 ) -> Any:
     """Load a model that secateur can read, as a transformers model ready to run.
 
@@ -61,15 +62,17 @@ def load(
         dtype: of the loaded weights; None keeps that of the files.
         device: where they go.
         trust_remote_code: whether code that comes with the model may run.
+        verify: compare the SHA-256 of every file with the folder's manifest before any is opened. What they hold is checked
+            in any case.
 
     Raises:
-        SecateurError: there is no such model or backend, the backend cannot be used here or with these weights, or the files
-            are damaged.
+        SecateurError: there is no such model or backend, the backend cannot be used here or with these weights, the files are
+            damaged, or, if that is asked for, not those that the manifest names.
     """
     backend = current_backend() if backend is None else backend
     check_backend(backend)
     target = open_device(device)
-    source = open_source(str(model), trust_remote_code)
+    source = open_source(str(model), trust_remote_code, verify)
     if backend not in (AUTO, "dense") and source.quantization is None:
         raise UsageError(
             f"{model} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
@@ -146,7 +149,9 @@ def load_source(
         attach_quantizer(model, source.quantization, source.files)
     if source.folder is not None and (source.folder / "generation_config.json").exists():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(source.folder)
-        except (OSError, ValueError) as error:
+            model.generation_config = GenerationConfig.from_pretrained(
+                source.folder, local_files_only=not source.from_hub
+            )
+        except Exception as error:
             raise CheckpointError(f"{source.folder / 'generation_config.json'}: {one_line(error)}") from error
     return model

@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.formats.folder import check_entries
 from secateur.formats.hf import QUANT_METHOD
+from secateur.formats.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.formats.reader import first_dtype, open_weights, read_json, weight_files
-from secateur.formats.writer import MANIFEST_NAME, sha256
+from secateur.pipeline.limits import check_config
 
 DEMO = "demo"
 # The files of a checkpoint that say how to use it, not what its weights are.
@@ -41,6 +43,7 @@ class Source:
         folder: the Hugging Face folder, or None for a GGUF file.
         trust_remote_code: whether the user allowed the model's own code to run.
         quantization: secateur's `quantization_config`, where the folder has one.
+        from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
     """
 
     name: str
@@ -51,26 +54,27 @@ class Source:
     folder: Path | None
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
+    from_hub: bool = False
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
         where = {"gguf_file": self.files[0].name} if self.folder is None else {}
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.folder or self.files[0].parent, trust_remote_code=self.trust_remote_code, **where
-            )
-        except Exception as error:
-            raise CheckpointError(f"{self.name} has no usable tokenizer: {one_line(error)}") from error
+        return open_tokenizer(
+            self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where
+        )
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the config and of every weight file, by file name."""
         files = list(self.files)
         if self.folder is not None:
             files.append(self.folder / "config.json")
-        return {file.name: sha256(file) for file in sorted(files)}
+        return sha256_of(sorted(files))
 
     def write_companions(self, folder: Path) -> None:
-        """Put tokenizer, generation settings and the like beside the weights in `folder`."""
+        """Put tokenizer, generation settings and the like beside the weights in `folder`.
+
+        None of them lies elsewhere: `open_folder` has refused links that lead out of the source.
+        """
         if self.folder is None:
             self.tokenizer().save_pretrained(folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
@@ -82,35 +86,57 @@ class Source:
                     shutil.copyfile(file, folder / file.name)
 
 
-def open_source(model: str, trust_remote_code: bool = False) -> Source:
+def open_tokenizer(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False, **options: Any) -> Any:
+    """The tokenizer of a folder. Raises CheckpointError, calling the model by its name, when there is no usable one."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub, **options
+        )
+    except Exception as error:
+        raise CheckpointError(f"{name} has no usable tokenizer: {one_line(error)}") from error
+
+
+def open_source(model: str, trust_remote_code: bool = False, verify: bool = False) -> Source:
     """Open a model without reading its weights (those of a GGUF file are dequantized at once, by transformers).
+
+    Args:
+        model: a folder, a hub id, a `.gguf` file, or `demo`.
+        trust_remote_code: whether code that comes with the model may run.
+        verify: compare the SHA-256 of every file with the manifest before any is opened.
 
     Raises:
         UsageError: there is no such model, or it is not a decoder-only language model.
-        CheckpointError: its files are missing or damaged.
+        CheckpointError: its files are missing or damaged, or, if that is asked for, not those that the manifest names.
     """
-    if model == DEMO and not Path(model).exists():
-        return _open_gguf(DEMO, _demo_file())
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
+    if (demo := model == DEMO and not path.exists()) or path.suffix == ".gguf":
+        if not demo and not path.is_file():
             raise UsageError(f"no such model: {path} is not a file")
-        return _open_gguf(model, path)
-    if path.is_dir():
-        return _open_folder(model, path, trust_remote_code)
-    if path.exists():
+        if verify:
+            raise CheckpointError(
+                f"{model} cannot be verified: it has no {MANIFEST_NAME}, which tells what its files were"
+            )
+        return _open_gguf(model, _demo_file() if demo else path)
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{model} is a file, but not a .gguf: give a Hugging Face folder")
-    return _open_folder(model, _download(model, trust_remote_code), trust_remote_code)
+    from_hub = not path.is_dir()
+    folder = _download(model, trust_remote_code) if from_hub else path
+    if verify:
+        require_files(folder)
+    return open_folder(model, folder, trust_remote_code, from_hub)
 
 
-def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
+def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False) -> Source:
+    """Open a Hugging Face folder as `open_source` does, whose errors it raises."""
+    check_entries(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} is not a model: it has no config.json")
     content = read_json(folder / "config.json")
+    check_config(folder, content)
     _check_decoder(name, content, trust_remote_code)
     weights = open_weights(folder, content)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
     for key in ("quantization_config", "compression_config"):
@@ -119,7 +145,7 @@ def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
     config.dtype = dtype
     quantization = content.get("quantization_config")
     ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
-    return Source(name, config, weights, dtype, tuple(weight_files(folder)), folder, trust_remote_code, ours)
+    return Source(name, config, weights, dtype, tuple(weight_files(folder)), folder, trust_remote_code, ours, from_hub)
 
 
 def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
@@ -131,7 +157,7 @@ def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     known = (known,) if isinstance(known, str) else tuple(known or ())
     architectures = config.get("architectures")
-    if isinstance(architectures, list) and architectures and not set(architectures) & set(known):
+    if isinstance(architectures, list) and architectures and not any(name in known for name in architectures):
         found = ", ".join(map(str, architectures))
         raise UsageError(
             f"{name} is a {found}, not a decoder-only language model: secateur compresses causal language models"

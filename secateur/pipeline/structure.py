@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from secateur.errors import UsageError, one_line
+from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.pipeline.limits import check_sizes, few_parameters
 from secateur.pipeline.source import Source
 
 #: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
@@ -25,12 +26,19 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         UsageError: transformers cannot build it.
+        CheckpointError: it is larger than its files can hold.
     """
+    options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
     try:
+        # On the meta device first, where even a model that would not fit anywhere takes no memory. Classes of transformers can
+        # all be made there; code of a checkpoint, which the user trusts, need not.
+        if not (source.trust_remote_code and hasattr(source.config, "auto_map")):
+            with torch.device("meta"), few_parameters(source.name, source.weights):
+                check_sizes(source.name, AutoModelForCausalLM.from_config(source.config, **options), source.files)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                source.config, dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(source.config, **options)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise UsageError(f"{source.name} cannot be built by transformers: {one_line(error)}") from error
     model.tie_weights()  # made on the meta device, every parameter is one of its own

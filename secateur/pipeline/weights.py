@@ -27,23 +27,8 @@ class ModelWeights:
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self._weights: Mapping[str, Tensor] = source.weights
-        self._stored: dict[str, str] = {}
-        self._renamed: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        # Those that may be tied are no help: whether they are is up to the config.
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        renamed = _renamed(source.weights, model)
-        missing = []
-        for name in model.state_dict():
-            spellings = (name, name.removeprefix(prefix), prefix + name)
-            stored = next((s for s in spellings if s in source.weights), None)
-            if stored is not None:
-                self._stored[name] = stored
-            elif name in renamed:
-                self._stored[name] = self._renamed[name] = renamed[name]
-            elif name not in tied:
-                missing.append(name)
+        self._stored, self._renamed, missing = stored_names(source.weights, model)
         if missing:
             self._load_whole(source, missing)
         used = set(self._stored.values())
@@ -60,6 +45,8 @@ class ModelWeights:
                     source.folder,
                     dtype=source.dtype,
                     output_loading_info=True,
+                    use_safetensors=True,
+                    local_files_only=not source.from_hub,
                     trust_remote_code=source.trust_remote_code,
                 )
         except Exception as error:
@@ -108,6 +95,30 @@ class ModelWeights:
         return self._weights[name]
 
 
+def stored_names(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Under which names the tensors of a model's state dict are stored.
+
+    Returns:
+        The name in the files of each that is there, by its name in the model; those among them that transformers renames; and
+        the names of those that are missing and are not tied to another.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # Those that may be tied are no help: whether they are is up to the config.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    renamed = _renamed(weights, model)
+    found, found_renamed, missing = {}, {}, []
+    for name in model.state_dict():
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        stored = next((s for s in spellings if s in weights), None)
+        if stored is not None:
+            found[name] = stored
+        elif name in renamed:
+            found[name] = found_renamed[name] = renamed[name]
+        elif name not in tied:
+            missing.append(name)
+    return found, found_renamed, missing
+
+
 def _renamed(stored: Iterable[str], model: nn.Module) -> dict[str, str]:
     """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
@@ -150,6 +161,8 @@ def materialise(
             raise CheckpointError(
                 f"{full} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
             )
+        if tensor.is_floating_point() != expected.is_floating_point():
+            raise CheckpointError(f"{full} is {tensor.dtype} in the checkpoint, but {expected.dtype} in the model")
         if tensor.is_floating_point():
             if check_finite and not all_finite(tensor):
                 raise CheckpointError(f"{full} holds NaN or infinity: the checkpoint is damaged")

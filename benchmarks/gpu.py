@@ -21,6 +21,7 @@ import secateur
 from benchmarks import gpu_kernels
 from benchmarks.protocol import random_llama
 from secateur.errors import one_line
+from secateur.pipeline import run as compress_run
 from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
 
@@ -117,6 +118,20 @@ def main() -> None:
         seconds, memory = run(large, args.work / "out", recipe, "cuda", 128)
         return f"{seconds:.1f} s, {memory:.2f} GiB of GPU memory"
 
+    def read_ahead(recipe: secateur.Recipe) -> str:
+        found = {}
+        for ahead in ((), ("cuda",)):
+            compress_run._READ_AHEAD = ahead
+            found[bool(ahead)] = min(run(large, args.work / "out", recipe, "cuda", 32)[0] for _ in range(3))
+        return f"{found[True]:.1f} s, {found[False]:.1f} s without"
+
+    def foretold(recipe: secateur.Recipe) -> str:
+        text = secateur.Calibration(source="docs", samples=128, seq_len=512)
+        told = secateur.forecast(str(large), replace(recipe, calibration=text), out=args.work, device="cuda")
+        seconds, memory = run(large, args.work / "out", recipe, "cuda", 128)
+        before = f"{told.device / 2**30:.2f} GiB and {told.total_seconds:.1f} s foretold"
+        return f"{before}, {memory:.2f} GiB and {seconds:.1f} s taken"
+
     make_model(tiny, "tiny", torch.float32)
     for name, recipe in RECIPES.items():
         report(f"{name}: same weights on GPU and CPU", lambda recipe=recipe: same_weights(recipe))
@@ -124,6 +139,12 @@ def main() -> None:
     make_model(large, "1.5b", torch.bfloat16)
     for name, recipe in RECIPES.items():
         report(f"{name}: 1.5 B, 128 × 512 tokens", lambda recipe=recipe: cost(recipe))
+    report(
+        "sparsegpt 50 %: the next block read ahead, 1.5 B, 32 × 512 tokens",
+        lambda: read_ahead(RECIPES["sparsegpt 50 %"]),
+    )
+    for name in ("wanda 50 %", "sparsegpt 50 %"):
+        report(f"{name}: `plan`, 1.5 B, 128 × 512 tokens", lambda name=name: foretold(RECIPES[name]))
     shutil.rmtree(args.work)
     gpu_kernels.main()
 

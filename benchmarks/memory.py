@@ -11,11 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig
 
 from benchmarks.protocol import (
     arguments,
@@ -24,74 +19,12 @@ from benchmarks.protocol import (
     plain_model,
     prepare,
     prune_options,
+    sharded_llama,
     split_text,
     table,
 )
 
 LIMIT = 2.5 * 2**30
-HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS = 2048, 6144, 28, 16, 8
-
-
-def make_model(out: Path, tokenizer_from: Path) -> int:
-    """Random weights of a plausible scale, a shard for every four blocks; the number of parameters."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-    tokenizer.save_pretrained(out)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(out)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).mul_(0.02).bfloat16()
-
-    kv = HIDDEN // HEADS * KV_HEADS
-    shards = [
-        {"model.embed_tokens.weight": random(len(tokenizer), HIDDEN)},
-        {"lm_head.weight": random(len(tokenizer), HIDDEN)},
-    ]
-    shards[0]["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    weight_map: dict[str, str] = {}
-    count = 0
-
-    def write(tensors: dict[str, torch.Tensor], number: int) -> int:
-        name = f"model-{number:05d}.safetensors"
-        save_file(tensors, out / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        return sum(t.numel() for t in tensors.values())
-
-    for number, tensors in enumerate(shards):
-        count += write(tensors, number)
-    for first in range(0, BLOCKS, 4):
-        tensors = {}
-        for i in range(first, min(first + 4, BLOCKS)):
-            shapes = {
-                "self_attn.q_proj": (HIDDEN, HIDDEN),
-                "self_attn.k_proj": (kv, HIDDEN),
-                "self_attn.v_proj": (kv, HIDDEN),
-                "self_attn.o_proj": (HIDDEN, HIDDEN),
-                "mlp.gate_proj": (INNER, HIDDEN),
-                "mlp.up_proj": (INNER, HIDDEN),
-                "mlp.down_proj": (HIDDEN, INNER),
-            }
-            for name, shape in shapes.items():
-                tensors[f"model.layers.{i}.{name}.weight"] = random(*shape)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-        count += write(tensors, 2 + first // 4)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return count
 
 
 def interpreter_peak() -> int:
@@ -113,7 +46,7 @@ def main() -> None:
     small = plain_model(args.work)
     _, calibration = split_text(args.text, args.work, small)
     model = args.work / "synthetic-1.5b"
-    parameters = make_model(model, small)
+    parameters = sharded_llama(model, small, hidden=2048, inner=6144, blocks=28, heads=16, kv_heads=8)
     base = interpreter_peak()
     print(f"{machine()}\n{parameters / 1e9:.2f} billion parameters; interpreter with imports: {base / 2**20:.0f} MiB\n")
     rows = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -77,6 +79,64 @@ def random_llama(out: Path, dtype: torch.dtype, device: str = "cpu", shard: str 
     model.cpu().save_pretrained(out, max_shard_size=shard)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
     return out
+
+
+def sharded_llama(
+    out: Path, tokenizer_from: Path, hidden: int, inner: int, blocks: int, heads: int, kv_heads: int
+) -> int:
+    """A Llama in bfloat16, random weights of a plausible scale, a shard for each block; the number of its parameters.
+
+    All blocks have the same weights: those of one are drawn, which takes seconds instead of minutes.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    tokenizer.save_pretrained(out)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(out)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).mul_(0.02).bfloat16()
+
+    kv = hidden // heads * kv_heads
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    block = {
+        "self_attn.q_proj": random(hidden, hidden),
+        "self_attn.k_proj": random(kv, hidden),
+        "self_attn.v_proj": random(kv, hidden),
+        "self_attn.o_proj": random(hidden, hidden),
+        "mlp.gate_proj": random(inner, hidden),
+        "mlp.up_proj": random(inner, hidden),
+        "mlp.down_proj": random(hidden, inner),
+        "input_layernorm": ones,
+        "post_attention_layernorm": ones.clone(),
+    }
+    shards = [
+        {"model.embed_tokens.weight": random(len(tokenizer), hidden), "model.norm.weight": ones},
+        {"lm_head.weight": random(len(tokenizer), hidden)},
+        *({f"model.layers.{i}.{name}.weight": tensor for name, tensor in block.items()} for i in range(blocks)),
+    ]
+    weight_map: dict[str, str] = {}
+    count = 0
+    for number, tensors in enumerate(shards):
+        name = f"model-{number:05d}.safetensors"
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        count += sum(t.numel() for t in tensors.values())
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return count
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from secateur.formats.hf import backend
 from secateur.formats.hf import register as _register
 from secateur.formats.manifest import Problem
 from secateur.pipeline.compress import compress
+from secateur.pipeline.forecast import Forecast, forecast
 from secateur.pipeline.load import load
 from secateur.pipeline.report import Progress, Report
 from secateur.pipeline.verify import verify
@@ -19,6 +20,7 @@ _register()
 __all__ = [
     "Calibration",
     "CheckpointError",
+    "Forecast",
     "Problem",
     "Progress",
     "Quantization",
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "backend",
     "compress",
+    "forecast",
     "load",
     "verify",
 ]

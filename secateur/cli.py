@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from secateur._version import __version__
-from secateur.errors import SecateurError, UsageError, one_line
+from secateur.errors import Interrupted, ReportedError, SecateurError, UsageError, one_line
 
 app = typer.Typer(
     name="secateur",
@@ -43,6 +46,8 @@ def _set_debug(value: bool) -> bool:
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens run at a time (default: by the memory).", min=1)]
+MaxMemory = Annotated[str | None, typer.Option(help="Of the host that may be in use, such as 8GiB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 Verify = Annotated[
@@ -67,10 +72,7 @@ def _app(
     pass
 
 
-@app.command()
-def compress(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+def _recipe(
     prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda or sparsegpt.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
@@ -107,18 +109,8 @@ def compress(
     format: Annotated[str | None, typer.Option(help="auto, dense, bitmap or nm.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written: auto, bfloat16, float16, float32.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe or manifest; other options override it.")] = None,
-    device: Device = "cpu",
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens run at a time (default: by free memory).", min=1)
-    ] = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON to standard output.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Prune MODEL, quantize it, or both, and write it to the folder OUT."""
-    from secateur.pipeline.compress import compress as run
+) -> Any:
+    """The recipe that the options of `compress` and `plan` name."""
     from secateur.recipe import Recipe
 
     base = Recipe.read(recipe) if recipe is not None else Recipe()
@@ -149,18 +141,70 @@ def compress(
         "ignore": tuple(ignore) if ignore else None,
     }
     text = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed, "text_field": text_field}
-    wanted = _override(base, {**given, "calibration": _override(base.calibration, text)})
-    with _Display(quiet) as display:
+    return _override(base, {**given, "calibration": _override(base.calibration, text)})
+
+
+def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_recipe` in place of its parameter `recipe`, which gets what they name."""
+    # What typer makes options of; annotations are text here.
+    own = signature(command, eval_str=True).parameters
+    options = signature(_recipe, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        named = _recipe(**{name: given.pop(name) for name in options})
+        command(**given, recipe=named)
+
+    parameters = [p for name, p in own.items() if name != "recipe"]
+    first = [p for p in parameters if p.default is Parameter.empty]
+    rest = [p for p in parameters if p.default is not Parameter.empty]
+    run.__signature__ = Signature([*first, *options.values(), *rest])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*first, *options.values(), *rest]}
+    return run
+
+
+@app.command()
+@_with_recipe
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    recipe: Any,
+    device: Device = "cpu",
+    batch_tokens: BatchTokens = None,
+    max_memory: MaxMemory = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that OUT.partial is left of, if there is one.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the new folder before it is OUT.")] = True,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON to standard output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL, quantize it, or both, and write it to the folder OUT.
+
+    Under torchrun the work is shared by its processes.
+    """
+    from secateur.pipeline.compress import compress as run
+
+    first = os.environ.get("RANK", "0") == "0"
+    with _Display(quiet or not first) as display:
         report = run(
             model,
             out,
-            wanted,
+            recipe,
             device=device,
             batch_tokens=batch_tokens,
+            max_memory=max_memory,
+            resume=resume,
+            verify=verify,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=display,
         )
+    if not first:
+        return
     if as_json:
         _print_json(
             {**dataclasses.asdict(report), "out": str(report.out), "sparsity": report.sparsity, "bits": report.bits}
@@ -177,6 +221,68 @@ def compress(
         f"({8 * report.bytes / report.parameters:.2f} bits per weight of the whole model), "
         f"{report.seconds:.1f} s, peak memory {_size(report.peak_bytes)}"
     )
+
+
+@app.command("plan")
+@_with_recipe
+def forecast(
+    model: Model,
+    recipe: Any,
+    out: Annotated[Path, typer.Option(help="Where the checkpoint would go: its disk is measured.")] = Path(),
+    device: Device = "cpu",
+    batch_tokens: BatchTokens = None,
+    max_memory: MaxMemory = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell how much memory, disk and time `compress` would take, by compressing the first block."""
+    from secateur.pipeline.forecast import forecast as run
+
+    with _Display(quiet) as display:
+        found = run(
+            model,
+            recipe,
+            out=out,
+            device=device,
+            batch_tokens=batch_tokens,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            progress=display,
+        )
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "total_seconds": found.total_seconds})
+        return
+    out_of = Console(emoji=False, highlight=False)
+    out_of.print(escape(f"{model}, {found.blocks} blocks"), soft_wrap=True)
+    table = Table(box=None)
+    table.add_column("")
+    table.add_column("needed", justify="right")
+    table.add_column("free now", justify="right")
+    table.add_row("memory", _size(found.host), _size(found.free_memory))
+    if found.device:
+        table.add_row(f"memory of {escape(device)}", _size(found.device), "")
+    table.add_row("disk, new checkpoint", _size(found.disk), _size(found.free_disk))
+    table.add_row("disk, until the end", _size(found.scratch), "")
+    table.add_section()
+    for phase, seconds in found.seconds.items():
+        if seconds >= 0.01 * found.total_seconds:
+            table.add_row(f"time, {phase}", _duration(seconds), "")
+    table.add_row("time in all", _duration(found.total_seconds), "")
+    out_of.print(table)
+    settings = found.settings
+    if settings is not None:
+        waits = {"device": "in memory", "host": "in the host's memory", "file": "in a file"}[settings.hidden]
+        again = "pause while a linear is solved" if settings.pause else "begin a block again for every group of linears"
+        out_of.print(f"batches of {settings.batch_tokens} tokens {again}; hidden states wait {waits}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _override(base: Any, given: dict[str, Any]) -> Any:
@@ -587,12 +693,8 @@ def _write_json(value: Any, file: Path) -> None:
         raise UsageError(f"--json {file} cannot be written: {error.strerror or error}") from error
 
 
-class _Interrupted(BaseException):
-    """A signal to stop. Not a KeyboardInterrupt, which typer would keep to itself."""
-
-
 def _interrupt(*_: object) -> None:
-    raise _Interrupted
+    raise Interrupted
 
 
 def run(command: Callable[[], object]) -> int:
@@ -601,9 +703,11 @@ def run(command: Callable[[], object]) -> int:
         command()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except (KeyboardInterrupt, _Interrupted):
-        err.print("interrupted: nothing is left behind")
+    except (KeyboardInterrupt, Interrupted) as stop:
+        _say(f"interrupted: {getattr(stop, 'left', Interrupted.left)}")
         return 130
+    except ReportedError as error:
+        return error.exit_code
     except Exception as error:
         if _debug:
             err.print_exception()

@@ -21,6 +21,24 @@ class CheckpointError(SecateurError):
     """A checkpoint's files are missing, damaged, or disagree with each other."""
 
 
+class ReportedError(SecateurError):
+    """The run ends, and another of its processes has said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run has said what went wrong")
+        self.exit_code = exit_code
+
+
+class Interrupted(BaseException):
+    """A signal to stop. Not a KeyboardInterrupt, which typer would keep to itself.
+
+    Attributes:
+        left: what the run leaves behind, in words.
+    """
+
+    left = "nothing is left behind"
+
+
 def one_line(error: BaseException) -> str:
     """The text of somebody else's error on one line of reasonable length."""
     text = " ".join(str(error).split()) or type(error).__name__

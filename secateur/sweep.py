@@ -29,7 +29,8 @@ def inverse_cholesky(gram_II: Tensor, damping: float = DAMPING) -> tuple[Tensor,
     (Frantar & Alistarh 2023, arXiv:2301.00774, section 3.3).
 
     Args:
-        gram_II: symmetric, positive semidefinite, float32. An input that is always zero gets the mean diagonal entry.
+        gram_II: symmetric, positive semidefinite, float32; only its upper triangle is read. An input that is always zero gets
+            the mean diagonal entry.
         damping: λ; raised tenfold as often as the factorisation needs.
 
     Returns:
@@ -45,7 +46,7 @@ def inverse_cholesky(gram_II: Tensor, damping: float = DAMPING) -> tuple[Tensor,
         # With the order of the inputs reversed, Cholesky's lower factor is an upper one here: G = R Rᵀ, so U = R⁻¹. One
         # factorisation and one triangular inverse do the work of inverting G and factorising the inverse. Every matrix is
         # dropped or overwritten as soon as it can be: there are as many as fit in memory that bound the size of a linear.
-        reversed_II = gram_II.flip(0, 1)
+        reversed_II = gram_II.flip(0, 1)  # the upper triangle is now the lower one, which is all that Cholesky reads
         reversed_II.diagonal().copy_((torch.where(dead_I, mean, diagonal_I) + damping * mean).flip(0))
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
         del reversed_II
@@ -93,31 +94,7 @@ def sweep(W_IO: Tensor, U_II: Tensor, settler: Settler, unit: int) -> None:
         unit: the settler wants to see the weights of so many inputs at a time before the first of them is settled.
     """
     I = len(W_IO)
-    pivot_I = U_II.diagonal()
     fits = unit <= _BLOCK  # else a unit spans several blocks
-
-    def settle(error_BO: Tensor, start: int, first: int, last: int) -> None:
-        """Settle inputs `first` to `last` of the block that begins at `start`, whose errors go to `error_BO`."""
-        span = last - first
-        if fits and first % unit == 0 and (span == unit or (span < unit and last == I)):
-            settler.enter(first, W_IO[first:last])
-        if span > min(unit, _LEAF):
-            # In two halves, so that products are as large as can be; cut where a unit begins, or a leaf of one.
-            grain = unit if span > unit else _LEAF
-            middle = first + -(-span // grain) // 2 * grain
-            settle(error_BO, start, first, middle)
-            error_SO = error_BO[first - start : middle - start]
-            W_IO[middle:last].addmm_(U_II[first:middle, middle:last].T, error_SO, alpha=-1)
-            settle(error_BO, start, middle, last)
-            return
-        for i in range(first, last):
-            w_O, error_O = W_IO[i], error_BO[i - start]
-            if i > first:
-                w_O.addmv_(error_BO[first - start : i - start].T, U_II[first:i, i], alpha=-1)
-            settled_O = settler.settle(i, w_O)
-            torch.sub(w_O, settled_O, out=error_O).div_(pivot_I[i])
-            w_O.copy_(settled_O)
-
     stride = _BLOCK // unit * unit if fits else unit
     for base in range(0, I, stride):
         if not fits:
@@ -125,5 +102,30 @@ def sweep(W_IO: Tensor, U_II: Tensor, settler: Settler, unit: int) -> None:
         for start in range(base, min(base + stride, I), _BLOCK):
             stop = min(start + _BLOCK, base + stride, I)
             error_BO = torch.empty_like(W_IO[start:stop])
-            settle(error_BO, start, start, stop)
+            _settle(W_IO, U_II, settler, unit, error_BO, start, start, stop)
             W_IO[stop:].addmm_(U_II[start:stop, stop:].T, error_BO, alpha=-1)
+
+
+def _settle(
+    W_IO: Tensor, U_II: Tensor, settler: Settler, unit: int, error_BO: Tensor, start: int, first: int, last: int
+) -> None:
+    """Settle inputs `first` to `last` of the block that begins at `start`, whose errors go to `error_BO`."""
+    span = last - first
+    if unit <= _BLOCK and first % unit == 0 and (span == unit or (span < unit and last == len(W_IO))):
+        settler.enter(first, W_IO[first:last])
+    if span > min(unit, _LEAF):
+        # In two halves, so that products are as large as can be; cut where a unit begins, or a leaf of one.
+        grain = unit if span > unit else _LEAF
+        middle = first + -(-span // grain) // 2 * grain
+        _settle(W_IO, U_II, settler, unit, error_BO, start, first, middle)
+        error_SO = error_BO[first - start : middle - start]
+        W_IO[middle:last].addmm_(U_II[first:middle, middle:last].T, error_SO, alpha=-1)
+        _settle(W_IO, U_II, settler, unit, error_BO, start, middle, last)
+        return
+    for i in range(first, last):
+        w_O, error_O = W_IO[i], error_BO[i - start]
+        if i > first:
+            w_O.addmv_(error_BO[first - start : i - start].T, U_II[first:i, i], alpha=-1)
+        settled_O = settler.settle(i, w_O)
+        torch.sub(w_O, settled_O, out=error_O).div_(U_II[i, i])
+        w_O.copy_(settled_O)

@@ -1,5 +1,6 @@
 """Checkpoint folders: what is read, how damage is reported, and that writing leaves either the whole folder or nothing."""
 
+import contextlib
 import errno
 import json
 import os
@@ -21,7 +22,7 @@ from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats import writer
 from secateur.formats.manifest import MANIFEST_NAME, sha256
 from secateur.formats.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, find_entry, weight_files
-from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
+from secateur.formats.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.pipeline.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
@@ -639,7 +640,8 @@ def test_small_shards_are_what_transformers_reads(model_of, tmp_path):
     shards = ShardWriter(tmp_path, shard_bytes=10_000)
     for name, tensor in tensors.items():
         shards.add(name, tensor)
-    shards.finish()
+    shards.flush()
+    assemble(shards.files, tmp_path, tmp_path, 10_000)
 
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
@@ -666,7 +668,8 @@ def test_few_tensors_make_one_file(count, tmp_path):
     shards = ShardWriter(tmp_path)
     for i in range(count):
         shards.add(f"t{i}", torch.arange(6).view(2, 3).T + i)  # not contiguous
-    shards.finish()
+    shards.flush()
+    assemble(shards.files, tmp_path, tmp_path)
     assert left_in(tmp_path) == [SINGLE_NAME]
     found = load_file(tmp_path / SINGLE_NAME)
     assert len(found) == count
@@ -677,8 +680,41 @@ def test_a_tensor_that_fills_the_last_shard_makes_no_empty_one(tmp_path):
     shards = ShardWriter(tmp_path, shard_bytes=8)
     for name in "ab":
         shards.add(name, torch.zeros(2))
-    shards.finish()
+    shards.flush()
+    assemble(shards.files, tmp_path, tmp_path, 8)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_assembling_goes_on_where_it_was_interrupted(stop, tmp_path, monkeypatch):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "out").mkdir()
+    shards = ShardWriter(tmp_path / "parts")
+    for i in range(5):
+        shards.add(f"t{i}", torch.full((100,), float(i)))
+        shards.flush()
+    replace, moves = os.replace, []
+
+    def interrupted(*args):
+        if len(moves) == stop:
+            raise KeyboardInterrupt
+        moves.append(args)
+        replace(*args)
+
+    monkeypatch.setattr(writer.os, "replace", interrupted)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            assemble(shards.files, tmp_path / "parts", tmp_path / "out", 900)
+        stop = 99
+    assert left_in(tmp_path / "parts") == []
+    assert left_in(tmp_path / "out") == [f"model-{i}-of-00003.safetensors" for i in ("00001", "00002", "00003")] + [
+        INDEX_NAME
+    ]
+    index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == 5 * 400
+    found = {name: load_file(tmp_path / "out" / file)[name] for name, file in index["weight_map"].items()}
+    assert found.keys() == {f"t{i}" for i in range(5)}
+    assert all((found[f"t{i}"] == i).all() for i in range(5))
 
 
 def test_the_manifest_tells_the_hash_of_every_file(tmp_path):

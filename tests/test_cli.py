@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.errors import Interrupted
+from secateur.pipeline.run import Run
 from secateur.recipe import Calibration, Recipe
 
 
@@ -558,24 +560,53 @@ _SLOW = """
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(sent, model_of, text_options, tmp_path):
-    source = model_of("llama", num_hidden_layers=60)
+def test_an_interrupted_run_can_be_resumed(sent, says, fails, model_of, text_options, tmp_path):
+    source = model_of("llama", num_hidden_layers=20)
     args = ["compress", source, tmp_path / "out", "--prune", "slow", "--sparsity", 0.5, *text_options]
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(_SLOW), *map(str, args)], stderr=subprocess.PIPE, text=True
     )
     try:
-        seen = []
         for line in process.stderr:
-            seen.append(line)
-            if line.startswith("block 1 of 60"):
+            if line.startswith("block 2 of 20"):
                 break
-        assert any(path.name.startswith(".out.partial-") for path in tmp_path.iterdir()), seen
         process.send_signal(sent)
         _, rest = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 130, rest
-    assert "interrupted: nothing is left behind" in rest
     assert "Traceback" not in rest
+    left = rest.splitlines()[-1]
+    partial = tmp_path / "out.partial"
+    assert re.fullmatch(
+        rf"interrupted: [2-4] blocks are kept in {re.escape(str(partial))}: run again with --resume to go on", left
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+    args[4] = "wanda"
+    message = fails(2, *args)
+    assert re.fullmatch(
+        rf"{re.escape(str(partial))} holds a run that was interrupted after [2-4] blocks: give --resume to go on with it, "
+        "or --overwrite to begin again",
+        message,
+    )
+    message = fails(2, *args, "--resume")
+    assert message == (
+        f'{partial} was begun with another recipe prune, "slow" and not "wanda": give what it was begun with, '
+        "or --overwrite to begin again"
+    )
+    assert says(*args, "--overwrite")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_interrupted_before_its_first_block_leaves_nothing(says, model_of, text_options, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(Run, "write_outside", interrupt)
+    code, _, told = says(
+        "compress", model_of("llama"), tmp_path / "out", "--prune", "wanda", "--sparsity", 0.5, *text_options
+    )
+    assert code == 130
+    assert told.splitlines()[-1] == "interrupted: nothing is left behind"
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import UsageError
-from secateur.pipeline import compress as compress_module
+from secateur.pipeline import run as run_module
 from secateur.pipeline.capture import BlockCalls
 from secateur.pipeline.export import export
 from secateur.pipeline.inspect import inspect
@@ -45,13 +45,13 @@ def tensors(folder):
 def groups_seen(monkeypatch):
     """The groups in which each block is solved, filled while `compress` runs."""
     seen = []
-    walk = compress_module.solve_in_pass
+    walk = run_module.solve_in_pass
 
     def spy(block, calls, hiddens, groups, *args, **kwargs):
         seen.append(groups)
         return walk(block, calls, hiddens, groups, *args, **kwargs)
 
-    monkeypatch.setattr(compress_module, "solve_in_pass", spy)
+    monkeypatch.setattr(run_module, "solve_in_pass", spy)
     return seen
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.formats import hf
-from secateur.formats.writer import ShardWriter
+from secateur.formats.writer import ShardWriter, assemble
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 
@@ -53,7 +53,8 @@ def sharded(packed, out, shard_bytes=4096):
     writer = ShardWriter(out, shard_bytes)
     for name, tensor in load_file(packed / "model.safetensors").items():
         writer.add(name, tensor)
-    writer.finish()
+    writer.flush()
+    assemble(writer.files, out, out, shard_bytes)
     assert len(list(out.glob("*.safetensors"))) > 3
     return out
 

@@ -22,7 +22,7 @@ import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.formats.manifest import MANIFEST_NAME, check_files
 from secateur.formats.reader import INDEX_NAME, SINGLE_NAME
-from secateur.formats.writer import ShardWriter
+from secateur.formats.writer import ShardWriter, assemble
 from secateur.pipeline.source import open_source
 
 LAYER = "model.layers.0"
@@ -84,7 +84,8 @@ def shard(folder, size=100):
     writer = ShardWriter(folder, shard_bytes=size)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
-    writer.finish()
+    writer.flush()
+    assemble(writer.files, folder, folder, size)
     reseal(folder)
     return sorted(file.name for file in folder.glob("*.safetensors"))
 

@@ -19,9 +19,10 @@ from secateur.calibration.text import read_text
 from secateur.calibration.tokens import windows
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.pipeline import calibrate
-from secateur.pipeline import compress as compress_module
+from secateur.pipeline import run as run_module
 from secateur.pipeline.calibrate import cache_folder, calibration_ids
 from secateur.pipeline.export import export
+from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import generalise, weight_matrix
 from secateur.prune import PRUNERS, REFINERS
@@ -189,16 +190,16 @@ def test_linears_are_solved_in_the_order_of_a_forward_pass(model_of, text_file, 
 
 def test_leaving_out_the_output_of_the_last_block_changes_nothing(model_of, text_file, tmp_path, monkeypatch):
     found, _ = compress(model_of("llama"), tmp_path / "short", recipe(text_file, prune="sparsegpt"))
-    walk = compress_module.solve_in_pass
+    walk = run_module.solve_in_pass
     lasts = []
 
-    def whole(*args, last, **kwargs):
-        lasts.append(last)
-        outputs = walk(*args, last=False, **kwargs)
-        assert [hidden.shape[1] for hidden in outputs] == [SEQ_LEN]
-        return outputs
+    def whole(*args, outputs, **kwargs):
+        lasts.append(outputs is None)
+        outputs = HiddenStates(torch.device("cpu")) if outputs is None else outputs
+        walk(*args, outputs=outputs, **kwargs)
+        assert [shape[1] for shape in outputs.shapes] == [SEQ_LEN]
 
-    monkeypatch.setattr(compress_module, "solve_in_pass", whole)
+    monkeypatch.setattr(run_module, "solve_in_pass", whole)
     again, _ = compress(model_of("llama"), tmp_path / "long", recipe(text_file, prune="sparsegpt"))
     assert lasts == [False, True]
     assert all(torch.equal(found[key], again[key]) for key in found)
@@ -376,7 +377,7 @@ def ids_of_words(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     ids_NS = torch.randint(2, VOCABULARY - 1, (SAMPLES, SEQ_LEN), generator=generator)
     ids_NS[5, 17] = VOCABULARY - 1
-    monkeypatch.setattr(compress_module, "calibration_ids", lambda source, settings, *_: (ids_NS, settings))
+    monkeypatch.setattr(run_module, "calibration_ids", lambda source, settings, *_: (ids_NS, settings))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 4 * SEQ_LEN, None])

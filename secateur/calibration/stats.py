@@ -98,18 +98,23 @@ class InputStats:
         """Whether every input seen so far was finite (and no sum overflowed float32)."""
         return bool(torch.isfinite(self.square_I).all())
 
-    def gram(self) -> Tensor:
-        """The symmetric Gram matrix Σxᵀx as a new `[I, I]` float32 tensor.
+    def upper(self) -> Tensor:
+        """The Gram matrix Σxᵀx of which only the upper triangle is meaningful, `[I, I]`; not a copy.
 
         Raises:
             ValueError: these statistics were gathered below `Level.GRAM`.
         """
         if self.upper_II is None:
             raise ValueError(f"the Gram matrix was not gathered: these statistics are at level {self.level.name}")
-        gram_II = self.upper_II.triu()
+        return self.upper_II
+
+    def gram(self) -> Tensor:
+        """The symmetric Gram matrix Σxᵀx as a new `[I, I]` float32 tensor; raises as `upper` does."""
+        upper_II = self.upper()
+        gram_II = upper_II.triu()
         for i in range(0, self.features, _PANEL):
             # Panel by panel, for want of room for another such matrix.
-            gram_II[i:, i : i + _PANEL] += self.upper_II[i : i + _PANEL, i:].triu(1).T
+            gram_II[i:, i : i + _PANEL] += upper_II[i : i + _PANEL, i:].triu(1).T
         return gram_II
 
     def norm(self) -> Tensor:

@@ -25,7 +25,7 @@ from secateur.formats.packed import DecodedWeights, PackedWeight
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAPPED_BYTES = 64 * 2**20
+MAPPED_BYTES = 64 * 2**20
 # What is said about tensors, in headers and JSON, takes up to 25 times its size in memory. So much of it there may be beside so
 # many bytes of weights; real checkpoints have a thousandth.
 _SPARE_TEXT = 2**20
@@ -124,7 +124,7 @@ class StoredTensors(Mapping[str, Tensor]):
         mapped = self._mapped
         if mapped is None or mapped[0] != file or self._left <= 0:
             mapped = self._mapped = (file, self._open(file))
-            self._left = _MAPPED_BYTES
+            self._left = MAPPED_BYTES
         try:
             tensor = mapped[1].get_tensor(name)
         except (SafetensorError, ValueError, RuntimeError) as error:

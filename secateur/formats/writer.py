@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
@@ -33,7 +33,7 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         SecateurError: the disk is full.
     """
     out = Path(os.path.abspath(out))
-    _check_free(out, overwrite)
+    check_free(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -45,13 +45,12 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         os.umask(umask)
         staging.chmod(0o777 & ~umask)
         yield staging
-        _check_free(out, overwrite)  # another run may have made it meanwhile
-        _put_in_place(staging, out)
+        check_free(out, overwrite)  # another run may have made it meanwhile
+        put_in_place(staging, out)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
-        if not full and not isinstance(error, SafetensorError):
+        reason = why_not_written(error)
+        if reason is None:
             raise
-        reason = "the disk is full" if full else str(error)
         raise SecateurError(
             f"{out} could not be written: {reason}; nothing is left behind, free some space and run again"
         ) from error
@@ -59,66 +58,127 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def why_not_written(error: OSError | SafetensorError) -> str | None:
+    """What the user can do something about in an error of writing; None for an error of another kind."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error):
+        return "the disk is full"
+    return str(error) if isinstance(error, SafetensorError) else None
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise UsageError when `out` stands in the way."""
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists already: choose another folder, or give --overwrite to replace it")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a folder: choose another name")
 
 
-def _put_in_place(staging: Path, out: Path) -> None:
+def put_in_place(staging: Path, out: Path) -> None:
     """Rename `staging` to `out`; wherever this stops, one of the two folders stands under the name."""
     if not out.exists():
         staging.rename(out)
+        sync(out.parent)
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
     try:
         out.rename(retired / out.name)
         staging.rename(out)
+        sync(out.parent)
     finally:
         if not out.exists():
             (retired / out.name).rename(out)
         shutil.rmtree(retired, ignore_errors=True)
 
 
-class ShardWriter:
-    """Collects named tensors into safetensors shards of a folder, with an index when there are several."""
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself, where a power cut does not reach them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+
+class ShardWriter:
+    """Collects named tensors into safetensors files of a folder; `assemble` makes a checkpoint of them.
+
+    Attributes:
+        files: those written so far, in order, with their bytes.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, begin: int = 0) -> None:
         self.folder = folder
         self.shard_bytes = shard_bytes
-        self.total_bytes = 0
+        self.files: dict[str, int] = {}
+        self._next = begin
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; it may be written at once or wait for others."""
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += tensor.nbytes
         if self._pending_bytes >= self.shard_bytes:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
-        save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self.total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._pending:
+            name = f"shard-{self._next:05d}"
+            save_file(self._pending, self.folder / name, metadata={"format": "pt"})
+            sync(self.folder / name)
+            self.files[name] = (self.folder / name).stat().st_size
+            self._next += 1
+            self._pending, self._pending_bytes = {}, 0
 
-    def finish(self) -> None:
-        """Write what waits, give the shards their names and write the index."""
-        if self._pending or not self._shards:
-            self._flush()
-        if len(self._shards) == 1:
-            (self.folder / "shard-0").rename(self.folder / SINGLE_NAME)
-            return
-        weight_map = {}
-        for i, names in enumerate(self._shards):
-            file = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            (self.folder / f"shard-{i}").rename(self.folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.folder / INDEX_NAME, index)
+
+def assemble(parts: Mapping[str, int], come_from: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Make the weight files of a checkpoint, and their index, of what a `ShardWriter` wrote.
+
+    Neighbours are put together until a file has `shard_bytes`. Parts go as soon as what they hold is in its place, and
+    whoever calls this again after it was interrupted finds it go on.
+
+    Args:
+        parts: names of files, with their bytes.
+        come_from: the folder that they lie in.
+        folder: that the checkpoint is for.
+        shard_bytes: the least size of a file but the last.
+    """
+    groups: list[list[str]] = [[]]
+    for name in parts:
+        if sum(parts[other] for other in groups[-1]) >= shard_bytes:
+            groups.append([])
+        groups[-1].append(name)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, group in enumerate(groups):
+        file = SINGLE_NAME if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        target = folder / file
+        if not target.exists():
+            if len(group) == 1:
+                os.replace(come_from / group[0], target)
+            else:
+                tensors = {name: tensor for part in group for name, tensor in load_file(come_from / part).items()}
+                save_file(tensors, target.with_suffix(".new"), metadata={"format": "pt"})
+                del tensors
+                sync(target.with_suffix(".new"))
+                os.replace(target.with_suffix(".new"), target)
+            sync(folder)
+        for part in group:
+            (come_from / part).unlink(missing_ok=True)
+        if len(groups) > 1:
+            with safe_open(target, framework="pt") as stored:
+                weight_map.update(dict.fromkeys(stored.keys(), file))
+            total += target.stat().st_size - header_bytes(target)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX_NAME, index)
+
+
+def header_bytes(file: Path) -> int:
+    """How many bytes of a safetensors file stand before its tensors."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -33,6 +33,23 @@ _CHARS_PER_TOKEN = 4
 _LEAST_CHARS = 10_000_000
 
 
+def is_kept(source: Source, wanted: Calibration, device: torch.device) -> bool:
+    """Whether text that the model would write itself was kept, so that it need not be loaded."""
+    settings = _with_numbers(source, wanted)
+    assert settings.samples is not None
+    assert settings.seq_len is not None
+    file = _kept_file(source, settings.samples, settings.seq_len, settings.seed, device)
+    return file.exists()
+
+
+def _with_numbers(source: Source, wanted: Calibration) -> Calibration:
+    samples, seq_len = _DEMO_DEFAULTS if source.name == DEMO else _DEFAULTS
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or seq_len
+    if wanted.seq_len is not None and wanted.seq_len > longest:
+        raise UsageError(f"--seq-len {wanted.seq_len} is more than the {longest} positions of {source.name}")
+    return replace(wanted, samples=wanted.samples or samples, seq_len=wanted.seq_len or min(seq_len, longest))
+
+
 def calibration_ids(
     source: Source, wanted: Calibration, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Tensor, Calibration]:
@@ -50,11 +67,7 @@ def calibration_ids(
     Raises:
         UsageError: the text cannot be had or is too little, or windows are longer than the model takes.
     """
-    samples, seq_len = _DEMO_DEFAULTS if source.name == DEMO else _DEFAULTS
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or seq_len
-    if wanted.seq_len is not None and wanted.seq_len > longest:
-        raise UsageError(f"--seq-len {wanted.seq_len} is more than the {longest} positions of {source.name}")
-    settings = replace(wanted, samples=wanted.samples or samples, seq_len=wanted.seq_len or min(seq_len, longest))
+    settings = _with_numbers(source, wanted)
     assert settings.samples is not None
     assert settings.seq_len is not None
     if settings.source == SELF:
@@ -87,14 +100,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
 
 
-def _self_sampled(
-    source: Source, samples: int, seq_len: int, seed: int, device: torch.device, say: Callable[[str], None]
-) -> Tensor:
+def _kept_file(source: Source, samples: int, seq_len: int, seed: int, device: torch.device) -> Path:
     key = json.dumps(
         [source.hashes(), samples, seq_len, seed, TEXT_TOKENS, BATCH_TEXTS, device.type, torch.__version__],
         sort_keys=True,
     )
-    file = cache_folder() / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    return cache_folder() / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _self_sampled(
+    source: Source, samples: int, seq_len: int, seed: int, device: torch.device, say: Callable[[str], None]
+) -> Tensor:
+    file = _kept_file(source, samples, seq_len, seed, device)
     vocabulary = source.config.get_text_config().vocab_size
     kept = _read_kept(file, (samples, seq_len), vocabulary)
     if kept is not None:

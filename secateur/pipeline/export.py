@@ -13,7 +13,7 @@ from secateur._version import __version__
 from secateur.errors import UsageError
 from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.reader import read_json
-from secateur.formats.writer import ShardWriter, staged_folder, write_manifest
+from secateur.formats.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.pipeline.forms import FORMS, Form
 from secateur.pipeline.source import Source, open_source, save_config
 from secateur.pipeline.structure import Linear, block_linears, build_skeleton, find_blocks
@@ -74,7 +74,8 @@ def export(
                 writer.add(part, tensor)
         for name in weights.unused:
             write_dense(name, name, weights.stored(name))
-        writer.finish()
+        writer.flush()
+        assemble(writer.files, folder, folder)
         save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, prefix, linears))
         source.write_companions(folder)
         write_manifest(folder, _manifest(source, to, weights.unused))

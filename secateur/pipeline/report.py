@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,12 @@ class Progress:
 
 @dataclass
 class Report:
-    """The result of a run."""
+    """The result of a run.
+
+    Attributes:
+        phases: seconds by what they were spent on: opening, gradients, reading, forward, statistics, exchange (between
+            processes), solving, writing (of blocks), ending.
+    """
 
     out: Path
     linears: list[LinearReport]
@@ -70,6 +75,7 @@ class Report:
     parameters: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:

@@ -63,6 +63,15 @@ class Source:
             self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where
         )
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it comes with a usable one."""
+        try:
+            self.tokenizer()
+        except CheckpointError:
+            return False
+        return True
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the config and of every weight file, by file name."""
         files = list(self.files)

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from secateur.calibration.stats import InputStats, Level
 from secateur.errors import SecateurError
 from secateur.pipeline.capture import BlockCall
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.structure import Linear
 
 Solve = Callable[[list[str], InputStats], None]
@@ -29,36 +32,46 @@ class _Arrival:
     x: Tensor
 
 
+class _Stopped(Exception):  # noqa: N818 - not an error: it ends a pass that has come as far as it should
+    def __init__(self, arrival: _Arrival) -> None:
+        self.arrival = arrival
+
+
 def solve_in_pass(
     block: nn.Module,
     calls: list[BlockCall],
-    hiddens: list[Tensor],
+    hiddens: HiddenStates,
     groups: list[list[str]],
     linears: dict[str, Linear],
     level: Level,
     solve: Solve,
     *,
-    last: bool,
-) -> list[Tensor]:
-    """Run all batches through a block once, solving each group of linears when its input is known.
+    outputs: HiddenStates | None,
+    pause: bool,
+    ranks: Ranks,
+    clock: Clock,
+) -> None:
+    """Run all batches through a block, solving each group of linears when its input is known.
 
-    Every batch runs up to the first linear of the group, hands its input over and stops there. When all have arrived the group
-    is solved, its new weights are put in place, and the batches go on from where they stood: nothing is computed twice, and
-    every later linear sees what the earlier ones have become. A batch that stands keeps only what the rest of the block needs
-    of it; it is a greenlet, a stack of its own in this thread.
+    Every batch runs up to the first linear of the group and hands its input over. When all have arrived the group is solved,
+    its new weights are put in place, and the batches go on: every later linear sees what the earlier ones have become.
+
+    A batch that pauses stands where it is until its group is solved, so that nothing is computed twice; it keeps only what the
+    rest of the block needs of it, and is a greenlet, a stack of its own in this thread. Where memory does not hold all batches
+    half way, each begins again for every group instead: the same sums in the same order, and so the same result.
 
     Args:
         block: with its weights in place.
         calls: for each batch, how the block is called.
-        hiddens: for each batch its input `[N, S, features]`; emptied, so that inputs can leave memory.
+        hiddens: the block's inputs; its memory is let go of.
         groups: names of linears that read the same input, in the order in which they are reached.
         linears: the linears by name.
         level: what is gathered.
-        solve: given a group and its statistics, puts new weights in place.
-        last: the output is not needed, so the pass ends once all groups are solved.
-
-    Returns:
-        For each batch the block's output; none if `last`.
+        solve: given a group and its statistics, over the batches of all processes, puts new weights in place.
+        outputs: takes the block's outputs; None, where nobody reads them, ends the pass once all groups are solved.
+        pause: whether batches pause.
+        ranks: the processes that have a part of the batches each.
+        clock: measures the phases.
 
     Raises:
         SecateurError: an input of a linear is not finite.
@@ -69,49 +82,73 @@ def solve_in_pass(
 
     def stop_at(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if group_of[name] not in solved:
-                walk.switch(_Arrival(group_of[name], args[0]))
+            if group_of[name] in solved:
+                return
+            arrival = _Arrival(group_of[name], args[0])
+            if not pause:
+                raise _Stopped(arrival)
+            walk.switch(arrival)
 
         return hook
 
-    def start(call: BlockCall, hidden: Tensor) -> Callable[[], Tensor]:
-        return lambda: call.run(block, hidden)
+    def start(i: int) -> Callable[[], Tensor]:
+        return lambda: calls[i].run(block, hiddens.take(i))
+
+    batches = [greenlet.greenlet(start(i)) for i in range(len(calls))] if pause else []
+
+    def arrive(i: int) -> Any:
+        """Run batch i up to the next group."""
+        if pause:
+            return batches[i].switch()
+        try:
+            return calls[i].run(block, hiddens.read(i))
+        except _Stopped as stop:
+            return stop.arrival
 
     handles = [linears[name].register_forward_pre_hook(stop_at(name)) for name in group_of]
     try:
-        batches = [greenlet.greenlet(start(call, hidden)) for call, hidden in zip(calls, hiddens, strict=True)]
-        hiddens.clear()
         for expected, names in enumerate(groups):
             stats = None
             windows = 0
-            for batch in batches:
-                arrival = batch.switch()
+            for i in range(len(calls)):
+                with clock("forward"):
+                    arrival = arrive(i)
                 if not isinstance(arrival, _Arrival) or arrival.group != expected:
                     raise SecateurError(f"{names[0]} is not reached in the same order for every text: not supported")
-                if stats is None:
-                    stats = InputStats.empty(arrival.x.shape[-1], level, arrival.x.device)
-                stats.add(arrival.x.reshape(-1, arrival.x.shape[-1]))
-                if not stats.finite:
-                    raise SecateurError(_where_not_finite(names, arrival.x, windows))
+                with clock("statistics"):
+                    if stats is None:
+                        stats = InputStats.empty(arrival.x.shape[-1], level, arrival.x.device)
+                    stats.add(arrival.x.reshape(-1, arrival.x.shape[-1]))
+                    if not stats.finite:
+                        raise SecateurError(_where_not_finite(names, arrival.x, windows, ranks))
                 windows += len(arrival.x)
                 del arrival
             assert stats is not None
+            with clock("exchange"):
+                ranks.add_up(stats)
             solve(names, stats)
             solved.add(expected)
-        outputs: list[Tensor] = []
-        while batches and not last:
-            outputs.append(batches.pop(0).switch())
-        return outputs
+        if outputs is not None:
+            for i in range(len(calls)):
+                with clock("forward"):
+                    outputs.append(batches.pop(0).switch() if pause else calls[i].run(block, hiddens.take(i)))
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _where_not_finite(names: list[str], x: Tensor, windows_before: int) -> str:
+def run_block(block: nn.Module, calls: list[BlockCall], hiddens: HiddenStates, outputs: HiddenStates) -> None:
+    """Run all batches through a block as it is."""
+    for i, call in enumerate(calls):
+        outputs.append(call.run(block, hiddens.take(i)))
+
+
+def _where_not_finite(names: list[str], x: Tensor, windows_before: int, ranks: Ranks) -> str:
     bad_N = (~torch.isfinite(x)).reshape(len(x), -1).any(1).nonzero()
     if len(bad_N):
+        whose = f" of process {ranks.rank}" if ranks.size > 1 else ""
         return (
-            f"the input of {names[0]} is not finite in calibration sample {windows_before + int(bad_N[0])}: "
+            f"the input of {names[0]} is not finite in calibration sample {windows_before + int(bad_N[0])}{whose}: "
             "the model overflows on this text, or its weights are damaged"
         )
     return (

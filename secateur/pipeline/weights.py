@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from secateur.errors import CheckpointError, SecateurError, one_line
 from secateur.formats.hf import backend
 from secateur.formats.layout import all_finite
 from secateur.formats.packed import DecodedWeights, PackedWeight
+from secateur.formats.reader import StoredTensors
 from secateur.pipeline.source import Source
 
 
@@ -65,6 +67,28 @@ class ModelWeights:
         tensor = self._weights[self._stored[name]]
         self._dtypes[name] = tensor.dtype
         return tensor
+
+    def checked(self, name: str, expected: Tensor, check_finite: bool = True) -> Tensor:
+        """The same, for a parameter or buffer of the model.
+
+        Raises:
+            CheckpointError: it has another shape or kind or, if that is to be checked, a value is not finite.
+        """
+        tensor = self[name]
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
+            )
+        if tensor.is_floating_point() != expected.is_floating_point():
+            raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, but {expected.dtype} in the model")
+        if check_finite and tensor.is_floating_point() and not all_finite(tensor):
+            raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+        return tensor
+
+    def release(self) -> None:
+        """Let files leave the memory that have been read."""
+        if isinstance(self.stored_tensors, StoredTensors):
+            self.stored_tensors.release()
 
     def packed(self, name: str) -> PackedWeight | None:
         """How a parameter is stored, if it is stored packed."""
@@ -141,10 +165,12 @@ def materialise(
     device: torch.device,
     *,
     check_finite: bool = True,
+    ahead: Ahead | None = None,
 ) -> None:
     """Give `module` (called `prefix` in the model) its weights: floating ones as `dtype`, all on `device`.
 
-    `names` are those below `prefix` that are wanted; those that are stored nowhere (tied, say) are left as they are.
+    `names` are those below `prefix` that are wanted; those that are stored nowhere (tied, say) are left as they are. What is
+    being read `ahead` is taken from there.
 
     Raises:
         CheckpointError: a shape disagrees with the model's, or, if that is to be checked, a value is not finite.
@@ -156,18 +182,39 @@ def materialise(
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         expected = getattr(owner, leaf)
-        tensor = weights[full]
-        if tensor.shape != expected.shape:
-            raise CheckpointError(
-                f"{full} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
-            )
-        if tensor.is_floating_point() != expected.is_floating_point():
-            raise CheckpointError(f"{full} is {tensor.dtype} in the checkpoint, but {expected.dtype} in the model")
-        if tensor.is_floating_point():
-            if check_finite and not all_finite(tensor):
-                raise CheckpointError(f"{full} holds NaN or infinity: the checkpoint is damaged")
-            tensor = tensor.to(dtype)
-        place(owner, leaf, tensor.to(device))
+        tensor = ahead.take(full) if ahead is not None else None
+        if tensor is None:
+            tensor = weights.checked(full, expected, check_finite)
+            tensor = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+        place(owner, leaf, tensor.to(device, non_blocking=True))
+
+
+class Ahead:
+    """Reads the weights of a block in a thread of its own, to be taken later."""
+
+    def __init__(self, weights: ModelWeights, dtype: torch.dtype, device: torch.device) -> None:
+        self.weights = weights
+        self.dtype = dtype
+        self.pin = device.type == "cuda"  # from pinned memory they are copied while others compute
+        self._pool = ThreadPoolExecutor(1)
+        self._futures: dict[str, Future[Tensor]] = {}
+
+    def start(self, prefix: str, module: nn.Module) -> None:
+        """Begin to read the weights of a module that is called `prefix` in the model."""
+        for name, expected in module.state_dict().items():
+            full = f"{prefix}.{name}"
+            if full in self.weights:
+                self._futures[full] = self._pool.submit(self._read, full, expected)
+
+    def _read(self, name: str, expected: Tensor) -> Tensor:
+        tensor = self.weights.checked(name, expected)
+        tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        return tensor.pin_memory() if self.pin else tensor
+
+    def take(self, name: str) -> Tensor | None:
+        """The tensor, once; None if it was not begun to be read. Raises what reading it raised."""
+        future = self._futures.pop(name, None)
+        return None if future is None else future.result()
 
 
 def place(owner: nn.Module, leaf: str, tensor: Tensor) -> None:

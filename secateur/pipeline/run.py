@@ -1,0 +1,661 @@
+"""One run of `compress` over a model's blocks.
+
+N: windows, S: tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor, nn
+
+from secateur._version import __version__
+from secateur.calibration.stats import InputStats, Level
+from secateur.errors import SecateurError, UsageError
+from secateur.formats.layout import all_finite
+from secateur.formats.reader import StoredTensors
+from secateur.formats.writer import SHARD_BYTES, ShardWriter
+from secateur.pipeline.calibrate import SELF, calibration_ids, is_kept
+from secateur.pipeline.capture import BlockCall, BlockCalls, group_by_input
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.gradients import KeptFisher
+from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.load import load_source
+from secateur.pipeline.memory import Footprint, Settings, footprint, without_inputs, words
+from secateur.pipeline.partial import Partial
+from secateur.pipeline.plan import Plan
+from secateur.pipeline.ranks import Ranks
+from secateur.pipeline.report import LinearReport, Progress, Report, peak_memory
+from secateur.pipeline.solve import Problem, Solution, solve
+from secateur.pipeline.source import Source
+from secateur.pipeline.structure import (
+    Linear,
+    block_linears,
+    build_skeleton,
+    check_no_experts,
+    find_blocks,
+    is_transposed,
+    parameters_outside,
+    select_linears,
+    weight_matrix,
+)
+from secateur.pipeline.walk import in_batches, run_block, solve_in_pass
+from secateur.pipeline.weights import Ahead, ModelWeights, converted, materialise, place, release
+from secateur.prune.patterns import NM
+from secateur.recipe import Calibration, Quantization, Recipe
+
+_PROBE_TOKENS = 8
+# Inputs of a block are put on disk when so long has passed since the last time, in seconds, and so many times what it took:
+# a resumed run has to run its blocks again from there, without solving them.
+_HIDDEN_EVERY = 5.0
+_HIDDEN_SHARE = 50
+# Where the next block is read while one is solved. On a CPU that would take the cores from solving.
+_READ_AHEAD = ("cuda",)
+
+
+@dataclass
+class Run:
+    """One run of `compress`: what its steps share."""
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    ranks: Ranks
+    partial: Partial
+    batch_tokens: int | None
+    limit: int | None
+    progress: Callable[[Progress], None]
+    block: int = 0
+    blocks_started: float = 0.0
+    solved_before: int = 0
+    saved: list[Path] = field(default_factory=list)
+    saved_at: float = 0.0
+    saving_took: float = 0.0
+    reports: list[LinearReport] = field(default_factory=list)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    # Of the block that is being solved.
+    solutions: list[Solution] = field(default_factory=list)
+    new_notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.ranks.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    def run(self) -> None:
+        """Do all that is not done yet, up to the last block."""
+        with self.clock("opening"):
+            self.prepare()
+            if self.partial.complete:
+                self._count_records()
+                return
+            ids_NS = self.calibrate()
+            self.begin(ids_NS)
+        if self.partial_blocks == len(self.blocks):
+            return
+        if ids_NS is not None:
+            self.gather_fisher(ids_NS)
+        if ids_NS is None or self.plan.level == Level.NONE:
+            self._solve_without_inputs()
+        else:
+            self._solve_with_inputs(ids_NS)
+
+    def report(self) -> Report:
+        """What came of it; only `bytes` of the new checkpoint are not known yet."""
+        report = Report(self.partial.out, self.reports, self.notes, self.calibration, parameters=self.parameters)
+        report.source_bytes = sum(f.stat().st_size for f in self.source.files)
+        report.phases = dict(self.clock.seconds)
+        return report
+
+    @property
+    def partial_blocks(self) -> int:
+        """How many blocks are done, as all processes know it."""
+        return int(self.ranks.share(self.partial.blocks))
+
+    # --- before the blocks
+
+    def prepare(self) -> None:
+        """Build the skeleton and find what is to be compressed."""
+        # Blocks are run in float32 on a CPU, which few of them slow down for; a GPU is made for the model's own dtype.
+        self.compute_dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
+        self.model: Any = build_skeleton(self.source, self.compute_dtype)
+        self.parameters = sum(p.numel() for p in self.model.parameters())  # now, while tied ones are one
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.names: list[str] = []
+        for i, block in enumerate(self.blocks):
+            check_no_experts(block, f"{self.prefix}.{i}")
+            self.names += block_linears(block, f"{self.prefix}.{i}")
+        self.chosen = set(select_linears(self.names, self.recipe.targets, self.recipe.ignore))
+        self._check_shapes()
+        self.weights = ModelWeights(self.source, self.model)
+        self.ahead = Ahead(self.weights, self.compute_dtype, self.device) if self.device.type in _READ_AHEAD else None
+        self.base = psutil.Process().memory_info().rss
+        self.writer = ShardWriter(self.partial.folder)
+        self.written: set[str] = set()
+        if self.plan.quantizer is not None:
+            # With the method's own defaults filled in, so that the manifest repeats the run in later versions, too.
+            options = asdict(self.plan.quantizer)  # type: ignore[call-overload]
+            self.recipe = replace(self.recipe, quantization=Quantization(**options))
+        self.calibration: dict[str, Any] = {"level": self.plan.level.name.lower()}
+
+    def _check_shapes(self) -> None:
+        pattern = self.plan.pruning.pattern if self.plan.pruning else None
+        if not isinstance(pattern, NM):
+            return
+        for name in sorted(self.chosen):
+            features = weight_matrix(self.model.get_submodule(name)).shape[1]
+            if features % pattern.m:
+                raise UsageError(
+                    f"{name} has {features} input features, which do not divide into groups of {pattern.m}: "
+                    f"choose another pattern, or leave it alone with --ignore '{name}'"
+                )
+
+    def calibrate(self) -> Tensor | None:
+        """The windows of all processes, where the methods look at any; the recipe gets its numbers filled in."""
+        if self.plan.level == Level.NONE and not self.plan.needs_fisher:
+            return None
+        self._check_whole()
+        said, tensors = None, []
+        if self.ranks.first:
+            ids_NS, settings = calibration_ids(
+                self.source, self.recipe.calibration, self.device, lambda s: self.progress(Progress(s))
+            )
+            said, tensors = asdict(settings), [ids_NS]
+        said, (ids_NS,) = self.ranks.share_with_tensors(said, tensors)
+        self.recipe = replace(self.recipe, calibration=Calibration(**said))
+        self.calibration.update(samples=ids_NS.shape[0], seq_len=ids_NS.shape[1], tokens=ids_NS.numel())
+        if self.plan.needs_fisher:
+            self.calibration["fisher"] = True
+        return ids_NS
+
+    def whole_bytes(self) -> int:
+        """The most memory that the process takes where the model has to be in memory as a whole; 0 where it has not."""
+        wanted = self.recipe.calibration
+        sampled = (
+            self.plan.level > Level.NONE and wanted.source == SELF and not is_kept(self.source, wanted, self.device)
+        )
+        if not (sampled or self.plan.needs_fisher):
+            return 0
+        size = self.compute_dtype.itemsize * self.parameters
+        if self.plan.needs_fisher:
+            linears = [weight_matrix(self.model.get_submodule(name)) for name in self.chosen]
+            size += 4 * (sum(W.numel() for W in linears) + max(W.numel() for W in linears))
+        return self.base + size
+
+    def _check_whole(self) -> None:
+        """Raise UsageError where the model has to be in memory as a whole and may not be."""
+        needed = self.whole_bytes()
+        if self.limit is None or needed <= self.limit or self.device.type == "cuda":
+            return
+        what, instead = "--calibration self", "--calibration docs or a file of text"
+        if self.plan.needs_fisher:
+            what, instead = "--sensitivity fisher", "--sensitivity hessian"
+        raise UsageError(
+            f"{what} loads the model as a whole, and --max-memory {words(self.limit)} is too little for it: give "
+            f"{words(needed)}, or {instead}"
+        )
+
+    def begin(self, ids_NS: Tensor | None) -> None:
+        """Say what run this is, and go on where an earlier one stopped."""
+        identity = None
+        if self.ranks.first:
+            self.hashes = self.source.hashes()
+            identity = {
+                "model": self.hashes,
+                "recipe": self.recipe.to_dict(),
+                "calibration text": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()
+                if ids_NS is not None
+                else None,
+                "versions": versions(),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                "number of threads": torch.get_num_threads(),
+                "instruction set": torch.backends.cpu.get_cpu_capability(),
+                "number of processes": self.ranks.size,
+            }
+        self.partial.begin(self.ranks.share(identity))
+        self._count_records()
+        self.solved_before = len(self.reports)
+        self.writer = ShardWriter(
+            self.partial.folder, begin=sum(len(record["files"]) for record in self.partial.records)
+        )
+        self.fisher = KeptFisher(self.partial.fisher_file, self.ranks) if self.plan.needs_fisher else None
+
+    def gather_fisher(self, ids_NS: Tensor) -> None:
+        """Compute squared gradients on windows, where the method needs them and no earlier run did."""
+        if self.fisher is None or self.fisher.there:
+            return
+        self.progress(Progress("computing gradients"))
+        with self.clock("opening"):
+            # In float32 on a CPU: half precision is emulated by most.
+            dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
+            model = load_source(self.source, dtype, self.device, check_finite=True)
+        with self.clock("gradients"):
+            self.fisher.gather(model, ids_NS, sorted(self.chosen), lambda s: self.progress(Progress(s)))
+
+    def _count_records(self) -> None:
+        """Take what is recorded into the report."""
+        for record in self.partial.records:
+            for linear in record["linears"]:
+                self._count(Solution.of_record(linear, {}))
+            self.notes += record["notes"]
+
+    def _count(self, solution: Solution) -> None:
+        self.reports.append(solution.report)
+        if solution.entry is not None:
+            self.entries[solution.name] = solution.entry
+
+    # --- writing
+
+    def _write_plain(self, name: str) -> None:
+        if name in self.weights and name not in self.written:
+            self.writer.add(self.weights.name_to_write(name), self._converted(name, self.weights[name]))
+            self.written.add(name)
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        return converted(name, tensor, self.plan.dtype, "give another --dtype")
+
+    def write_outside(self) -> None:
+        """Write what is in no block, in the first process, unless an earlier run did."""
+        if not self.ranks.first or self.partial.records:
+            return
+        self.progress(Progress("copying what is not compressed"))
+        with self.clock("opening"):
+            for name, _ in parameters_outside(self.model, self.blocks):
+                self._write_plain(name)
+            for name in self.weights.unused:
+                self.writer.add(name, self._converted(name, self.weights.stored(name)))
+            self._record()
+
+    def _record(self, hidden: dict[str, Any] | None = None) -> None:
+        """Have what was written since the last record on the disk, and say so in the journal."""
+        self.writer.flush()
+        files, self.writer.files = self.writer.files, {}
+        content = {"linears": [solution.record() for solution in self.solutions], "notes": self.new_notes}
+        self.partial.record(files, content, hidden)
+
+    def end_block(self, number: int, outputs: HiddenStates | None) -> None:
+        """Write the rest of a block, let it go, and record it; `outputs` may be put on disk."""
+        block, prefix = self.blocks[number], f"{self.prefix}.{number}"
+        with self.clock("writing"):
+            if self.ranks.first:
+                for name in block.state_dict():
+                    if (
+                        name.removesuffix(".weight") == name
+                        or f"{prefix}.{name.removesuffix('.weight')}" not in self.chosen
+                    ):
+                        self._write_plain(f"{prefix}.{name}")
+            release(block)
+            hidden = self._save(outputs, number + 1)
+            if self.ranks.first:
+                self._record(hidden)
+            if outputs is not None:
+                self.partial.drop_hidden({*self.saved[-2:], *([outputs.file] if outputs.file is not None else [])})
+        self.solutions, self.new_notes = [], []
+
+    def _save(self, hiddens: HiddenStates | None, block: int) -> dict[str, Any] | None:
+        """Now and then, put the inputs of a block on disk in each process."""
+        if hiddens is None:
+            return None
+        now = time.monotonic()
+        if not self.ranks.share(now - self.saved_at > max(_HIDDEN_EVERY, _HIDDEN_SHARE * self.saving_took)):
+            return None
+        file = self.partial.hidden_file(block)
+        said = self.ranks.gather([file.name, hiddens.save(file)])
+        self.saved.append(file)
+        self.saved_at, self.saving_took = time.monotonic(), time.monotonic() - now
+        return {"block": block, "files": said}
+
+    # --- blocks
+
+    def _solve_without_inputs(self) -> None:
+        self._settle(self.measure_without_inputs)
+        self.write_outside()
+        self.blocks_started = time.monotonic()
+        for number in range(self.partial_blocks, len(self.blocks)):
+            self.solve_block_without_inputs(number)
+
+    def solve_block_without_inputs(self, number: int) -> None:
+        """Compress a block, one linear in memory at a time, and record it."""
+        self.block = number
+        linears = self.chosen_in(number)
+        if linears:
+            self._solve(list(linears), None, linears)
+        self.end_block(number, None)
+
+    def _solve_with_inputs(self, ids_NS: Tensor) -> None:
+        done = self.partial_blocks
+        own_NS = self.ranks.mine(ids_NS)
+        catcher = self.enter_blocks(own_NS)
+        settings = self._settle(lambda exact: self.measure(catcher, own_NS, exact))
+        self.write_outside()
+        calls, hiddens = self.catch(catcher, own_NS, settings, self.hidden_file(settings, 0))
+        self._release_outside()
+
+        begin, found = 0, self.partial.find_hidden() if done else None
+        if found is not None:
+            begin, file = found
+            hiddens = HiddenStates.open(file, hiddens)
+            release(self.blocks[0])
+            self.saved.append(file)
+        if done:
+            self.partial.restore_random_state()
+            self.progress(Progress(f"running blocks {begin + 1} to {done} again" if begin < done else "going on"))
+        self.blocks_started = self.saved_at = time.monotonic()
+        for number in range(begin, len(self.blocks)):
+            self.block = number
+            outputs = None
+            if number + 1 < len(self.blocks):
+                keep_on = hiddens.keep_on
+                outputs = HiddenStates(keep_on, self.hidden_file(settings, number + 1))
+            self.read_block(number)
+            if number < done:
+                assert outputs is not None
+                self._take_solved(number)
+                run_block(self.blocks[number], [batch[number] for batch in calls], hiddens, outputs)
+                release(self.blocks[number])
+            else:
+                self.solve_block(number, catcher, calls, hiddens, outputs, settings.pause)
+                self.end_block(number, outputs)
+            if outputs is not None:
+                hiddens = outputs
+
+    def enter_blocks(self, ids_NS: Tensor) -> BlockCalls:
+        """Put the first block in place, and what comes before it."""
+        with self.clock("opening"):
+            for name, _ in parameters_outside(self.model, self.blocks):
+                # The head computes logits, which nobody reads here.
+                if not self._only_in_head(name) and not self._keep_mapped(name):
+                    materialise(self.model, "", [name], self.weights, self.compute_dtype, self.device)
+            self.model.tie_weights()
+            self._move_buffers(self.model)
+        self.read_block(0)
+        return BlockCalls(self.model, self.blocks, ids_NS[:1, :_PROBE_TOKENS].to(self.device))
+
+    def _keep_mapped(self, name: str) -> bool:
+        """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
+        # A subclass may compute with its rows, in their dtype.
+        if type(owner) is not nn.Embedding or self.device.type != "cpu" or name not in self.weights:
+            return False
+        if self.weights[name].shape != owner.weight.shape or not all_finite(self.weights[name]):
+            return False  # for `materialise` to say so
+        self.weights.release()
+        place(owner, leaf, self.weights[name])
+        owner.register_forward_hook(lambda _, __, rows: rows.to(self.compute_dtype))
+        return True
+
+    def read_block(self, number: int) -> None:
+        """Put a block's weights in place, unless they are, and have the next one's read meanwhile."""
+        block = self.blocks[number]
+        with self.clock("reading"):
+            if any(parameter.is_meta for parameter in block.parameters()):
+                names, prefix = list(block.state_dict()), f"{self.prefix}.{number}"
+                materialise(block, prefix, names, self.weights, self.compute_dtype, self.device, ahead=self.ahead)
+            if self.ahead is not None and number + 1 < len(self.blocks):
+                self.ahead.start(f"{self.prefix}.{number + 1}", self.blocks[number + 1])
+
+    def catch(
+        self, catcher: BlockCalls, ids_NS: Tensor, settings: Settings, file: Path | None
+    ) -> tuple[list[list[BlockCall]], HiddenStates]:
+        """How each block is called for each batch of the windows, and the inputs of the first."""
+        hiddens = HiddenStates(torch.device("cpu") if settings.hidden == "host" else self.device, file)
+        calls = []
+        with self.clock("opening"):
+            for batch_NS in in_batches(ids_NS, settings.batch_tokens):
+                batch = catcher.catch(batch_NS.to(self.device))
+                hiddens.append(batch[0].hidden)
+                for call in batch:
+                    call.hidden = call.hidden[:0, :0].clone()
+                calls.append(batch)
+        return calls, hiddens
+
+    def solve_block(
+        self,
+        number: int,
+        catcher: BlockCalls,
+        calls: list[list[BlockCall]],
+        hiddens: HiddenStates,
+        outputs: HiddenStates | None,
+        pause: bool,
+    ) -> None:
+        """Compress a block that is in place, and run its inputs through it."""
+        block, prefix = self.blocks[number], f"{self.prefix}.{number}"
+        linears = self.chosen_in(number)
+        if not linears and outputs is None:
+            return
+        solve_in_pass(
+            block,
+            [batch[number] for batch in calls],
+            hiddens,
+            self._groups(number, catcher, linears),
+            linears,
+            self.plan.level,
+            lambda names, stats: self._solve(names, stats, linears),
+            outputs=outputs,
+            pause=pause,
+            ranks=self.ranks,
+            clock=self.clock,
+        )
+        if outputs is not None and not outputs.finite:
+            raise SecateurError(f"the output of {prefix} is not finite: the model overflows in {self.compute_dtype}")
+
+    def chosen_in(self, number: int) -> dict[str, Linear]:
+        """The linears of a block that are to be compressed, by name."""
+        linears = block_linears(self.blocks[number], f"{self.prefix}.{number}")
+        return {name: linear for name, linear in linears.items() if name in self.chosen}
+
+    def _groups(self, number: int, catcher: BlockCalls, linears: dict[str, Linear]) -> list[list[str]]:
+        probe = catcher.probe[number]
+        call = BlockCall(catcher.probe[0].hidden, probe.args, probe.kwargs)
+        return group_by_input(self.blocks[number], call, linears)
+
+    def _take_solved(self, number: int) -> None:
+        """Put the compressed weights of a block, which is recorded, in the place of those that were read."""
+        record = self.partial.records[1 + number]
+        stored = StoredTensors([self.partial.folder / name for name in record["files"]])
+        for linear in record["linears"]:
+            module = self.model.get_submodule(linear["name"])
+            weight = f"{linear['name']}.weight"
+            names = [name for name in stored if name == weight or name.startswith(f"{weight}.")]
+            parts = {name.removeprefix(weight).removeprefix("."): stored[name] for name in names}
+            self._place(module, Solution.of_record(linear, parts))
+
+    def hidden_file(self, settings: Settings, block: int) -> Path | None:
+        return self.partial.hidden_file(block) if settings.hidden == "file" else None
+
+    def _only_in_head(self, name: str) -> bool:
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        return owner is self.model.get_output_embeddings() and owner is not self.model.get_input_embeddings()
+
+    def _move_buffers(self, model: nn.Module) -> None:
+        for module in model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    place(module, leaf, buffer.to(self.device))
+
+    def _release_outside(self) -> None:
+        for module in self.model.modules():
+            if not any(module is part for block in self.blocks for part in block.modules()):
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        place(module, leaf, parameter.detach().to("meta"))
+
+    # --- memory
+
+    def measure_without_inputs(self, exact: bool) -> Footprint:
+        """What a run holds in memory that needs no inputs."""
+        linears = [self.model.get_submodule(name) for name in self.chosen]
+        return without_inputs(self.base, linears, self._sizes(self._largest), self.plan, self.device.type, exact)
+
+    @property
+    def _largest(self) -> nn.Module:
+        return max(self.blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+
+    def measure(self, catcher: BlockCalls, ids_NS: Tensor, exact: bool) -> Footprint:
+        """What the run will hold in memory, from the first block, which is in place."""
+        parts = {name.removeprefix(f"{self.prefix}.").partition(".")[2] for name in self.chosen}
+        everything = block_linears(self.blocks[0], f"{self.prefix}.0")
+        linears = {name: everything[name] for name in everything if name.removeprefix(f"{self.prefix}.0.") in parts}
+        return footprint(
+            self.plan,
+            self.blocks[0],
+            catcher,
+            ids_NS.to(self.device),
+            self._groups(0, catcher, linears),
+            linears,
+            self.source.dtype,
+            self.base,
+            self._sizes(self._largest),
+            exact,
+        )
+
+    def _sizes(self, block: nn.Module) -> dict[str, int]:
+        outside = dict(parameters_outside(self.model, self.blocks))
+        stored = self.source.dtype.itemsize
+        written = (self.plan.dtype or self.source.dtype).itemsize
+        largest = max((tensor.numel() for tensor in outside.values()), default=0)
+        inside = [tensor.numel() for tensor in block.state_dict().values()]
+        return {
+            # The largest, mapped; what waits to be written, and the copy of it that is.
+            "outside": stored * largest
+            + 2 * written * min(sum(t.numel() for t in outside.values()), largest + SHARD_BYTES // written),
+            "embeddings": sum(
+                self.compute_dtype.itemsize * tensor.numel()
+                for name, tensor in outside.items()
+                if not self._only_in_head(name)
+                and not (
+                    self.device.type == "cpu"
+                    and type(self.model.get_submodule(name.rpartition(".")[0])) is nn.Embedding
+                )
+            ),
+            "block": self.compute_dtype.itemsize * sum(inside),
+            "written": written * sum(inside),
+            "tensor": stored * max(inside),
+            "stored": written,
+        }
+
+    def _settle(self, measure: Callable[[bool], Footprint]) -> Settings:
+        """Choose how the run is carried out, as the first process can; one that goes on keeps its batches."""
+        before = self.partial.settings
+        if before is not None and self.batch_tokens not in (None, before["batch_tokens"]):
+            raise UsageError(
+                f"{self.partial.folder} was begun with --batch-tokens {before['batch_tokens']}: give the same, or leave it out"
+            )
+        tokens = before["batch_tokens"] if before is not None else self.batch_tokens
+        chosen = None
+        if self.ranks.first:
+            chosen = self.choose(measure, tokens).to_dict()
+        settings = Settings(**self.ranks.share(chosen))
+        self.partial.settle(settings.to_dict())
+        return settings
+
+    def choose(self, measure: Callable[[bool], Footprint], tokens: int | None) -> Settings:
+        """The fastest settings that fit the memory."""
+        on_device = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        # Most models fit by far, which a rough estimate tells.
+        rough = measure(False)
+        fastest = next(iter(rough.choices(tokens)))
+        return (
+            fastest
+            if rough.fits(fastest, self.limit, on_device)
+            else measure(True).choose(self.limit, on_device, tokens)
+        )
+
+    # --- solving
+
+    def _solve(self, names: list[str], stats: InputStats | None, linears: dict[str, Linear]) -> None:
+        """Solve linears of one input, dealt out to the processes, put the result in place and hand it to the writer.
+
+        Without statistics they need not have one input, nor be in place: each is read, solved and let go of.
+        """
+        hands = self.ranks.deal([weight_matrix(linears[name]).numel() for name in names])
+        fishers = self.fisher.of(names) if self.fisher is not None else {}
+        mine = [names[i] for i in hands[self.ranks.rank]]
+        solutions: dict[str, Solution] = {}
+        notes: list[str] = []
+        with self.clock("solving"):
+            for stack in [[name] for name in mine] if stats is None else [mine] if mine else []:
+                found, said = solve(
+                    self.plan,
+                    [self._problem(name, linears[name], fishers.get(name)) for name in stack],
+                    stats or InputStats.empty(weight_matrix(linears[stack[0]]).shape[1], Level.NONE, self.device),
+                )
+                solutions.update((solution.name, solution) for solution in found)
+                notes += said
+        with self.clock("exchange"):
+            for rank, hand in enumerate(hands):
+                if hand:
+                    self._exchange(rank, [names[i] for i in hand], solutions, notes)
+        for name in names:
+            self._put(solutions[name], linears[name], in_place=stats is not None)
+        for note in notes:
+            if note not in self.notes:
+                self.notes.append(note)
+                self.new_notes.append(note)
+
+    def _problem(self, name: str, linear: Linear, fisher_OI: Tensor | None) -> Problem:
+        weight = f"{name}.weight"
+        if linear.get_parameter("weight").is_meta:
+            stored = self.weights.checked(weight, linear.get_parameter("weight")).to(self.device)
+            W_OI = stored.T if is_transposed(linear) else stored
+        else:
+            W_OI = weight_matrix(linear)
+        return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+
+    def _exchange(self, rank: int, names: list[str], solutions: dict[str, Solution], notes: list[str]) -> None:
+        """Have the solutions that one process found, and its notes, in all of them."""
+        if self.ranks.size == 1:
+            return
+        said, tensors = None, []
+        if rank == self.ranks.rank:
+            own = [solutions[name] for name in names]
+            said = [[[solution.record(), list(solution.parts)] for solution in own], notes]
+            tensors = [tensor for solution in own for tensor in solution.parts.values()]
+        (records, told), tensors = self.ranks.share_with_tensors(said, tensors, rank)
+        if rank == self.ranks.rank:
+            return
+        left = iter(tensors)
+        for record, parts in records:
+            solution = Solution.of_record(record, {part: next(left) for part in parts})
+            solutions[solution.name] = solution
+        notes += told
+
+    def _put(self, solution: Solution, linear: Linear, in_place: bool) -> None:
+        if self.ranks.first:
+            for name, tensor in solution.tensors().items():
+                self.writer.add(name, tensor)
+        self.written.add(f"{solution.name}.weight")
+        if in_place:
+            self._place(linear, solution)
+        self._count(solution)
+        self.solutions.append(replace(solution, parts={}, W_OI=None))
+        spent = time.monotonic() - self.blocks_started
+        left = spent * ((len(self.chosen) - self.solved_before) / (len(self.reports) - self.solved_before) - 1)
+        self.progress(Progress("compressing", self.block, len(self.blocks), solution.report, left, peak_memory()))
+
+    def _place(self, linear: Linear, solution: Solution) -> None:
+        old = linear.get_parameter("weight")
+        place(linear, "weight", solution.as_module_weight(is_transposed(linear)).to(old.device, old.dtype))
+
+
+def versions() -> dict[str, str]:
+    """Of what a result may depend on."""
+    return {
+        "secateur": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

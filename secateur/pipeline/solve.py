@@ -1,0 +1,164 @@
+"""Solving linears that read the same input, up to the tensors that go to disk.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.stats import InputStats
+from secateur.codes import Quantized
+from secateur.errors import SecateurError
+from secateur.formats.choose import layout_for
+from secateur.formats.layout import Layout, all_finite, layout_from_config
+from secateur.pipeline.plan import Plan
+from secateur.pipeline.report import LinearReport, relative_error
+from secateur.prune import Pruned
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear to be solved.
+
+    Attributes:
+        name: of the module.
+        W_OI: its weight, in any dtype.
+        transposed: the module keeps it as `[I, O]`.
+        dtype: of the weight in the source.
+        fisher_OI: squared gradients, where the method needs them.
+    """
+
+    name: str
+    W_OI: Tensor
+    transposed: bool
+    dtype: torch.dtype
+    fisher_OI: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A linear that is solved.
+
+    Attributes:
+        report: what became of it.
+        parts: its tensors on disk by the names of its layout's parts, on the CPU; a dense weight by the name "".
+        entry: of its layout in the config; None: it is dense.
+        W_OI: its weight, dense; None: to be had from the parts.
+    """
+
+    report: LinearReport
+    parts: dict[str, Tensor]
+    entry: dict[str, Any] | None
+    W_OI: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.report.name
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the names they have on disk."""
+        return {f"{self.name}.weight.{part}" if part else f"{self.name}.weight": t for part, t in self.parts.items()}
+
+    def as_module_weight(self, transposed: bool) -> Tensor:
+        """The dense weight as its module keeps it."""
+        if self.entry is None:
+            return self.parts[""]
+        W_OI = layout_from_config(self.entry).unpack(self.parts) if self.W_OI is None else self.W_OI
+        return W_OI.T if transposed else W_OI
+
+    def record(self) -> dict[str, Any]:
+        """What is to be known of it besides its tensors, in values that JSON holds."""
+        return {**asdict(self.report), "entry": self.entry}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], parts: dict[str, Tensor]) -> Solution:
+        """The solution behind what `record` gave."""
+        fields = {**record, "shape": tuple(record["shape"])}
+        entry = fields.pop("entry")
+        return cls(LinearReport(**fields), parts, entry)
+
+
+def solve(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> tuple[list[Solution], list[str]]:
+    """Solve linears that read the same input as one matrix.
+
+    Returns:
+        Their solutions in the same order, and what the user should know.
+
+    Raises:
+        SecateurError: a solved weight overflows the dtype that it is to be written in.
+    """
+    W_OI = torch.cat([problem.W_OI.float() for problem in problems])
+    sizes = [len(problem.W_OI) for problem in problems]
+    dtype = plan.dtype or problems[0].dtype
+    notes: list[str] = []
+    pruned = _prune(plan, W_OI, stats, sizes)
+    if pruned is not None:
+        notes += pruned.notes
+    solved: Sequence[Tensor | Quantized]
+    if plan.quantizer is None:
+        assert pruned is not None
+        solved = pruned.W_OI.split(sizes)
+    else:
+        fishers = [problem.fisher_OI.to(W_OI.device) for problem in problems if problem.fisher_OI is not None]
+        solved = plan.quantizer.solve(W_OI, stats, sizes, dtype, pruned, torch.cat(fishers) if fishers else None)
+        notes += (note for note in solved[0].notes if note not in notes)  # both may find the same
+    dense = W_OI.split(sizes)
+    solutions = [_pack(plan, p, dense[i], solved[i], stats) for i, p in enumerate(problems)]
+    names = ", ".join(problem.name for problem in problems)
+    return solutions, [f"{names}: {note}" for note in notes]
+
+
+def _prune(plan: Plan, W_OI: Tensor, stats: InputStats, sizes: list[int]) -> Pruned | None:
+    if plan.pruning is None:
+        return None
+    pruner, refiner, pattern = plan.pruning.pruner, plan.pruning.refiner, plan.pruning.pattern
+    pruned = pruner.solve(W_OI, stats, pattern, sizes)
+    if refiner is not None:
+        keep_OI = refiner.solve(W_OI, pruned.keep_OI, stats, pattern)
+        pruned = Pruned(W_OI * keep_OI, keep_OI, pruned.notes)
+    return pruned
+
+
+def _pack(plan: Plan, problem: Problem, dense_OI: Tensor, new: Tensor | Quantized, stats: InputStats) -> Solution:
+    layout: Layout | None
+    packable: Tensor | Quantized
+    if isinstance(new, Quantized):
+        W_OI, packable = new.dequantize(), new.cpu()
+        stored, outliers = new.stored, new.outlier_count
+        layout = None if plan.dense else layout_for(new)
+    else:
+        # Adding zero leaves no negative zero where a negative weight was.
+        W_OI = new.to(plan.dtype or problem.dtype).add(0).contiguous()
+        packable = W_OI.cpu()
+        stored, outliers = int(torch.count_nonzero(W_OI)), 0
+        layout = plan.layout
+    if not all_finite(W_OI):
+        raise SecateurError(
+            f"{problem.name}: weights that make up for the error of others overflow {W_OI.dtype}: give --dtype float32"
+        )
+    entry = None
+    if layout is None:
+        parts = {"": (W_OI.T if problem.transposed else W_OI).cpu().contiguous()}
+    else:
+        parts = layout.pack(packable)
+        entry = {**layout.to_config(), **({"transposed": True} if problem.transposed else {})}
+    size = sum(tensor.nbytes for tensor in parts.values())
+    error, kind = relative_error(dense_OI, W_OI.float(), stats)
+    report = LinearReport(
+        name=problem.name,
+        shape=(W_OI.shape[0], W_OI.shape[1]),
+        layout=layout.name if layout else "dense",
+        sparsity=1 - stored / W_OI.numel(),
+        outliers=outliers / W_OI.numel(),
+        bits=8 * size / W_OI.numel(),
+        bytes=size,
+        error=error,
+        error_kind=kind,
+    )
+    return Solution(report, parts, entry, W_OI)

@@ -1,0 +1,139 @@
+"""Runs of `compress` in forked processes, which need not import anything and can be killed.
+
+A script of its own, `python forked.py JOBS`, that prints as JSON what it found for each job: a test process has threads,
+which do not survive a fork.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import secateur
+from secateur.errors import SecateurError
+from secateur.pipeline import run as run_module
+from secateur.pipeline.run import Run
+
+torch.set_num_threads(1)
+
+
+def forked(work):
+    """Run a function in a new process; its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                work()
+            code = 0
+        except SecateurError as error:
+            code = error.exit_code
+            # In one piece: others may write at the same time.
+            os.write(1, f"{type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(code)
+    return child
+
+
+def wait(child):
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def kills(job):
+    """Kill runs at random moments, once or several times each, resume them, and compare with an uninterrupted run."""
+    root = Path(job["root"])
+    recipe = secateur.Recipe.from_dict(job["recipe"])
+
+    def compress(out, resume):
+        return lambda: secateur.compress(job["model"], out, recipe, resume=resume)
+
+    began = time.monotonic()
+    assert wait(forked(compress(root / "whole", False))) == 0
+    took = time.monotonic() - began
+    wanted = contents(root / "whole")
+    draw = random.Random(job["seed"])
+    found = []
+    for i in range(job["kills"]):
+        out = root / f"killed-{i}"
+        partial = out.with_name(f"{out.name}.partial")
+        deaths = []
+        for again in range(1 + i % 3):
+            child = forked(compress(out, again > 0))
+            time.sleep(draw.uniform(0, took))
+            os.kill(child, signal.SIGKILL)
+            killed = wait(child) == -signal.SIGKILL
+            if out.exists() and not partial.exists():
+                break
+            journal = partial / "journal.json"
+            records = len(json.loads(journal.read_text())["records"]) if journal.exists() else 0
+            deaths.append([killed, records])
+        resumed = 0 if out.exists() and not partial.exists() else wait(forked(compress(out, True)))
+        same = resumed == 0 and contents(out) == wanted and not partial.exists()
+        found.append({"deaths": deaths, "resumed": resumed, "same": same})
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    return found
+
+
+def ranks(job):
+    """Runs of several processes as torchrun would start them, each as `[processes, out]`; one of them may be killed."""
+    found = []
+    for size, out in job["runs"]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        children = []
+        for rank in range(size):
+
+            def work(rank=rank, size=size, out=out, port=port):
+                os.environ.update(
+                    WORLD_SIZE=str(size),
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    TORCHELASTIC_USE_AGENT_STORE="True",
+                )
+                recipe = secateur.Recipe.from_dict(job["recipe"])
+
+                put = Run._put
+
+                def dying(run, *args, **kwargs):
+                    if [rank, run.block] == job.get("dies"):
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    put(run, *args, **kwargs)
+
+                Run._put = dying
+                secateur.compress(job["model"], out, recipe, resume=job.get("resume", False))
+
+            children.append(forked(work))
+        found.append([wait(child) for child in children])
+        del store
+    return found
+
+
+if __name__ == "__main__":
+    found = []
+    usual = run_module._HIDDEN_EVERY, run_module._HIDDEN_SHARE
+    for job in json.loads(sys.argv[1]):
+        run_module._HIDDEN_EVERY, run_module._HIDDEN_SHARE = (
+            job.get("hidden_every", usual[0]),
+            job.get("hidden_share", usual[1]),
+        )
+        found.append({"kills": kills, "ranks": ranks}[job["what"]](job))
+    print(json.dumps(found))

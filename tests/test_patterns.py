@@ -9,6 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import UsageError
+from secateur.pipeline.live import LiveBytes
+from secateur.prune import patterns
 from secateur.prune.patterns import NM, Unstructured, drop_lowest, keep_best, keep_in_groups, parse_pattern
 
 quickly = settings(max_examples=60, deadline=None)
@@ -126,6 +128,18 @@ def test_drop_lowest_is_the_head_of_a_stable_sort(rows, columns, seed, kinds, da
     assert torch.equal(score_RC, before_RC)
     for score, drop in zip(score_RC.tolist(), drop_RC.tolist(), strict=True):
         assert {i for i, gone in enumerate(drop) if gone} == lowest(score, count)
+
+
+@pytest.mark.parametrize("kinds", [0, 1, 3])
+def test_rows_are_compared_some_at_a_time(kinds, monkeypatch):
+    score_RC = scores(301, 64, 5, kinds)
+    whole_RC = drop_lowest(score_RC, 20)
+    monkeypatch.setattr(patterns, "_PIECE", 64 * 10)
+    with LiveBytes() as live:
+        pieces_RC = drop_lowest(score_RC, 20)
+    assert torch.equal(pieces_RC, whole_RC)
+    # Twice the mask, and a few times a piece.
+    assert live.peak < 2 * whole_RC.nbytes + 20 * 64 * 10
 
 
 def test_drop_lowest_in_half_precision():

@@ -37,7 +37,8 @@ _MEASURED_INPUTS = (512, 1024)
 _MOST_WEIGHTS, _MOST_GRAMS = 16, 6
 # Of what is free, a run that was given no limit takes so much.
 _FREE_SHARE = 0.8
-# What is not torch's: buffers of libraries, memory that was freed and not given back.
+# What is not counted: buffers that libraries for linear algebra keep for themselves, and pages that are not quite full.
+_LIBRARIES = 2**28
 _MARGIN = 1.05
 _M_MMAP_THRESHOLD = -3
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

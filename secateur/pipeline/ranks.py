@@ -6,6 +6,7 @@ What they tell each other goes as JSON and tensors of bytes; nothing is pickled.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,19 +52,23 @@ class Ranks:
         """The same, and tensors with it, on the CPU. Only the arguments of `source` count."""
         if self.size == 1:
             return value, list(tensors)
-        tensors = [tensor.cpu().contiguous() for tensor in tensors]
+        # One tensor of bytes for all of them: every message has a price.
+        pieces = [tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
         forms = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]
-        text = json.dumps([value, forms]).encode() if self.rank == source else b""
-        size = self._broadcast(torch.tensor([len(text)]), source)
-        said = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8)
-        value, forms = json.loads(bytes(self._broadcast(said, source).numpy()))
+        text = json.dumps([value, forms]).encode()
+        lengths = self._broadcast(torch.tensor([len(text), sum(map(len, pieces))]), source).tolist()
+        if self.rank == source:
+            content = torch.cat([torch.frombuffer(bytearray(text), dtype=torch.uint8), *pieces])
+        else:
+            content = torch.empty(sum(lengths), dtype=torch.uint8)
+        said, content = self._broadcast(content, source).split(lengths)
+        value, forms = json.loads(bytes(said.numpy()))
         received = []
-        for i, (name, shape) in enumerate(forms):
+        for name, shape in forms:
             dtype = getattr(torch, name)
-            tensor = tensors[i] if self.rank == source else torch.empty(shape, dtype=dtype)
-            if tensor.numel():
-                tensor = self._broadcast(tensor.view(-1).view(torch.uint8), source).view(dtype).view(shape)
-            received.append(tensor)
+            size = math.prod(shape) * dtype.itemsize
+            received.append(content[:size].clone().view(dtype).view(shape))
+            content = content[size:]
         return value, received
 
     def gather(self, value: Any) -> list[Any]:

@@ -66,6 +66,8 @@ Pattern = Unstructured | NM
 
 # Up to this many scores a group, comparing all pairs is faster than sorting.
 _MOST_COMPARED = 8
+# Scores that are compared at a time.
+_PIECE = 2**22
 
 
 def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
@@ -102,6 +104,12 @@ def drop_lowest(score_RC: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(score_RC, dtype=torch.bool)
+    # Some rows at a time: what is compared takes many times the memory of the scores.
+    pieces = score_RC.split(max(1, _PIECE // max(1, score_RC.shape[1])))
+    return torch.cat([_drop_lowest(piece_RC, count) for piece_RC in pieces])
+
+
+def _drop_lowest(score_RC: Tensor, count: int) -> Tensor:
     threshold_R1 = _kth_smallest(score_RC, count)
     drop_RC = score_RC <= threshold_R1
     surplus_R1 = drop_RC.sum(1, keepdim=True) - count

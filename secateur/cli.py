@@ -271,6 +271,9 @@ def forecast(
             table.add_row(f"time, {phase}", _duration(seconds), "")
     table.add_row("time in all", _duration(found.total_seconds), "")
     out_of.print(table)
+    if max_memory is None and not found.device:
+        note = "memory is what has to be there; --max-memory holds a run to it, and without it freed memory is kept for later"
+        out_of.print(note, soft_wrap=True)
     settings = found.settings
     if settings is not None:
         waits = {"device": "in memory", "host": "in the host's memory", "file": "in a file"}[settings.hidden]

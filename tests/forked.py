@@ -76,13 +76,15 @@ def kills(job):
             time.sleep(draw.uniform(0, took))
             os.kill(child, signal.SIGKILL)
             killed = wait(child) == -signal.SIGKILL
-            if out.exists() and not partial.exists():
-                break
+            # The journal is the last to go of a run that is over.
             journal = partial / "journal.json"
+            if out.exists() and not journal.exists():
+                break
             records = len(json.loads(journal.read_text())["records"]) if journal.exists() else 0
             deaths.append([killed, records])
-        resumed = 0 if out.exists() and not partial.exists() else wait(forked(compress(out, True)))
-        same = resumed == 0 and contents(out) == wanted and not partial.exists()
+        over = out.exists() and not journal.exists()
+        resumed = 0 if over else wait(forked(compress(out, True)))
+        same = resumed == 0 and contents(out) == wanted and (over or not partial.exists())
         found.append({"deaths": deaths, "resumed": resumed, "same": same})
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats import writer
+from secateur.pipeline import partial as partial_module
 from secateur.pipeline import run as run_module
 from secateur.pipeline.memory import Settings
 from secateur.pipeline.run import Run
@@ -188,16 +189,14 @@ def test_resuming_what_was_never_begun_begins_it(sharded, recipe, whole, tmp_pat
 
 @pytest.mark.parametrize("when", ["before it has its name", "after it has its name"])
 def test_a_run_that_was_interrupted_at_its_very_end(when, sharded, recipe, whole, monkeypatch, tmp_path):
-    from secateur.pipeline import partial
-
-    place = partial.put_in_place
+    place = partial_module.put_in_place
 
     def interrupted(*args):
         if when.startswith("after"):
             place(*args)
         raise StopError
 
-    monkeypatch.setattr(partial, "put_in_place", interrupted)
+    monkeypatch.setattr(partial_module, "put_in_place", interrupted)
     with pytest.raises(StopError):
         secateur.compress(str(sharded), tmp_path / "out", recipe())
     monkeypatch.undo()
@@ -207,6 +206,26 @@ def test_a_run_that_was_interrupted_at_its_very_end(when, sharded, recipe, whole
     assert contents(tmp_path / "out") == whole()
     assert len(report.linears) == 7 * BLOCKS
     assert report.bytes == sum(len(content) for name, content in whole().items() if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize("removals", range(2))
+def test_a_run_that_was_interrupted_while_it_cleaned_up(removals, sharded, recipe, whole, monkeypatch, tmp_path):
+    remove, done = partial_module._remove, []
+
+    def interrupted(path):
+        if len(done) == removals:
+            raise StopError
+        done.append(path)
+        remove(path)
+
+    monkeypatch.setattr(partial_module, "_remove", interrupted)
+    with pytest.raises(StopError):
+        secateur.compress(str(sharded), tmp_path / "out", recipe())
+    monkeypatch.undo()
+    assert left(tmp_path) == ["out", "out.partial"]
+    secateur.compress(str(sharded), tmp_path / "out", recipe(), resume=True)
+    assert left(tmp_path) == ["out"]
+    assert contents(tmp_path / "out") == whole()
 
 
 def test_overwriting_keeps_the_old_folder_until_the_end(sharded, recipe, whole, stop_after, tmp_path):

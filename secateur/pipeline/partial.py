@@ -244,9 +244,13 @@ class Partial:
         self.clean_up()
 
     def clean_up(self) -> None:
-        """Remove the folder."""
+        """Remove the folder, the journal last: as long as it is there, it tells that the run is over."""
         self._release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if path.name != JOURNAL_NAME:
+                _remove(path)
+        _remove(self.folder / JOURNAL_NAME)
+        _remove(self.folder)
 
     def _worth_keeping(self, journal: dict[str, Any]) -> bool:
         """Whether a run could go on from more than its beginning."""
@@ -289,6 +293,13 @@ def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         if isinstance(error, SecateurError) and not isinstance(error, UsageError):
             raise type(error)(f"{error}; {left}") from error
         raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _blocks_in(journal: dict[str, Any]) -> int:

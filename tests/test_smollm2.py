@@ -110,7 +110,10 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTIZED)
+SLOW = {"squeezellm", "sparsegpt and gptq"}
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in QUANTIZED])
 def test_it_is_quantized_loads_and_still_predicts_english(method, tmp_path):
     """How many bits the linears may take, and how many times worse perplexity may get."""
     recipe, bits, limit = QUANTIZED[method]

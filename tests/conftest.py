@@ -231,6 +231,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def config_of(family: str, **options: Any) -> Any:
+    """The config of a family at its smallest, with other options where they are given."""
+    found = FAMILIES[family]
+    return getattr(transformers, found.config)(
+        **{"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, **found.options, **options}
+    )
+
+
 MakeModel = Callable[..., Path]
 
 
@@ -261,11 +269,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory, build: MakeModel) -> Make
     def make(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
         key = (family, dtype, tuple(sorted(options.items())))
         if key not in made:
-            found = FAMILIES[family]
-            config = getattr(transformers, found.config)(
-                **{"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, **found.options, **options}
-            )
-            made[key] = build(tmp_path_factory.mktemp(family) / "model", config, dtype)
+            made[key] = build(tmp_path_factory.mktemp(family) / "model", config_of(family, **options), dtype)
         return made[key]
 
     return make

@@ -6,18 +6,18 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
-from transformers import LlamaConfig
+from conftest import config_of
 
 import secateur
 from secateur.calibration.stats import InputStats, Level
 from secateur.errors import SecateurError, UsageError
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.live import LiveBytes
-from secateur.pipeline.memory import Footprint, Group, Polynomial, Settings, parse_size, words
+from secateur.pipeline.memory import Footprint, Group, Polynomial, Settings, limit_memory, parse_size, words
 from secateur.prune import PRUNERS
 from secateur.prune.patterns import parse_pattern
 
@@ -98,6 +98,14 @@ def test_what_is_no_size(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(("given", "limit"), [("2 KiB", 2048), (5, 5), (None, None)])
+def test_what_is_freed_is_given_back_under_a_limit_only(given, limit, monkeypatch):
+    told = []
+    monkeypatch.setattr("secateur.pipeline.memory.return_freed", lambda: told.append("return it"))
+    assert limit_memory(given) == limit
+    assert told == ([] if limit is None else ["return it"])
+
+
 def test_sizes_in_words():
     assert [words(n) for n in (5, 2048, 3 * MiB, 4.5 * 2**30)] == ["5 B", "2.00 KiB", "3.00 MiB", "4.50 GiB"]
 
@@ -155,6 +163,22 @@ def test_the_fastest_way_that_fits_is_chosen(need):
         need.choose(least - MiB, None, None)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_and_what_is_outside_them_are_not_there_together(need, device):
+    need, settings = replace(need, device=device), Settings(128, False, "device")
+    within = need.peaks(settings)[0]
+    assert within >= need.base + need.mapped + need.written
+    assert replace(need, outside=0).peaks(settings)[0] == within
+    assert replace(need, outside=2**40).peaks(settings)[0] == need.base + need.mapped + 2**40
+
+
+def test_on_a_gpu_the_host_holds_no_more_than_what_waits_there(need):
+    need = replace(need, device="cuda")
+    within = need.base + need.mapped + need.written
+    assert need.peaks(Settings(128, False, "device"))[0] == within
+    assert need.peaks(Settings(128, False, "host"))[0] == within + need.tokens * need.hidden
+
+
 def test_without_a_limit_nothing_is_refused(need, monkeypatch):
     monkeypatch.setattr("secateur.pipeline.memory.psutil.virtual_memory", lambda: type("Free", (), {"available": 1})())
     assert need.choose(None, None, None) == Settings(128, False, "file")
@@ -188,6 +212,8 @@ def test_hidden_states_are_kept_to_the_bit(in_file, dtype, tmp_path):
     assert file.read_bytes() == b"".join(batch.view(torch.uint8).numpy().tobytes() for batch in batches)
     assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
     again = HiddenStates.open(file, kept)
+    if not in_file:
+        file.unlink()
     for i in (2, 0, 1):
         assert torch.equal(again.read(i), batches[i])
         assert torch.equal(kept.read(i), batches[i])
@@ -219,16 +245,14 @@ def test_a_file_of_hidden_states_that_is_cut_off(tmp_path):
 @pytest.fixture(scope="module")
 def middling(build, tmp_path_factory):
     """A model large enough that its weights and activations are to be seen beside the interpreter."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+    config = config_of(
+        "llama",
         hidden_size=512,
         intermediate_size=2048,
         num_hidden_layers=3,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
     )
     return build(tmp_path_factory.mktemp("middling") / "model", config, torch.bfloat16, shard="4MB")
 
@@ -284,6 +308,19 @@ def test_what_needs_the_whole_model_is_refused_under_a_limit(options, instead, m
     ):
         secateur.compress(str(middling), tmp_path / "out", recipe, max_memory="20MiB")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_is_in_memory_while_the_first_block_is_solved(own_model, text_file, tmp_path):
+    model = own_model("llama", dtype=torch.bfloat16)
+    seen = []
+
+    def look(step):
+        if step.linear is not None and step.block == 0:
+            seen.append(str(model) in Path("/proc/self/maps").read_text())
+
+    recipe = secateur.Recipe("wanda", 0.5, calibration=secateur.Calibration(str(text_file), 4, 16))
+    secateur.compress(str(model), tmp_path / "out", recipe, progress=look)
+    assert seen == [False] * 7
 
 
 # --- foretelling

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
-from transformers import LlamaConfig
+from conftest import config_of
 
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
@@ -47,17 +46,7 @@ def always_save(monkeypatch):
 @pytest.fixture(scope="module")
 def sharded(build, tmp_path_factory):
     """A model in several files. Not to be written to."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    config = config_of("llama", num_hidden_layers=BLOCKS)
     return build(tmp_path_factory.mktemp("sharded") / "model", config, shard="40kB")
 
 
@@ -144,13 +133,9 @@ def test_a_resumed_run_has_the_same_bytes(name, blocks, sharded, recipe, whole, 
 
 
 def test_blocks_are_not_run_again_whose_inputs_were_saved(
-    sharded, recipe, whole, stop_after, always_save, monkeypatch, tmp_path
+    sharded, recipe, whole, interrupted, always_save, monkeypatch
 ):
-    out = tmp_path / "out"
-    stop_after(3)
-    with pytest.raises(StopError):
-        secateur.compress(str(sharded), out, recipe())
-    stop_after(None)
+    out = interrupted()
     runs = []
     monkeypatch.setattr(run_module, "run_block", lambda *args: runs.append(args))
     secateur.compress(str(sharded), out, recipe(), resume=True)
@@ -159,13 +144,9 @@ def test_blocks_are_not_run_again_whose_inputs_were_saved(
 
 
 def test_a_damaged_file_of_inputs_is_done_without(
-    sharded, recipe, whole, stop_after, always_save, monkeypatch, tmp_path
+    sharded, recipe, whole, interrupted, always_save, monkeypatch, tmp_path
 ):
-    out = tmp_path / "out"
-    stop_after(3)
-    with pytest.raises(StopError):
-        secateur.compress(str(sharded), out, recipe())
-    stop_after(None)
+    out = interrupted()
     (file,) = (tmp_path / "out.partial").glob("hidden-00003-*")
     spoiled = bytearray(file.read_bytes())
     spoiled[100] ^= 1

@@ -18,8 +18,10 @@ from secateur.calibration.stats import InputStats, Level
 from secateur.calibration.text import read_text
 from secateur.calibration.tokens import windows
 from secateur.errors import CheckpointError, SecateurError, UsageError
+from secateur.formats.manifest import sha256_of
 from secateur.pipeline import calibrate
 from secateur.pipeline import run as run_module
+from secateur.pipeline import source as source_module
 from secateur.pipeline.calibrate import cache_folder, calibration_ids
 from secateur.pipeline.export import export
 from secateur.pipeline.hidden import HiddenStates
@@ -496,6 +498,17 @@ def test_the_model_writes_its_own_text_once(cache, own_model, tmp_path, monkeypa
     spoil(source, it=("model.norm.weight", lambda tensor: tensor * 2))
     with pytest.raises(AssertionError, match="sampled again"):
         sampled(source)
+
+
+@pytest.mark.parametrize("max_memory", [None, "100GiB"])
+def test_the_model_is_hashed_once(max_memory, cache, own_model, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(source_module, "sha256_of", lambda files: (hashed.append(files), sha256_of(files))[1])
+    source, wanted = str(own_model("llama")), secateur.Recipe("wanda", 0.5, calibration=SELF)
+    secateur.compress(source, tmp_path / "out", wanted, max_memory=max_memory)
+    assert len(hashed) == 1
+    secateur.forecast(source, wanted, out=tmp_path, max_memory=max_memory)
+    assert len(hashed) == 2
 
 
 def test_the_same_seed_writes_the_same_text(cache, own_model):

@@ -102,7 +102,7 @@ def cache_folder() -> Path:
 
 def _kept_file(source: Source, samples: int, seq_len: int, seed: int, device: torch.device) -> Path:
     key = json.dumps(
-        [source.hashes(), samples, seq_len, seed, TEXT_TOKENS, BATCH_TEXTS, device.type, torch.__version__],
+        [source.hashes, samples, seq_len, seed, TEXT_TOKENS, BATCH_TEXTS, device.type, torch.__version__],
         sort_keys=True,
     )
     return cache_folder() / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

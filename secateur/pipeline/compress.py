@@ -14,7 +14,7 @@ from secateur.errors import SecateurError
 from secateur.formats.hf import quantization_config
 from secateur.formats.writer import write_manifest
 from secateur.pipeline.load import open_device
-from secateur.pipeline.memory import parse_size, return_freed
+from secateur.pipeline.memory import limit_memory
 from secateur.pipeline.partial import partial_folder
 from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import open_ranks
@@ -64,9 +64,7 @@ def compress(
     """
     started = time.monotonic()
     resolved = plan(recipe)
-    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    if limit is not None:
-        return_freed()
+    limit = limit_memory(max_memory)
     with (
         open_ranks(open_device, device) as ranks,
         partial_folder(Path(out), overwrite, resume, ranks) as partial,
@@ -134,7 +132,7 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
     return {
         "secateur": __version__,
         "versions": {name: version for name, version in versions().items() if name != "secateur"},
-        "source": {"model": run.source.name, "sha256": run.hashes},
+        "source": {"model": run.source.name, "sha256": run.source.hashes},
         "recipe": run.recipe.to_dict(),
         "calibration": report.calibration,
         "parameters": report.parameters,

@@ -87,5 +87,5 @@ def _manifest(source: Source, to: str, unused: list[str]) -> dict[str, Any]:
     if source.folder is not None and (source.folder / MANIFEST_NAME).exists():
         known = read_json(source.folder / MANIFEST_NAME)
         known.pop("files", None)
-    exported = {"to": to, "from": source.name, "sha256": source.hashes(), "secateur": __version__}
+    exported = {"to": to, "from": source.name, "sha256": source.hashes, "secateur": __version__}
     return {**known, "unused": unused, "exported": exported}

@@ -20,7 +20,7 @@ from secateur.formats.writer import SHARD_BYTES
 from secateur.pipeline.compress import put_together
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.load import open_device
-from secateur.pipeline.memory import Footprint, Settings, parse_size, return_freed
+from secateur.pipeline.memory import Footprint, Settings, limit_memory
 from secateur.pipeline.partial import Partial
 from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import Ranks
@@ -88,9 +88,7 @@ def forecast(
         SecateurError: as `compress`; `UsageError` where nothing keeps to `max_memory`, too.
     """
     resolved = plan(recipe)
-    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    if limit is not None:
-        return_freed()
+    limit = limit_memory(max_memory)
     place = Path(out).absolute()
     while not place.is_dir():
         place = place.parent
@@ -104,6 +102,7 @@ def forecast(
         progress(Progress("opening the model"))
         began = time.perf_counter()
         source = open_source(model, trust_remote_code)
+        _ = source.hashes  # kept with it: the runs below do not take the time again
         opened = time.perf_counter() - began
         known = None
         for attempt in range(2):

@@ -51,13 +51,15 @@ class HiddenStates:
         if file.stat().st_size != sum(sizes):
             raise SecateurError(f"{file} has {file.stat().st_size} bytes, and {sum(sizes)} are needed")
         found = cls(like.keep_on)
-        found._forms = list(like._forms)
         found.file = file
+        found._forms = list(like._forms)
         found._kept = [None] * len(sizes)
-        if like.file is None:
-            found._kept = [found.read(i).to(like.keep_on) for i in range(len(sizes))]
-            found.file = None
-        return found
+        if like.file is not None:
+            return found
+        in_memory = cls(like.keep_on)
+        for i in range(len(found)):
+            in_memory.append(found.read(i))
+        return in_memory
 
     def __len__(self) -> int:
         return len(self._forms)

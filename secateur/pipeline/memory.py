@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.stats import InputStats
+from secateur.calibration.stats import InputStats, Level
 from secateur.errors import UsageError
 from secateur.formats.reader import MAPPED_BYTES
 from secateur.pipeline.capture import BlockCalls
@@ -37,9 +37,8 @@ _MEASURED_INPUTS = (512, 1024)
 _MOST_WEIGHTS, _MOST_GRAMS = 16, 6
 # Of what is free, a run that was given no limit takes so much.
 _FREE_SHARE = 0.8
-# What is not counted: buffers that libraries for linear algebra keep for themselves, and pages that are not quite full.
-_LIBRARIES = 2**28
-_MARGIN = 1.05
+# What is not counted: what operators and libraries for linear algebra allocate for themselves, pages that are not quite full.
+_MARGIN = 1.15
 _M_MMAP_THRESHOLD = -3
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS["TiB"] = 2**40
@@ -59,6 +58,18 @@ def parse_size(text: str) -> int:
     if match is None or (unit and unit not in units):
         raise UsageError(f"--max-memory {text!r} is not a size: write it like 8GiB or 500MB")
     return int(float(match.group(1)) * units.get(unit, 1))
+
+
+def limit_memory(max_memory: str | int | None) -> int | None:
+    """The limit in bytes that a user gave in bytes or in words, if any; what is freed is then given back: see `return_freed`.
+
+    Raises:
+        UsageError: the words are no size.
+    """
+    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    if limit is not None:
+        return_freed()
+    return limit
 
 
 def words(size: float) -> str:
@@ -166,12 +177,11 @@ class Footprint:
             kept = windows * group.held(S) if settings.pause else near
             stages.append(self.block + kept + group.stats + max(running, group.solve))
         computing = max(stages) * _MARGIN
-        holding = (
-            self.base + self.mapped + max(self.outside, self.written + (waiting if settings.hidden == "host" else 0))
-        )
+        before = self.base + self.mapped + self.outside
+        within = self.base + self.mapped + self.written
         if self.device == "cuda":
-            return int(holding), int(computing)
-        return int(max(self.base + self.mapped + self.outside, self.base + self.mapped + self.written + computing)), 0
+            return int(max(before, within + (waiting if settings.hidden == "host" else 0))), int(computing)
+        return int(max(before, within + computing)), 0
 
     def choices(self, batch_tokens: int | None) -> Iterable[Settings]:
         """Ways to carry the run out, the fastest first."""
@@ -268,9 +278,8 @@ def footprint(
     written = float(sizes["written"])
     for names in groups:
         shapes = [weight_matrix(linears[name]).shape for name in names]
-        stats = InputStats.empty(1, plan.level)
         I = shapes[0][1]
-        bytes_of_stats = 4 * I * (I + 2 if stats.upper_II is not None else 2)
+        bytes_of_stats = 4 * I * (I + 2 if plan.level >= Level.GRAM else 2)
         rows = [O for O, _ in shapes]
         solving = 4.0 * (_MOST_WEIGHTS * sum(rows) * I + _MOST_GRAMS * I * I)
         if exact:

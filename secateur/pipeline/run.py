@@ -196,8 +196,10 @@ class Run:
 
     def _check_whole(self) -> None:
         """Raise UsageError where the model has to be in memory as a whole and may not be."""
+        if self.limit is None or self.device.type == "cuda":
+            return
         needed = self.whole_bytes()
-        if self.limit is None or needed <= self.limit or self.device.type == "cuda":
+        if needed <= self.limit:
             return
         what, instead = "--calibration self", "--calibration docs or a file of text"
         if self.plan.needs_fisher:
@@ -211,9 +213,8 @@ class Run:
         """Say what run this is, and go on where an earlier one stopped."""
         identity = None
         if self.ranks.first:
-            self.hashes = self.source.hashes()
             identity = {
-                "model": self.hashes,
+                "model": self.source.hashes,
                 "recipe": self.recipe.to_dict(),
                 "calibration text": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()
                 if ids_NS is not None
@@ -277,6 +278,8 @@ class Run:
             for name in self.weights.unused:
                 self.writer.add(name, self._converted(name, self.weights.stored(name)))
             self._record()
+            # Where the first block is in place already, nothing is read soon that would drop the last table, often a large one.
+            self.weights.release()
 
     def _record(self, hidden: dict[str, Any] | None = None) -> None:
         """Have what was written since the last record on the disk, and say so in the journal."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -72,8 +73,9 @@ class Source:
             return False
         return True
 
+    @cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the config and of every weight file, by file name."""
+        """SHA-256 of the config and of every weight file, by file name: all are read, once."""
         files = list(self.files)
         if self.folder is not None:
             files.append(self.folder / "config.json")

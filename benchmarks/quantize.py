@@ -35,6 +35,7 @@ REFERENCE: list[tuple[str, float, str]] = [
 CURVE: dict[str, list[str]] = {
     "RTN, groups of 64": [f"--quantize rtn --bits {bits} --group-size 64" for bits in (2, 3, 4, 8)],
     "GPTQ, groups of 64": [f"--quantize gptq --bits {bits} --group-size 64" for bits in (2, 3, 4, 8)],
+    "GPTQ, groups of 128, symmetric": ["--quantize gptq --bits 4 --group-size 128 --symmetric"],
     "SpQR": [
         f"--quantize spqr --bits {bits} --group-size {group} {outliers}"
         for bits, group, outliers in (
@@ -134,7 +135,7 @@ def _plot(curves: dict[str, list[dict[str, Any]]], dense: float, file: Path) -> 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for marker, (name, points) in zip("sov^", curves.items(), strict=False):
+    for marker, (name, points) in zip("soDv^", curves.items(), strict=False):
         points = sorted(points, key=lambda f: f["bits"])
         axes.plot([f["bits"] for f in points], [f["perplexity"] for f in points], marker, label=name, linestyle=":")
     axes.axhline(dense, color="grey", linewidth=1)

@@ -108,12 +108,15 @@ def _recipe(
     seed: Annotated[int | None, typer.Option(help="Of whatever is drawn.")] = None,
     format: Annotated[str | None, typer.Option(help="auto, dense, bitmap or nm.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written: auto, bfloat16, float16, float32.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML recipe or manifest; other options override it.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Built-in name, YAML file or secateur.json; other options override it.")
+    ] = None,
 ) -> Any:
     """The recipe that the options of `compress` and `plan` name."""
     from secateur.recipe import Recipe
+    from secateur.recipes import find_recipe
 
-    base = Recipe.read(recipe) if recipe is not None else Recipe()
+    base = find_recipe(recipe) if recipe is not None else Recipe()
     options = {
         "bits": bits,
         "group_size": int(group_size) if group_size is not None and group_size.isdecimal() else group_size,
@@ -279,6 +282,33 @@ def forecast(
         waits = {"device": "in memory", "host": "in the host's memory", "file": "in a file"}[settings.hidden]
         again = "pause while a linear is solved" if settings.pause else "begin a block again for every group of linears"
         out_of.print(f"batches of {settings.batch_tokens} tokens {again}; hidden states wait {waits}", soft_wrap=True)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Write this recipe as YAML, to be changed and used.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the built-in recipes, or write one of them: `secateur recipes NAME > my.yaml`."""
+    from secateur.recipes import NAMES, built_in
+
+    found = [built_in(each) for each in (NAMES if name is None else [name])]
+    if as_json:
+        about = [
+            {"name": each.name, "good_for": each.good_for, "costs": each.costs, "recipe": each.recipe.to_dict()}
+            for each in found
+        ]
+        _print_json(about if name is None else about[0])
+        return
+    if name is not None:
+        print(found[0].text, end="")
+        return
+    table = Table("recipe", "good for, and what it costs", box=None)
+    table.columns[0].no_wrap = True
+    for each in found:
+        table.add_row(each.name, escape(f"{each.good_for}\n{each.costs}\n"))
+    Console(emoji=False, highlight=False).print(table)
 
 
 def _duration(seconds: float) -> str:

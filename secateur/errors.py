@@ -4,6 +4,9 @@ Each carries one line that says what is wrong, where, and what to do about it. T
 exits with `exit_code`; a script catches `SecateurError`.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class SecateurError(Exception):
     """Something the user can act on: 1 is the exit code of a check that failed or a run that could not be finished."""
@@ -43,3 +46,10 @@ def one_line(error: BaseException) -> str:
     """The text of somebody else's error on one line of reasonable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else text[:297] + "..."
+
+
+def did_you_mean(name: str, among: Iterable[str]) -> str:
+    """What to say to somebody who gave a name that is not there: the nearest one, or else all of them."""
+    names = sorted(among)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"it can be {', '.join(names)}"

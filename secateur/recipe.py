@@ -6,6 +6,8 @@ Whether a method of that name exists, and whether it fits the model, is the pipe
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -106,10 +108,16 @@ class Recipe:
     quantization: Quantization = field(default_factory=Quantization)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and JSON hold them."""
+        """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""
         content = dataclasses.asdict(self)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
         return {**plain, "quantization": self.quantization.given()}
+
+    def to_yaml(self) -> str:
+        """A recipe file for people, which `read` reads: what differs from the defaults."""
+        content = _differing(self.to_dict(), Recipe().to_dict())
+        # In ASCII: PyYAML does not escape all line ends of Unicode otherwise, and reads them as spaces.
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=_ANY_WIDTH)
 
     @classmethod
     def from_dict(cls, content: Any) -> Recipe:
@@ -131,14 +139,61 @@ class Recipe:
             UsageError: the file cannot be read or holds no recipe.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            content = _parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UsageError(f"recipe {path} cannot be read: {error}") from error
         except yaml.YAMLError as error:
             raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
         if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
             content = content["recipe"]
         return cls.from_dict(content)
+
+
+# YAML 1.1 takes 2:4 for minutes and seconds, and 1e-3, which JSON writes, for a word. Here the one is a word and the other a
+# number. What we write is quoted wherever either reading would not take it for the word that it is.
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
+_ANY_WIDTH = 1 << 30  # lines are not folded
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+
+
+def _parse(text: str) -> Any:
+    # A manifest is JSON, of which YAML does not read all: characters that JSON escapes as two, for one.
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.load(text, Loader=_Loader)
+
+
+def _differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            value = _differing(value, defaults.get(key, {}))
+            if value:
+                found[key] = value
+        elif key not in defaults or value != defaults[key]:
+            found[key] = value
+    return found
 
 
 def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from secateur.calibration.stats import Level
-from secateur.errors import UsageError
+from secateur.errors import UsageError, did_you_mean
 from secateur.formats.bitmap import Bitmap
 from secateur.formats.layout import DTYPES, Layout
 from secateur.formats.nm import NMBits
@@ -64,9 +63,7 @@ class Plan:
 def _known(what: str, name: str, among: Collection[str]) -> str:
     if name in among:
         return name
-    close = difflib.get_close_matches(name, among, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it can be {', '.join(sorted(among))}"
-    raise UsageError(f"{what} {name!r} is not known: {hint}")
+    raise UsageError(f"{what} {name!r} is not known: {did_you_mean(name, among)}")
 
 
 def plan(recipe: Recipe) -> Plan:

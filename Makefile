@@ -40,6 +40,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.evaluation --text $(TEXT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-out

@@ -21,6 +21,8 @@ import secateur
 from benchmarks import gpu_kernels
 from benchmarks.protocol import random_llama
 from secateur.errors import one_line
+from secateur.evaluate.perplexity import measure
+from secateur.evaluate.text import Text
 from secateur.pipeline import run as compress_run
 from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
@@ -92,6 +94,19 @@ def decoded_by_spqr_quant(model: Path, work: Path) -> str:
     return f"{worst:.2e} of the largest output"
 
 
+def evaluation(model: Path) -> str:
+    """Seconds to measure a model on 64 windows of 1024 tokens: one at a time, and as many as `eval` takes on a GPU."""
+    windows = Text("docs", 1024, 64).cut(open_source(str(model)).tokenizer())
+    loaded = secateur.load(model, "dense", device="cuda")
+    found = {}
+    for tokens in (1024, None):
+        began = time.perf_counter()
+        found[tokens] = measure(loaded, windows, batch_tokens=tokens).perplexity, time.perf_counter() - began
+    (one, one_seconds), (many, many_seconds) = found[1024], found[None]
+    differ = abs(many / one - 1)
+    return f"{one_seconds:.1f} s one at a time, {many_seconds:.1f} s in batches; perplexities differ by {differ:.1e}"
+
+
 def report(name: str, figure: Callable[[], str]) -> None:
     """Print one figure as a row; where it cannot be had, why, for the others are worth having."""
     try:
@@ -145,6 +160,7 @@ def main() -> None:
     )
     for name in ("wanda 50 %", "sparsegpt 50 %"):
         report(f"{name}: `plan`, 1.5 B, 128 × 512 tokens", lambda name=name: foretold(RECIPES[name]))
+    report("`eval`, 1.5 B, 64 × 1024 tokens", lambda: evaluation(large))
     shutil.rmtree(args.work)
     gpu_kernels.main()
 

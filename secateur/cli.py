@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -395,72 +395,275 @@ def _say(line: str) -> None:
     err.print(escape(plain), soft_wrap=True)
 
 
+_TEXT_HELP = "docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split]."
+Reference = Annotated[str | None, typer.Option(help="The dense model to compare with.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--reference-cache", help="Keep what the reference predicts in this folder, and take it from there."),
+]
+CacheTokens = Annotated[
+    int,
+    typer.Option(
+        help="Likeliest tokens of each prediction in the cache (0: all, in 4 bytes for each of the vocabulary).", min=0
+    ),
+]
+EvalBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens", help="Tokens of windows run at a time (default: a window on a CPU, else 8192).", min=1
+    ),
+]
+EvalDtype = Annotated[str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")]
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
-    reference: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
-    data: Annotated[
-        str, typer.Option(help="docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split].")
-    ] = "docs",
+    reference: Reference = None,
+    data: Annotated[str, typer.Option(help=_TEXT_HELP)] = "docs",
     text_field: Annotated[str, typer.Option(help="Where the text of a row stands.")] = "text",
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
     windows: Annotated[int, typer.Option(help="How many windows.", min=1)] = 12,
-    dtype: Annotated[
-        str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")
-    ] = "float32",
-    device: Device = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next (default: --seq-len, no overlap).", min=1)
     ] = None,
+    by_block: Annotated[
+        bool, typer.Option("--by-block", help="Compare the outputs of all blocks with the reference's.")
+    ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, or .yaml files of your own; several with commas between.")
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples in a task's prompt (default: the task's).", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of each task (default: all).", min=1)] = None,
+    reference_cache: Cache = None,
+    cache_tokens: CacheTokens = 1024,
+    batch_tokens: EvalBatch = None,
+    dtype: EvalDtype = "float32",
+    device: Device = "cpu",
+    json_file: JsonFile = None,
     verify: Verify = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the perplexity of MODEL, and how far it is from a reference."""
+    """Measure the perplexity of MODEL and its scores in tasks, and how far it is from a reference."""
+    from secateur.evaluate.run import Runner
     from secateur.evaluate.run import evaluate as run
-
-    def tell(done: int, total: int) -> None:
-        if not quiet and err.is_terminal:
-            err.print(f"window {done} of {total}", end="\r")
+    from secateur.evaluate.text import Text
 
     result = run(
         model,
         reference,
-        data=data,
-        text_field=text_field,
-        seq_len=seq_len,
-        windows=windows,
-        dtype=dtype,
-        device=device,
+        Text(data, seq_len, windows, stride, text_field),
+        runner=Runner(dtype, device, batch_tokens, trust_remote_code),
+        cache=reference_cache,
+        cache_tokens=cache_tokens or None,
+        by_block=by_block,
+        tasks=tasks.split(",") if tasks is not None else (),
+        few_shot=few_shot,
+        limit=limit,
         verify=verify,
-        trust_remote_code=trust_remote_code,
-        progress=tell,
+        progress=_counter(quiet),
+        task_progress=_counter(quiet, "task request"),
     )
     if json_file is not None:
         _write_json(result.to_dict(), json_file)
     if quiet or str(json_file) == "-":
         return
-    table = Table(title=f"{windows} windows of {seq_len} tokens of {escape(data)}", title_justify="left")
+    quality, size, dense = result.quality, result.size, result.reference_size
+    overlap = f", {stride} apart" if stride is not None else ""
+    table = Table(title=f"{windows} windows of {seq_len} tokens of {escape(data)}{overlap}", title_justify="left")
     table.add_column("")
     table.add_column(escape(model), justify="right")
-    quality = result.quality
     rows: list[tuple[str, str, str]] = [
-        ("perplexity", f"{quality.perplexity:.3f}", f"{quality.reference_perplexity or math.nan:.3f}"),
-        ("size on disk", _size(result.size.bytes), _size(result.reference_size.bytes) if result.reference_size else ""),
         (
-            "bits per weight",
-            f"{result.size.bits_per_weight:.2f}",
-            f"{result.reference_size.bits_per_weight:.2f}" if result.reference_size else "",
+            "perplexity",
+            f"{quality.perplexity:.3f}{_between(quality.perplexity_interval, '.2f')}",
+            f"{quality.reference_perplexity or math.nan:.3f}",
         ),
+        ("bits per byte of text", f"{result.bits_per_byte:.4f}", ""),
+        ("size on disk", _size(size.bytes), _size(dense.bytes) if dense else ""),
+        ("bits per weight", f"{size.bits_per_weight:.2f}", f"{dense.bits_per_weight:.2f}" if dense else ""),
     ]
     if quality.kl is not None and quality.agreement is not None:
         table.add_column(escape(reference or ""), justify="right")
-        rows.append(("KL divergence, nats per token", f"{quality.kl:.4f}", ""))
-        rows.append(("same most likely token", f"{quality.agreement:.2%}", ""))
+        rows.append(("KL divergence, nats per token", f"{quality.kl:.4f}{_between(quality.kl_interval, '.4f')}", ""))
+        agreement = _between(quality.agreement_interval, ".2%")
+        rows.append(("same most likely token", f"{quality.agreement:.2%}{agreement}", ""))
     for row in rows:
         table.add_row(*(row if reference else row[:2]))
-    Console(emoji=False).print(table)
+    out = Console(emoji=False)
+    out.print(table)
+    if result.blocks is not None:
+        _print_blocks(out, result.blocks)
+    if result.tasks:
+        _print_tasks(out, result.tasks, model, reference)
+
+
+def _print_tasks(out: Console, scores: Sequence[Any], model: str, reference: str | None) -> None:
+    # No lines: so the figures fit into eighty columns.
+    table = Table(title="\ntasks, ± one standard error", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for heading in (model, reference, "difference") if reference is not None else (model,):
+        table.add_column(escape(heading), justify="right", overflow="fold", min_width=16)
+    told = None
+    for score in scores:
+        shots = f", {score.few_shot}-shot" if score.few_shot else ""
+        task = f"{score.task}{shots}, {score.samples} samples" if score.task != told else ""
+        told = score.task
+        better = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+        figures = [f"{score.value:.4f}{_error(score.stderr)}"]
+        if score.difference is not None:
+            figures.append(f"{score.reference_value:.4f}{_error(score.reference_stderr)}")
+            figures.append(f"{score.difference:+.4f}{_error(score.difference_stderr)}")
+        table.add_row(escape(task), escape(score.metric) + better, *figures)
+    out.print(table)
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.4f}"
+
+
+@app.command()
+def gate(
+    model: Annotated[str, typer.Argument(help="The checkpoint to be measured.")],
+    baseline: Annotated[Path, typer.Option(help="The file of figures to compare with.")],
+    write: Annotated[bool, typer.Option("--write", help="Measure and write the baseline instead.")] = False,
+    reference: Reference = None,
+    data: Annotated[str | None, typer.Option(help=f"{_TEXT_HELP} (default: the baseline's; --write: docs)")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Where the text of a row stands.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window (--write: 512).", min=2)] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows (--write: 16).", min=1)] = None,
+    max_perplexity_rise: Annotated[str | None, typer.Option(help="Over the baseline's (default: 1%).")] = None,
+    max_size_rise: Annotated[
+        str | None, typer.Option(help="Of the weight files, over the baseline's (default: 0.5%).")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="KL divergence from the reference, nats a token.")] = None,
+    min_agreement: Annotated[
+        str | None, typer.Option(help="Share of predictions with the reference's most likely token.")
+    ] = None,
+    confidence: Annotated[
+        str | None, typer.Option(help="With which a rise must be more than chance (default: 95%).")
+    ] = None,
+    reference_cache: Cache = None,
+    batch_tokens: EvalBatch = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="To compute in (default: the baseline's; --write: float32).")
+    ] = None,
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML to this file.")] = None,
+    markdown_file: Annotated[
+        Path | None,
+        typer.Option("--markdown", help="Append a Markdown summary to this file, such as $GITHUB_STEP_SUMMARY."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace the baseline.")] = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether MODEL is as good as a baseline: the exit code is 1 if it is worse."""
+    from secateur.evaluate.gate import TEXT, Baseline, Tolerances, write_baseline
+    from secateur.evaluate.gate import gate as run
+    from secateur.evaluate.gate_report import figures, junit, markdown
+    from secateur.evaluate.run import Runner
+
+    named = {"data": data, "text_field": text_field, "seq_len": seq_len, "windows": windows}
+    text: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    limits: dict[str, Any] = {
+        "perplexity_rise": _share("--max-perplexity-rise", max_perplexity_rise),
+        "size_rise": _share("--max-size-rise", max_size_rise),
+        "max_kl": max_kl,
+        "min_agreement": _share("--min-agreement", min_agreement),
+        "confidence": _share("--confidence", confidence),
+    }
+    limits = {name: value for name, value in limits.items() if value is not None}
+    if write and (limits or json_file or junit_file or markdown_file):
+        raise UsageError("--write compares with nothing: leave out the limits and --json, --junit and --markdown")
+    if overwrite and not write:
+        raise UsageError("--overwrite replaces a baseline, which only --write writes: leave it out")
+    if write:
+        found = write_baseline(
+            model,
+            baseline,
+            dataclasses.replace(TEXT, **text),
+            reference=reference,
+            runner=Runner(dtype or "float32", device, batch_tokens, trust_remote_code),
+            cache=reference_cache,
+            overwrite=overwrite,
+            progress=_counter(quiet),
+        )
+        if not quiet:
+            quality = found.quality
+            _say(f"{baseline}: perplexity {quality.perplexity:.3f}{_between(quality.perplexity_interval, '.3f')}")
+        return
+    kept = Baseline.read(baseline)
+    result = run(
+        model,
+        kept,
+        Tolerances(**limits),
+        reference=reference,
+        text=text,
+        runner=Runner(dtype or kept.dtype, device, batch_tokens, trust_remote_code),
+        cache=reference_cache,
+        progress=_counter(quiet),
+    )
+    if json_file is not None:
+        _write_json(result.to_dict(), json_file)
+    if junit_file is not None:
+        _write_text("--junit", junit(result), junit_file)
+    if markdown_file is not None:
+        _write_text("--markdown", markdown(result) + "\n", markdown_file, append=True)
+    if not quiet and str(json_file) != "-":
+        table = Table(title=f"{escape(model)} against {escape(str(baseline))}", title_justify="left")
+        for heading in ("", "now", "baseline", "change", f"{result.confidence:.0%} interval", "verdict"):
+            table.add_column(heading, justify="left" if heading in ("", "verdict") else "right")
+        for check in result.checks:
+            table.add_row(check.name, *figures(check), check.verdict)
+        Console(emoji=False).print(table)
+        for note in result.notes:
+            _say(f"note: {note}")
+        for check in result.checks:
+            if check.verdict != "ok":
+                _say(f"{check.verdict}: {check.name} {check.words}")
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _share(option: str, text: str | None) -> float | None:
+    """A number such as 0.01 or 1%."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a share: write it like 1% or 0.01") from error
+
+
+def _counter(quiet: bool, what: str = "window") -> Callable[[int, int], None]:
+    def tell(done: int, total: int) -> None:
+        if not quiet and err.is_terminal:
+            err.print(f"{what} {done} of {total}".ljust(40), end="\r")
+
+    return tell
+
+
+def _between(ends: tuple[float, float] | None, form: str) -> str:
+    """The interval of a figure, in brackets behind it."""
+    return f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else ""
+
+
+def _print_blocks(out: Console, blocks: Any) -> None:
+    table = Table(title="relative squared error of each block's output", title_justify="left", box=None)
+    for heading in ("block", "its own", "carried along"):
+        table.add_column(heading, justify="left" if heading == "block" else "right")
+    for block in blocks:
+        table.add_row(escape(block.name), f"{block.own:.2e}", f"{block.carried:.2e}")
+    out.print(table)
 
 
 @app.command()
@@ -719,11 +922,16 @@ def _print_json(value: Any) -> None:
 def _write_json(value: Any, file: Path) -> None:
     if str(file) == "-":
         _print_json(value)
-        return
+    else:
+        _write_text("--json", _plain_json(value) + "\n", file)
+
+
+def _write_text(option: str, text: str, file: Path, append: bool = False) -> None:
     try:
-        file.write_text(_plain_json(value) + "\n", encoding="utf-8")
+        with file.open("a" if append else "w", encoding="utf-8") as stream:
+            stream.write(text)
     except OSError as error:
-        raise UsageError(f"--json {file} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{option} {file} cannot be written: {error.strerror or error}") from error
 
 
 def _interrupt(*_: object) -> None:

@@ -113,6 +113,23 @@ class Recipe:
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
         return {**plain, "quantization": self.quantization.given()}
 
+    def flags(self) -> list[str]:
+        """The options of `secateur compress` that give this recipe, as a command line has them."""
+        given = _differing(self.to_dict(), Recipe().to_dict())
+        text = given.pop("calibration", {})
+        given |= {"calibration" if name == "source" else name: value for name, value in text.items()}
+        given |= given.pop("quantization", {})
+        flags = []
+        for name, value in given.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                off = "asymmetric" if name == "symmetric" else f"no-{flag}"
+                flags.append(f"--{flag if value else off}")
+            else:
+                for each in value if isinstance(value, list) else [value]:
+                    flags += [f"--{flag}", str(each)]
+        return flags
+
     def to_yaml(self) -> str:
         """A recipe file for people, which `read` reads: what differs from the defaults."""
         content = _differing(self.to_dict(), Recipe().to_dict())

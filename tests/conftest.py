@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smollm2
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -183,6 +184,29 @@ def dense_backend() -> Iterator[None]:
     """Weights are unpacked as models are loaded: for tests that look at them."""
     with secateur.backend("dense"):
         yield
+
+
+@pytest.fixture(scope="module")
+def repository() -> Iterator[Path]:
+    """The root of the repository, where the tests of the module run: `smollm2.py` names text below it."""
+    before = Path.cwd()
+    os.chdir(smollm2.ROOT)
+    yield smollm2.ROOT
+    os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> smollm2.Compressed:
+    """`compressed("wanda")`: SmolLM2 by that recipe of `smollm2.py`, and the report. Made once; not to be written to."""
+    made: dict[str, tuple[Path, secateur.Report]] = {}
+
+    def make(method: str) -> tuple[Path, secateur.Report]:
+        if method not in made:
+            out = tmp_path_factory.mktemp("smollm2") / method
+            made[method] = out, smollm2.compress(out, smollm2.RECIPES[method])
+        return made[method]
+
+    return make
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ K: windows, S: tokens of one window, N: tokens of all documents.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,10 +28,11 @@ def windows(
     count: int,
     *,
     seed: int | None = None,
+    stride: int | None = None,
     what: str,
     count_flag: str = "--samples",
 ) -> Tensor:
-    """Windows of tokens, without overlap, cut from the documents laid end to end.
+    """Windows of tokens cut from the documents laid end to end.
 
     Each document is tokenised whole, with the special tokens that its tokenizer adds by itself.
 
@@ -39,6 +41,7 @@ def windows(
         tokenizer: a tokenizer of transformers.
         seq_len, count: S and K.
         seed: None takes the first K windows; otherwise K are drawn from all windows, and stay in the order of the text.
+        stride: by how many tokens each window begins after the one before, where they overlap; without a seed only.
         what: what the user calls this text, and `count_flag`, the flag that sets K, for the error's sake.
 
     Returns:
@@ -49,7 +52,8 @@ def windows(
     """
     if seq_len < 1 or count < 1:
         raise UsageError(f"{count} windows of {seq_len} tokens cannot be had: {count_flag} and --seq-len start at 1")
-    needed = seq_len * count
+    step = stride or seq_len
+    needed = seq_len + step * (count - 1)
     ids: list[int] = []
     for document in documents:
         if seed is not None:
@@ -64,10 +68,15 @@ def windows(
             f"give more text, or lower {count_flag} or --seq-len"
         )
     if seed is None:
-        return torch.tensor(ids[:needed]).view(count, seq_len)
+        return torch.tensor(ids[:needed]).unfold(0, seq_len, step).clone()
     total = len(ids) // seq_len
     drawn_K = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return torch.tensor(ids[: total * seq_len]).view(total, seq_len)[drawn_K]
+
+
+def hash_of(ids_KS: Tensor) -> str:
+    """The SHA-256 of the windows' tokens, in hex: another text, tokenizer or cut gives another."""
+    return hashlib.sha256(ids_KS.contiguous().numpy().tobytes()).hexdigest()
 
 
 def tokenizer_ids(tokenizer: Any, text: str) -> list[int]:

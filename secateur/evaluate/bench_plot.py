@@ -12,14 +12,19 @@ _SUFFIXES = (".png", ".svg")
 _DENSE_COLOUR, _PACKED_COLOUR = "#b0b0b0", "#3a7d44"
 
 
+def check_matplotlib(what: str) -> None:
+    """Raise UsageError when `what` cannot be drawn, since matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise UsageError(f"{what} needs matplotlib, which is not installed: pip install 'secateur[bench]'")
+
+
 def check_plot(file: Path) -> None:
     """Raise UsageError when a chart cannot be written to a file of that name, or not without matplotlib."""
     if file.suffix not in _SUFFIXES:
         raise UsageError(f"--plot {file}: the file must end in {' or '.join(_SUFFIXES)}")
     if not file.parent.is_dir():
         raise UsageError(f"--plot {file}: there is no folder {file.parent}")
-    if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed: pip install 'secateur[bench]'")
+    check_matplotlib("--plot")
 
 
 def plot(bench: Bench, file: Path) -> None:

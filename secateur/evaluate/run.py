@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 
-from secateur.calibration.text import read_text
-from secateur.calibration.tokens import windows as cut_windows
+from secateur._version import __version__
+from secateur.calibration.tokens import hash_of
 from secateur.errors import UsageError
+from secateur.evaluate.blocks import BlockError, block_errors
 from secateur.evaluate.perplexity import Quality, measure
-from secateur.kernels.backends import AUTO
-from secateur.pipeline.load import load, parse_dtype
-from secateur.pipeline.source import open_source
+from secateur.evaluate.reference import KEPT_TOKENS, KeptReference, keep_reference
+from secateur.evaluate.tasks import TaskScore, check_tasks, run_tasks
+from secateur.evaluate.text import Text, scored_bytes
+from secateur.kernels.backends import AUTO, check_backend
+from secateur.pipeline.load import load_source, open_device, parse_dtype
+from secateur.pipeline.source import Source, open_source
+from secateur.pipeline.structure import build_skeleton
 
 
 @dataclass(frozen=True)
@@ -23,81 +33,208 @@ class Size:
     """What a model takes on disk: the bytes of its weight files, and their bits for each of its parameters."""
 
     bytes: int
-    bits_per_weight: float
+    parameters: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of `eval`."""
+    """The figures of `eval`.
+
+    Attributes:
+        text: what was measured on, with `sha256` of the tokens, and `bytes` that the scored ones stand for.
+        bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be compared.
+        blocks: where the error is made, if that was asked for.
+        seconds: it took.
+        tasks: scores in tasks, if that was asked for.
+        cache_tokens: of the reference's predictions that `quality.kl` looks at one by one; None: all.
+    """
 
     model: str
     reference: str | None
-    data: str
+    text: dict[str, Any]
     quality: Quality
+    bits_per_byte: float
     size: Size
     reference_size: Size | None
+    blocks: tuple[BlockError, ...] | None
+    seconds: float
+    tasks: tuple[TaskScore, ...] = ()
+    cache_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All of it, the means over each window and at each position included, as JSON holds it."""
+        scores = self.quality.scores
+        quality = {f.name: getattr(self.quality, f.name) for f in dataclasses.fields(Quality) if f.name != "scores"}
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **found,
+            "quality": quality,
+            "size": self.size.to_dict(),
+            "reference_size": self.reference_size.to_dict() if self.reference_size else None,
+            "blocks": [dataclasses.asdict(block) for block in self.blocks] if self.blocks else None,
+            "tasks": [dataclasses.asdict(score) for score in self.tasks],
+            "per_window": scores.windows(),
+            "per_position": scores.positions(),
+        }
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How models are opened and run to be measured.
+
+    Attributes:
+        dtype: to compute in; `auto` is that of the files.
+        device: where.
+        batch_tokens: run at a time, see `measure`.
+        trust_remote_code: whether code that comes with a model may run.
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch_tokens: int | None = None
+    trust_remote_code: bool = False
+
+    def open(self, model: str, verify: bool = False) -> Source:
+        """Open whatever `compress` takes as MODEL."""
+        return open_source(model, self.trust_remote_code, verify)
+
+    def load(self, source: Source) -> Any:
+        """The model of an open source, its weights unpacked, ready to run."""
+        return load_source(source, parse_dtype(self.dtype) or source.dtype, open_device(self.device))
+
+    def keep(
+        self,
+        source: Source,
+        ids_KS: Tensor,
+        cache: Path,
+        tokens: int | None,
+        *,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> KeptReference:
+        """What a model predicts, from the cache if it is there, see `keep_reference`."""
+        identity = {
+            "model": source.hashes,
+            "dtype": self.dtype,
+            "device": open_device(self.device).type,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        }
+        return keep_reference(
+            cache,
+            identity,
+            lambda: self.load(source),
+            ids_KS,
+            stride=stride,
+            tokens=tokens,
+            batch_tokens=self.batch_tokens,
+            progress=progress,
+        )
 
 
 def evaluate(
     model: str,
     reference: str | None = None,
+    text: Text = Text(),  # noqa: B008 - it is frozen
     *,
-    data: str = "docs",
-    text_field: str = "text",
-    seq_len: int = 1024,
-    windows: int = 12,
-    dtype: str = "float32",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
+    runner: Runner = Runner(),
+    cache: Path | None = None,
+    cache_tokens: int | None = KEPT_TOKENS,
+    by_block: bool = False,
+    tasks: Sequence[str] = (),
+    few_shot: int | None = None,
+    limit: int | None = None,
     verify: bool = False,
+    accept: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
+    task_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a model on the first windows of a text, and its distance from a reference if one is given.
 
     Args:
         model, reference: whatever `compress` takes as MODEL.
-        data, text_field: the text, see `read_text`; `wikitext2` and `c4` give their held-out split.
-        seq_len, windows: how much of it.
-        dtype: to compute in; `auto` is that of the files.
-        device: where.
-        trust_remote_code: whether code that comes with a model may run.
+        text: which windows of which text.
+        runner: how models are run.
+        cache: a folder where the reference's predictions are kept, and taken from if they are there. Divergences are then of
+            the `cache_tokens` likeliest tokens and all others as one.
+        cache_tokens: see `keep_reference`.
+        by_block: also compare the two models block by block.
+        tasks, few_shot, limit: what is measured besides, see `run_tasks`.
         verify: whether the model's files (not the reference's) have to be those that its manifest names.
+        accept: called with the hash of the text's tokens before any model is run; what it raises ends the evaluation.
         progress: called with (windows done, windows in total).
+        task_progress: as `progress` of `run_tasks`.
 
     Raises:
-        SecateurError: a model or the text cannot be had, or something measured is not finite.
+        SecateurError: a model, the text or a task cannot be had, or something measured is not finite.
     """
-    if data == "self":
-        raise UsageError("--data self would let the model judge its own words: give a text, or docs")
-    tokenizer = open_source(model, trust_remote_code, verify).tokenizer()
-    ids_KS = cut_windows(
-        read_text(data, text_field, held_out=True),
+    began = time.monotonic()
+    check_tasks(tasks, few_shot, limit)
+    if reference is None and (by_block or cache is not None):
+        raise UsageError(f"{'--by-block' if by_block else '--reference-cache'} needs a --reference to compare with")
+    source = runner.open(model, verify)
+    tokenizer = source.tokenizer()
+    ids_KS = text.cut(tokenizer)
+    sha256 = hash_of(ids_KS)
+    accept(sha256)
+    other = runner.open(reference) if reference is not None else None
+    beside: KeptReference | None = None
+    dense: Any = None
+    if other is not None and cache is not None:
+        beside = runner.keep(other, ids_KS, cache, cache_tokens, stride=text.stride, progress=progress)
+    loaded = runner.load(source)
+    if other is not None and (beside is None or by_block or tasks):
+        dense = runner.load(other)
+    # Before the text is measured, so that a task that is not known is found soon.
+    scores = run_tasks(
+        loaded,
         tokenizer,
-        seq_len,
-        windows,
-        what=f"--data {data}",
-        count_flag="--windows",
+        tasks,
+        reference=dense,
+        few_shot=few_shot,
+        limit=limit,
+        trust_remote_code=runner.trust_remote_code,
+        progress=task_progress,
     )
-    loaded = [_load(name, dtype, device, trust_remote_code) for name in (model, reference) if name is not None]
-    quality = measure(loaded[0], ids_KS, loaded[1] if reference is not None else None, progress=progress)
-    sizes = [
-        _size(name, each, trust_remote_code)
-        for name, each in zip((model, reference), loaded, strict=False)
-        if name is not None
-    ]
-    return Evaluation(model, reference, data, quality, sizes[0], sizes[1] if reference is not None else None)
+    quality = measure(
+        loaded,
+        ids_KS,
+        dense if beside is None else beside,
+        stride=text.stride,
+        batch_tokens=runner.batch_tokens,
+        progress=progress,
+    )
+    size = scored_bytes(tokenizer, ids_KS, text.stride)
+    return Evaluation(
+        model=model,
+        reference=reference,
+        text={**dataclasses.asdict(text), "sha256": sha256, "bytes": size},
+        quality=quality,
+        bits_per_byte=bits_per_byte(quality, size),
+        size=size_of(source),
+        reference_size=size_of(other) if other is not None else None,
+        blocks=tuple(block_errors(loaded, dense, ids_KS, progress=progress)) if by_block else None,
+        seconds=time.monotonic() - began,
+        tasks=scores,
+        cache_tokens=None if beside is None else beside.tokens,
+    )
 
 
-def _load(model: str, dtype: str, device: str, trust_remote_code: bool, backend: str = "dense") -> Any:
-    return load(model, backend, dtype=parse_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
+def bits_per_byte(quality: Quality, size: int) -> float:
+    """The loss in bits for each of the `size` bytes that the scored tokens stand for; NaN where they stand for none."""
+    return quality.loss * quality.tokens / math.log(2) / size if size > 0 else math.nan
 
 
-def _size(name: str, model: Any, trust_remote_code: bool) -> Size:
-    size = sum(file.stat().st_size for file in open_source(name, trust_remote_code).files)
-    return Size(size, 8 * size / sum(p.numel() for p in model.parameters()))
+def size_of(source: Source) -> Size:
+    """What an open model takes on disk."""
+    parameters = sum(p.numel() for p in build_skeleton(source, source.dtype).parameters())
+    return Size(sum(file.stat().st_size for file in source.files), parameters)
 
 
 def generate(
@@ -119,8 +256,11 @@ def generate(
     Raises:
         SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
     """
-    tokenizer = open_source(model, trust_remote_code, verify).tokenizer()
-    loaded = _load(model, dtype, device, trust_remote_code, backend)
+    check_backend(backend)
+    target = open_device(device)
+    source = open_source(model, trust_remote_code, verify)
+    tokenizer = source.tokenizer()
+    loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
     if chat:
         if not tokenizer.chat_template:
             raise UsageError(f"{model} has no chat template: leave --chat out")

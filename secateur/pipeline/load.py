@@ -73,10 +73,6 @@ def load(
     check_backend(backend)
     target = open_device(device)
     source = open_source(str(model), trust_remote_code, verify)
-    if backend not in (AUTO, "dense") and source.quantization is None:
-        raise UsageError(
-            f"{model} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
-        )
     return load_source(source, dtype or source.dtype, target, backend=backend)
 
 
@@ -120,9 +116,14 @@ def load_source(
     A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
 
     Raises:
+        UsageError: the backend cannot be used with these weights.
         CheckpointError: a tensor is missing or damaged, has another shape than the model's, or, if that is to be checked,
             holds a value that is not finite.
     """
+    if backend not in (AUTO, "dense") and source.quantization is None:
+        raise UsageError(
+            f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
+        )
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         if backend != "dense" and source.quantization is not None:
             model: Any = build_skeleton(source, dtype)

@@ -1,0 +1,189 @@
+"""A reference model's predictions for a text, kept on disk so that many models can be compared with it while it runs once.
+
+K: windows, S: tokens of one window, P: predictions of one window, T: tokens kept of a distribution, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.calibration.tokens import hash_of
+from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.evaluate.distributions import Distributions, Window, predict, shortened
+from secateur.evaluate.perplexity import (
+    Quality,
+    Scores,
+    batches,
+    check_finite,
+    check_fits,
+    padded,
+    place_of,
+    scored_predictions,
+)
+
+_LAYOUT = 1
+# Of each distribution, unless somebody says otherwise: most of the divergence is known from them, in 8 kB.
+KEPT_TOKENS = 1024
+
+
+class KeptReference:
+    """Predictions in a folder, a file of safetensors for each window.
+
+    Each has `loss` [P], `likeliest` [P], and either `log_p` [P, V], or `log_p` [P, T] with `token` [P, T] and `log_rest` [P]:
+    see `Distributions`.
+    """
+
+    def __init__(self, folder: Path, tokens: int | None, vocabulary: int, scored: list[int], seq_len: int) -> None:
+        self.folder = folder
+        self.tokens = tokens
+        self.vocabulary = vocabulary
+        self.scored = scored
+        self.seq_len = seq_len
+
+    def quality(self) -> Quality:
+        """How well the reference itself predicts the text."""
+        losses = [self._window(k, count).rows(slice(None)).loss_B for k, count in enumerate(self.scored)]
+        return Quality.of(Scores(padded(losses, self.seq_len - 1)))
+
+    def windows(self, start: int, ids_WS: Tensor, scored: list[int]) -> list[Window]:
+        """What was predicted in the windows from number `start` on.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        return [self._window(start + i, count) for i, count in enumerate(scored)]
+
+    def _window(self, k: int, count: int) -> Window:
+        file = _file(self.folder, k)
+        try:
+            kept = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: remove its folder, to have it made again") from error
+        T = self.tokens or self.vocabulary
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "loss": ((count,), torch.float32),
+            "likeliest": ((count,), torch.int32),
+            "log_p": ((count, T), torch.float32),
+        }
+        if self.tokens is not None:
+            wanted |= {"token": ((count, T), torch.int32), "log_rest": ((count,), torch.float32)}
+        fits = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()} == wanted
+        ids = [kept[name] for name in ("token", "likeliest") if name in kept]
+        if not fits or any(int(id.min()) < 0 or int(id.max()) >= self.vocabulary for id in ids):
+            raise CheckpointError(f"{file} does not hold what it should: remove its folder, to have it made again")
+
+        def rows(chunk: slice) -> Distributions:
+            token_BT = kept["token"][chunk].long() if self.tokens is not None else None
+            rest_B = kept["log_rest"][chunk] if self.tokens is not None else None
+            return Distributions(kept["log_p"][chunk], kept["loss"][chunk], kept["likeliest"][chunk], token_BT, rest_B)
+
+        return Window(count, self.vocabulary, rows)
+
+
+@torch.no_grad()
+def keep_reference(
+    cache: Path,
+    identity: dict[str, Any],
+    load: Callable[[], Any],
+    ids_KS: Tensor,
+    *,
+    stride: int | None = None,
+    tokens: int | None = KEPT_TOKENS,
+    batch_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> KeptReference:
+    """The predictions of a model for windows of text; those that the cache lacks are computed.
+
+    Args:
+        cache: a folder for any number of models and texts; made if need be.
+        identity: tells the model and how it is run, in values that JSON holds.
+        load: loads the model, if it has to run.
+        ids_KS, stride, batch_tokens, progress: see `measure`.
+        tokens: how many of the likeliest tokens of each distribution are kept, the others as one; None keeps all, in 4·V bytes
+            a prediction.
+
+    Raises:
+        UsageError: the windows do not suit the model, or the cache cannot be written.
+    """
+    K, S = ids_KS.shape
+    whole = {
+        **identity,
+        "layout": _LAYOUT,
+        "text": hash_of(ids_KS),
+        "windows": [K, S, stride or S],
+        "tokens": tokens,
+    }
+    folder = cache / hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+    about = folder / "reference.json"
+    scored = scored_predictions(K, S, stride)
+    missing = {k for k in range(K) if not about.exists() or not _file(folder, k).exists()}
+    if missing:
+        model = load()
+        check_fits(model, ids_KS)
+        model.eval()
+
+        def keep(some: slice) -> None:
+            # A function, so that no logits are left when those of the next batch are computed.
+            found = predict(model, ids_KS[some], scored[some])
+            for k, window in zip(range(K)[some], found, strict=True):
+                _keep(_file(folder, k), window, tokens, place_of(k, ids_KS, stride))
+            content = json.dumps({**whole, "vocabulary": found[0].vocabulary}, indent=1)
+            _put(about, lambda part: part.write_text(content, encoding="utf-8"))
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for some in batches(K, S, batch_tokens, model):
+                if missing.isdisjoint(range(K)[some]):
+                    continue
+                keep(some)
+                if progress is not None:
+                    progress(some.stop, K)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(
+                f"{cache} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
+            ) from error
+    try:
+        vocabulary = int(json.loads(about.read_text(encoding="utf-8"))["vocabulary"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{about} cannot be read: remove its folder, to have it made again") from error
+    kept = None if tokens is None or tokens >= vocabulary else tokens
+    return KeptReference(folder, kept, vocabulary, scored, S)
+
+
+def _file(folder: Path, k: int) -> Path:
+    return folder / f"window-{k:05d}.safetensors"
+
+
+def _keep(file: Path, window: Window, tokens: int | None, where: str) -> None:
+    pieces: list[dict[str, Tensor]] = []
+    for chunk in window.chunks():
+        found = window.rows(chunk)
+        if tokens is not None and tokens < window.vocabulary:
+            found = shortened(found, tokens)
+        piece = {"loss": found.loss_B, "likeliest": found.likeliest_B.int(), "log_p": found.log_p_BT}
+        if found.token_BT is not None and found.log_rest_B is not None:
+            piece |= {"token": found.token_BT.int(), "log_rest": found.log_rest_B}
+        pieces.append({name: tensor.cpu() for name, tensor in piece.items()})
+    kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    check_finite(kept["loss"], "the reference's loss", where)
+    _put(file, lambda part: save_file(kept, part))
+
+
+def _put(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is whole whenever it is there."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""How SmolLM2 is compressed in tests, and the figures that each method had: `baselines/METHOD.json`.
+
+Text lies in the repository. `docs` would not do: it comes with Python, and each version has its own.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import secateur
+from secateur.evaluate.text import Text
+
+ROOT = Path(__file__).parents[1]
+BASELINES = ROOT / "tests" / "baselines"
+_TEXTS = Path("tests", "fixtures", "text")
+#: Eight windows: the sign-flip test then goes down to p = 1/256, and a check takes some seconds.
+TEXT = Text(str(_TEXTS / "evaluation.txt"), seq_len=256, windows=8)
+_FEW = secateur.Calibration(str(_TEXTS / "calibration.txt"), samples=4, seq_len=256)
+_MORE = secateur.Calibration(str(_TEXTS / "calibration.txt"), samples=16, seq_len=256)
+
+Q, R = secateur.Quantization, secateur.Recipe
+RECIPES = {
+    "magnitude": R(prune="magnitude", sparsity=0.5),
+    "wanda": R(prune="wanda", sparsity=0.5, calibration=_FEW),
+    "sparsegpt": R(prune="sparsegpt", sparsity=0.5, calibration=_MORE),
+    "wanda+dsnot": R(prune="wanda", sparsity=0.5, refine="dsnot", calibration=_MORE),
+    "rtn": R(quantize="rtn", quantization=Q(bits=4)),
+    "gptq": R(quantize="gptq", quantization=Q(bits=4, group_size=128), calibration=_FEW),
+    "spqr": R(quantize="spqr", quantization=Q(outlier_threshold=0.5), calibration=_FEW),
+    "squeezellm": R(quantize="squeezellm", quantization=Q(sensitivity="hessian"), calibration=_FEW),
+    "sparsegpt+gptq": R(prune="sparsegpt", pattern="2:4", quantize="gptq", quantization=Q(bits=8), calibration=_FEW),
+}
+#: Minutes each, on a thread.
+SLOW = {"magnitude", "sparsegpt", "wanda+dsnot", "squeezellm", "sparsegpt+gptq"}
+
+Compressed = Callable[[str], tuple[Path, secateur.Report]]
+
+
+def compress(folder: Path, recipe: secateur.Recipe) -> secateur.Report:
+    """Compress SmolLM2 into a folder. Run at the root of the repository, below which the calibration text is named."""
+    assert Path.cwd() == ROOT, f"run in {ROOT}, not in {os.getcwd()}"
+    return secateur.compress("demo", folder, recipe)

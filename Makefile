@@ -41,6 +41,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.evaluation --text $(TEXT)
+	$(BIN)/python -m benchmarks.sweep --text $(TEXT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-out

@@ -634,6 +634,95 @@ def gate(
         raise typer.Exit(1)
 
 
+@app.command()
+def sweep(
+    model: Model,
+    recipes: Annotated[
+        str,
+        typer.Option(help="With commas between, such as 'wanda:0.3..0.7, sparsegpt:2:4, spqr:3'; see docs/recipes.md."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make, with the report in it.")],
+    calibration: Annotated[str | None, typer.Option(help=f"Of all recipes: self, {_TEXT_HELP}")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    calibration_seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    data: Annotated[str, typer.Option(help=f"To measure on: {_TEXT_HELP}")] = "docs",
+    text_field: Annotated[str, typer.Option(help="Where the text of a row stands.")] = "text",
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
+    windows: Annotated[int, typer.Option(help="How many windows.", min=1)] = 12,
+    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.", min=1)] = None,
+    cache_tokens: CacheTokens = 1024,
+    batch_tokens: EvalBatch = None,
+    dtype: EvalDtype = "float32",
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Leave the checkpoints in OUT/models.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep that OUT.partial is left of, if there is one.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL by many recipes, measure each, and write a report with the frontier of size and quality."""
+    from secateur.evaluate.run import Runner
+    from secateur.evaluate.sweep import Sweep
+    from secateur.evaluate.sweep import sweep as run
+    from secateur.evaluate.text import Text
+    from secateur.pipeline.recipe_spec import parse_recipes
+
+    text = {"source": calibration, "samples": samples, "seq_len": calibration_seq_len}
+    asked = [
+        (name, _override(recipe, {"calibration": _override(recipe.calibration, text)}))
+        for name, recipe in parse_recipes(recipes)
+    ]
+    with _Display(quiet) as display:
+        result = run(
+            Sweep(
+                model,
+                asked,
+                Text(data, seq_len, windows, stride, text_field),
+                Runner(dtype, device, batch_tokens, trust_remote_code),
+                cache_tokens or None,
+                max_memory,
+                keep_models,
+            ),
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            progress=display,
+        )
+    if json_file is not None:
+        _write_json(dataclasses.asdict(result), json_file)
+    failed = [point for point in result.points if point.failure is not None]
+    if not quiet and str(json_file) != "-":
+        table = Table()
+        for heading in ("recipe", "size", "bits per weight", "perplexity", "KL", "agreement", "seconds"):
+            table.add_column(heading, justify="left" if heading == "recipe" else "right")
+        for name, found, seconds in [
+            ("dense", result.dense, 0.0),
+            *((point.name, point.measured, point.seconds) for point in result.points),
+        ]:
+            if found is not None:
+                table.add_row(
+                    escape(name),
+                    _size(found.bytes),
+                    f"{found.bits_per_weight:.2f}",
+                    f"{found.perplexity:.3f}",
+                    f"{found.kl:.4f}" if found.kl is not None else "",
+                    f"{found.agreement:.2%}" if found.agreement is not None else "",
+                    f"{seconds + found.seconds:.1f}",
+                )
+        Console(emoji=False).print(table)
+    for point in failed:
+        _say(f"failed: {point.name}: {point.failure}")
+    if not quiet:
+        _say(f"the report is {out / 'index.html'}")
+    if failed:
+        raise typer.Exit(1)
+
+
 def _share(option: str, text: str | None) -> float | None:
     """A number such as 0.01 or 1%."""
     if text is None:

@@ -20,7 +20,8 @@ from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import open_ranks
 from secateur.pipeline.report import Progress, Report, peak_memory
 from secateur.pipeline.run import Run, versions
-from secateur.pipeline.source import open_source, save_config
+from secateur.pipeline.shared import Shared
+from secateur.pipeline.source import Source, open_source, save_config
 from secateur.pipeline.structure import generalise
 from secateur.pipeline.verify import verify as verify_folder
 from secateur.recipe import Recipe
@@ -62,6 +63,35 @@ def compress(
     Raises:
         SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
     """
+    return compress_opened(
+        lambda: open_source(model, trust_remote_code),
+        out,
+        recipe,
+        device=device,
+        batch_tokens=batch_tokens,
+        max_memory=max_memory,
+        resume=resume,
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def compress_opened(
+    opened: Callable[[], Source],
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    batch_tokens: int | None = None,
+    max_memory: str | int | None = None,
+    resume: bool = False,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+    shared: Shared | None = None,
+) -> Report:
+    """The same for a model that `opened` gives; `shared` has what other runs on it have found."""
     started = time.monotonic()
     resolved = plan(recipe)
     limit = limit_memory(max_memory)
@@ -72,8 +102,7 @@ def compress(
     ):
         progress = progress if ranks.first else lambda _: None
         progress(Progress("opening the model"))
-        source = open_source(model, trust_remote_code)
-        run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, progress)
+        run = Run(opened(), recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
         run.run()
         report = _finish(run, overwrite, verify)
     report.out = Path(out)

@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from secateur.formats.writer import assemble, check_free, put_in_place, sync, wh
 from secateur.pipeline.ranks import Ranks
 
 JOURNAL_NAME = "journal.json"
-_LOCK_NAME = "lock"
+LOCK_NAME = "lock"
+# What a run puts into its folder.
+_OWN = re.compile(r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+|fisher\.(safetensors|new)|out")
 _BEGIN_AGAIN = "or --overwrite to begin again"
 
 
@@ -91,6 +94,12 @@ class Partial:
             return
         check_free(self.out, overwrite)
         if self.folder.exists():
+            foreign = sorted(path.name for path in self.folder.iterdir() if not _OWN.fullmatch(path.name))
+            if foreign and not overwrite:
+                raise UsageError(
+                    f"{self.folder} stands in the way and holds {foreign[0]}, which is of no run of `compress`: move it, or "
+                    "give --overwrite to remove it"
+                )
             self._take_lock()
             self._journal = begun if resume else {}
             if resume and begun:
@@ -109,15 +118,7 @@ class Partial:
         self._take_lock()
 
     def _take_lock(self) -> None:
-        # Locks end with the process that holds them, however it ends.
-        self._lock = os.open(self.folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._release()
-            raise UsageError(
-                f"{self.folder} is being written by another process: wait for it, or choose another folder"
-            ) from error
+        self._lock = lock_folder(self.folder)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -132,7 +133,7 @@ class Partial:
         """
         identity = json.loads(json.dumps(identity))
         if self._journal:
-            difference = _first_difference(self._journal.get("identity"), identity)
+            difference = first_difference(self._journal.get("identity"), identity)
             if difference is not None:
                 where, before, now = difference
                 raise UsageError(
@@ -295,6 +296,23 @@ def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         raise
 
 
+def lock_folder(folder: Path) -> int:
+    """Have a folder for this process alone: closing the handle ends that, as the end of the process does, however it ends.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UsageError(
+            f"{folder} is being written by another process: wait for it, or choose another folder"
+        ) from error
+    return lock
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -306,11 +324,11 @@ def _blocks_in(journal: dict[str, Any]) -> int:
     return max(len(journal.get("records", [])) - 1, 0)
 
 
-def _first_difference(before: Any, now: Any, where: str = "") -> tuple[str, str, str] | None:
+def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, str, str] | None:
     """Where two structures of JSON differ first, and what stands there in each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
-            found = _first_difference(before.get(key), now.get(key), f"{where} {key}".strip())
+            found = first_difference(before.get(key), now.get(key), f"{where} {key}".strip())
             if found is not None:
                 return found
         return None

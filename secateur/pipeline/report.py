@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Report:
     """The result of a run.
 
     Attributes:
+        recipe: as `Recipe.to_dict` gives it, with the numbers of the run filled in.
         phases: seconds by what they were spent on: opening, gradients, reading, forward, statistics, exchange (between
             processes), solving, writing (of blocks), ending.
     """
@@ -76,6 +78,7 @@ class Report:
     seconds: float = 0.0
     peak_bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -102,6 +105,12 @@ def peak_memory() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` count from now on, where the system can do that: Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:

@@ -5,7 +5,6 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from secateur._version import __version__
 from secateur.calibration.stats import InputStats, Level
+from secateur.calibration.tokens import hash_of
 from secateur.errors import SecateurError, UsageError
 from secateur.formats.layout import all_finite
 from secateur.formats.reader import StoredTensors
@@ -35,6 +35,7 @@ from secateur.pipeline.partial import Partial
 from secateur.pipeline.plan import Plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import LinearReport, Progress, Report, peak_memory
+from secateur.pipeline.shared import Shared
 from secateur.pipeline.solve import Problem, Solution, solve
 from secateur.pipeline.source import Source
 from secateur.pipeline.structure import (
@@ -74,6 +75,7 @@ class Run:
     batch_tokens: int | None
     limit: int | None
     progress: Callable[[Progress], None]
+    shared: Shared | None = None
     block: int = 0
     blocks_started: float = 0.0
     solved_before: int = 0
@@ -117,6 +119,7 @@ class Run:
         report = Report(self.partial.out, self.reports, self.notes, self.calibration, parameters=self.parameters)
         report.source_bytes = sum(f.stat().st_size for f in self.source.files)
         report.phases = dict(self.clock.seconds)
+        report.recipe = self.recipe.to_dict()
         return report
 
     @property
@@ -169,7 +172,8 @@ class Run:
         self._check_whole()
         said, tensors = None, []
         if self.ranks.first:
-            ids_NS, settings = calibration_ids(
+            find = calibration_ids if self.shared is None else self.shared.calibration_ids
+            ids_NS, settings = find(
                 self.source, self.recipe.calibration, self.device, lambda s: self.progress(Progress(s))
             )
             said, tensors = asdict(settings), [ids_NS]
@@ -216,9 +220,7 @@ class Run:
             identity = {
                 "model": self.source.hashes,
                 "recipe": self.recipe.to_dict(),
-                "calibration text": hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()
-                if ids_NS is not None
-                else None,
+                "calibration text": hash_of(ids_NS) if ids_NS is not None else None,
                 "versions": versions(),
                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
                 "number of threads": torch.get_num_threads(),
@@ -231,7 +233,11 @@ class Run:
         self.writer = ShardWriter(
             self.partial.folder, begin=sum(len(record["files"]) for record in self.partial.records)
         )
-        self.fisher = KeptFisher(self.partial.fisher_file, self.ranks) if self.plan.needs_fisher else None
+        self.fisher = None
+        if self.plan.needs_fisher:
+            assert ids_NS is not None
+            file = self.partial.fisher_file if self.shared is None else self.shared.fisher_file(ids_NS, self.chosen)
+            self.fisher = KeptFisher(file, self.ranks)
 
     def gather_fisher(self, ids_NS: Tensor) -> None:
         """Compute squared gradients on windows, where the method needs them and no earlier run did."""

@@ -1,0 +1,349 @@
+"""Many recipes on one model: compress by each, measure, and write what came of them beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from secateur._version import __version__
+from secateur.calibration.stats import Level
+from secateur.calibration.tokens import hash_of
+from secateur.errors import CheckpointError, Interrupted, SecateurError, UsageError, one_line
+from secateur.evaluate.bench_plot import check_matplotlib
+from secateur.evaluate.perplexity import Quality, measure
+from secateur.evaluate.reference import KEPT_TOKENS, KeptReference
+from secateur.evaluate.report import write_report
+from secateur.evaluate.run import Runner, bits_per_byte, size_of
+from secateur.evaluate.sweep_result import LinearPoint, Measured, Point, SweepResult
+from secateur.evaluate.text import Text, scored_bytes
+from secateur.formats.writer import check_free, put_in_place
+from secateur.pipeline.compress import compress_opened
+from secateur.pipeline.load import open_device
+from secateur.pipeline.memory import limit_memory
+from secateur.pipeline.partial import LOCK_NAME, first_difference, lock_folder
+from secateur.pipeline.plan import plan
+from secateur.pipeline.report import Progress, forget_peak
+from secateur.pipeline.shared import Shared
+from secateur.pipeline.source import Source
+from secateur.recipe import Recipe
+
+_RESULT = "sweep.json"
+_SHARED = "shared"
+_MODELS = "models"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep goes through.
+
+    Attributes:
+        model: whatever `compress` takes as MODEL.
+        recipes: by name, in the order in which they are gone through.
+        text, runner: what is measured on, and how.
+        cache_tokens: of the dense model's predictions, see `keep_reference`.
+        max_memory: of each compression, see `compress`.
+        keep_models: whether the checkpoints stay, in `OUT/models`.
+    """
+
+    model: str
+    recipes: Sequence[tuple[str, Recipe]]
+    text: Text = Text()  # noqa: RUF009 - it is frozen
+    runner: Runner = Runner()  # noqa: RUF009
+    cache_tokens: int | None = KEPT_TOKENS
+    max_memory: str | int | None = None
+    keep_models: bool = False
+
+
+def sweep(
+    asked: Sweep,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> SweepResult:
+    """Compress a model by each recipe, measure what comes of it, and write a report to the folder `out`.
+
+    The recipes go one after the other, on the same calibration windows and squared gradients, and the dense model is measured
+    once. A recipe that fails is recorded, and the others go on. Nothing stands under the name `out` until all is done; until
+    then `OUT.partial` keeps the points that are.
+
+    Args:
+        asked: what to go through.
+        out: the folder to make.
+        resume: whether to go on with a sweep that was interrupted, if there is one: its points are taken over if they are asked
+            for again.
+        overwrite: whether `out` may be replaced, and an unfinished sweep be begun again.
+        progress: told of every step.
+
+    Raises:
+        UsageError: a recipe cannot be carried out, `out` stands in the way, or the sweep to go on with was another.
+        SecateurError: the model cannot be measured.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("a sweep runs in one process: leave torchrun out")
+    check_matplotlib("the report of a sweep")
+    for _, recipe in asked.recipes:
+        plan(recipe)
+    asked = dataclasses.replace(asked, max_memory=limit_memory(asked.max_memory))
+    out = Path(os.path.abspath(out))
+    check_free(out, overwrite)
+    with _partial(out, resume, overwrite) as folder:
+        result = _SweepRun(asked, folder, progress).run()
+        progress(Progress("writing the report"))
+        write_report(result, folder)
+        shutil.rmtree(folder / _SHARED, ignore_errors=True)
+        (folder / LOCK_NAME).unlink()
+        check_free(out, overwrite)  # another run may have made it meanwhile
+        put_in_place(folder, out)
+    return result
+
+
+@contextmanager
+def _partial(out: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """The folder of an unfinished sweep, for this process alone. Where the block fails it stays, if the sweep had begun.
+
+    Raises:
+        UsageError: the folder holds an unfinished sweep, or something else, and what is to become of that was not said.
+        SecateurError: it cannot be written.
+    """
+    folder = out.with_name(f"{out.name}.partial")
+    result = folder / _RESULT
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        if not result.exists():
+            raise UsageError(f"{folder} stands in the way and is no sweep: move it, or give --overwrite to remove it")
+        if not resume:
+            raise UsageError(
+                f"{folder} holds a sweep that was interrupted: give --resume to go on with it, or --overwrite to begin again"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be created: {error.strerror or error}") from error
+    lock = lock_folder(folder)
+    try:
+        if not (resume and result.exists()):
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_NAME:
+                    path.unlink()
+        yield folder
+    except BaseException as error:
+        left = f"what is done is kept in {folder}: run again with --resume to go on"
+        if not result.exists():
+            left = "nothing is left behind"
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, Interrupted):
+            error.left = left
+        if isinstance(error, OSError):
+            raise SecateurError(f"{folder} cannot be written: {error.strerror or error}; {left}") from error
+        if isinstance(error, SecateurError) and not isinstance(error, UsageError | CheckpointError):
+            raise SecateurError(f"{error}; {left}") from error
+        raise
+    finally:
+        os.close(lock)
+
+
+class _SweepRun:
+    """A sweep that is going on: what its steps share."""
+
+    def __init__(self, asked: Sweep, folder: Path, progress: Callable[[Progress], None]) -> None:
+        self.asked, self.folder, self.progress = asked, folder, progress
+        progress(Progress("opening the model"))
+        self.source = asked.runner.open(asked.model)
+        tokenizer = self.source.tokenizer()
+        self.ids_KS: Tensor = asked.text.cut(tokenizer)
+        self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride)
+        self.shared = Shared(folder / _SHARED)
+        self.shared.folder.mkdir(exist_ok=True)
+
+    def run(self) -> SweepResult:
+        before = self._before()
+        self._read_calibration()
+        self.reference, dense = self._dense()
+        result = SweepResult(
+            **self._identity(),
+            model=self.asked.model,
+            parameters=size_of(self.source).parameters,
+            date=before.date if before else time.strftime("%Y-%m-%d"),
+            dense=before.dense if before else dense,
+            points=(),
+        )
+        # What failed is tried again: the reason may be gone.
+        waiting = {_key(p.name, p.asked): p for p in before.points if p.failure is None} if before else {}
+        self._keep(result, waiting)
+        folders = set()
+        for number, (name, recipe) in enumerate(self.asked.recipes, 1):
+            key = _key(name, recipe.to_dict())
+            folder = self.folder / _MODELS / f"{_plain(name)}-{key}"
+            folders.add(folder)
+            point = waiting.pop(key, None)
+            if point is None or (self.asked.keep_models and not folder.exists()):
+                self.progress(Progress(f"recipe {number} of {len(self.asked.recipes)}: {name}"))
+                point = self._point(folder, name, recipe)
+            result = dataclasses.replace(result, points=(*result.points, point))
+            self._keep(result, waiting)
+        self._keep(result, {})
+        # Of recipes that were asked for in an earlier run and no more, too.
+        for folder in set((self.folder / _MODELS).glob("*")) - folders:
+            shutil.rmtree(folder)
+        if not self.asked.keep_models:
+            shutil.rmtree(self.folder / _MODELS, ignore_errors=True)
+        return result
+
+    def _read_calibration(self) -> None:
+        """Find out before anything is run whether the text of all recipes can be had."""
+        device = open_device(self.asked.runner.device)
+        for _, recipe in self.asked.recipes:
+            resolved = plan(recipe)
+            if resolved.level > Level.NONE or resolved.needs_fisher:
+                self.shared.calibration_ids(
+                    self.source, recipe.calibration, device, lambda stage: self.progress(Progress(stage))
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a sweep has to have in common with one that it goes on with."""
+        runner, text = self.asked.runner, dataclasses.asdict(self.asked.text)
+        return {
+            "secateur": __version__,
+            "source": self.source.hashes,
+            "text": {**text, "sha256": hash_of(self.ids_KS), "tokens": self.ids_KS.numel(), "bytes": self.bytes},
+            "machine": {
+                "device": runner.device,
+                "dtype": runner.dtype,
+                "threads": torch.get_num_threads(),
+                "cache_tokens": self.asked.cache_tokens,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _before(self) -> SweepResult | None:
+        """What the sweep to go on with has found, if there is one."""
+        file = self.folder / _RESULT
+        if not file.exists():
+            return None
+        before, same = SweepResult.read(file), self._identity()
+        difference = first_difference({name: getattr(before, name) for name in same}, same)
+        if difference is not None:
+            where, then, now = difference
+            raise UsageError(
+                f"{self.folder} was begun with another {where}, {then} and not {now}: give what it was begun with, or "
+                "--overwrite to begin again"
+            )
+        return before
+
+    def _dense(self) -> tuple[KeptReference, Measured]:
+        """What the dense model predicts, and how it measures."""
+        began = time.monotonic()
+        self.progress(Progress("measuring the dense model"))
+        kept = self.asked.runner.keep(
+            self.source,
+            self.ids_KS,
+            self.folder / _SHARED / "reference",
+            self.asked.cache_tokens,
+            stride=self.asked.text.stride,
+        )
+        return kept, self._measured(self.source, kept.quality(), time.monotonic() - began)
+
+    def _measured(self, source: Source, quality: Quality, seconds: float) -> Measured:
+        size = size_of(source)
+        return Measured(
+            bytes=size.bytes,
+            bits_per_weight=size.bits_per_weight,
+            perplexity=quality.perplexity,
+            perplexity_interval=quality.perplexity_interval,
+            bits_per_byte=bits_per_byte(quality, self.bytes),
+            seconds=seconds,
+            kl=quality.kl,
+            kl_interval=quality.kl_interval,
+            agreement=quality.agreement,
+            agreement_interval=quality.agreement_interval,
+        )
+
+    def _point(self, folder: Path, name: str, recipe: Recipe) -> Point:
+        """Compress by a recipe and measure."""
+        asked = recipe.to_dict()
+        try:
+            forget_peak()
+            report = compress_opened(
+                lambda: self.source,
+                folder,
+                recipe,
+                device=self.asked.runner.device,
+                max_memory=self.asked.max_memory,
+                resume=True,
+                overwrite=True,
+                progress=self.progress,
+                shared=self.shared,
+            )
+            self.progress(Progress(f"measuring {name}"))
+            began = time.monotonic()
+            source = self.asked.runner.open(str(folder))
+            quality = measure(
+                self.asked.runner.load(source),
+                self.ids_KS,
+                self.reference,
+                stride=self.asked.text.stride,
+                batch_tokens=self.asked.runner.batch_tokens,
+            )
+            measured = self._measured(source, quality, time.monotonic() - began)
+        except (SecateurError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+            for left in (folder, folder.with_name(f"{folder.name}.partial")):
+                shutil.rmtree(left, ignore_errors=True)
+            # Not with what `compress` says of the folder that has just gone.
+            cause = error.__cause__ if isinstance(error.__cause__, SecateurError) else error
+            return Point(name, asked, self._command(recipe), failure=one_line(cause), asked=asked)
+        if not self.asked.keep_models:
+            shutil.rmtree(folder)
+        return Point(
+            name=name,
+            recipe=report.recipe,
+            command=self._command(Recipe.from_dict(report.recipe)),
+            measured=measured,
+            sparsity=report.sparsity,
+            bits=report.bits,
+            seconds=report.seconds,
+            peak_bytes=report.peak_bytes,
+            linears={x.name: LinearPoint(x.sparsity, x.bits, x.bytes, x.error) for x in report.linears},
+            asked=asked,
+        )
+
+    def _command(self, recipe: Recipe) -> str:
+        runner = self.asked.runner
+        flags = [*recipe.flags(), *(["--device", runner.device] if runner.device != "cpu" else [])]
+        flags += ["--trust-remote-code"] if runner.trust_remote_code else []
+        return shlex.join(["secateur", "compress", self.asked.model, "OUT", *flags])
+
+    def _keep(self, result: SweepResult, waiting: dict[str, Point]) -> None:
+        """Have on disk what is done, and what an earlier run has done and nobody has asked for again so far."""
+        new = self.folder / f"{_RESULT}.new"
+        everything = dataclasses.replace(result, points=(*result.points, *waiting.values()))
+        new.write_text(everything.to_json(), encoding="utf-8")
+        os.replace(new, self.folder / _RESULT)
+
+
+def _key(name: str, asked: dict[str, Any]) -> str:
+    """Tells a recipe from others."""
+    return hashlib.sha256(json.dumps([name, asked]).encode()).hexdigest()[:8]
+
+
+def _plain(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^\w.=]+", "-", name).strip("-")[:60]

@@ -1,0 +1,48 @@
+"""What runs on one model have in common, so that only the first of them has to find it: calibration text, squared gradients.
+
+N: windows, S: tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.tokens import hash_of
+from secateur.pipeline.calibrate import calibration_ids
+from secateur.pipeline.source import Source
+from secateur.recipe import Calibration
+
+
+@dataclass
+class Shared:
+    """Of runs on one source.
+
+    Statistics of inputs are not shared: those of a block are of what the blocks before it have become, which every recipe makes
+    something else of. Squared gradients are of the dense model.
+
+    Attributes:
+        folder: where squared gradients are kept.
+    """
+
+    folder: Path
+    _windows: dict[Calibration, tuple[Tensor, Calibration]] = field(default_factory=dict)
+
+    def calibration_ids(
+        self, source: Source, wanted: Calibration, device: torch.device, say: Callable[[str], None]
+    ) -> tuple[Tensor, Calibration]:
+        """The same as the function of that name."""
+        if wanted not in self._windows:
+            self._windows[wanted] = calibration_ids(source, wanted, device, say)
+        return self._windows[wanted]
+
+    def fisher_file(self, ids_NS: Tensor, names: Iterable[str]) -> Path:
+        """Where the squared gradients of linears on these windows are kept."""
+        key = hashlib.sha256(json.dumps([hash_of(ids_NS), sorted(names)]).encode()).hexdigest()
+        return self.folder / f"fisher-{key[:32]}.safetensors"

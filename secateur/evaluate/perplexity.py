@@ -119,6 +119,7 @@ class Quality:
         ends = {
             name: None if overlap else interval(values_KP.double().nansum(1), count_K)
             for name, values_KP in scores.given().items()
+            if name != "reference_loss"
         }
         around = ends["loss"]
         # Rounding can leave a mean just below zero, where no divergence is.

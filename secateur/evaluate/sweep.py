@@ -21,14 +21,13 @@ import transformers
 from torch import Tensor
 
 from secateur._version import __version__
-from secateur.calibration.stats import Level
 from secateur.calibration.tokens import hash_of
 from secateur.errors import CheckpointError, Interrupted, SecateurError, UsageError, one_line
 from secateur.evaluate.bench_plot import check_matplotlib
 from secateur.evaluate.perplexity import Quality, measure
 from secateur.evaluate.reference import KEPT_TOKENS, KeptReference
 from secateur.evaluate.report import write_report
-from secateur.evaluate.run import Runner, bits_per_byte, size_of
+from secateur.evaluate.run import Runner, Size, bits_per_byte, size_of
 from secateur.evaluate.sweep_result import LinearPoint, Measured, Point, SweepResult
 from secateur.evaluate.text import Text, scored_bytes
 from secateur.formats.writer import check_free, put_in_place
@@ -39,7 +38,6 @@ from secateur.pipeline.partial import LOCK_NAME, first_difference, lock_folder
 from secateur.pipeline.plan import plan
 from secateur.pipeline.report import Progress, forget_peak
 from secateur.pipeline.shared import Shared
-from secateur.pipeline.source import Source
 from secateur.recipe import Recipe
 
 _RESULT = "sweep.json"
@@ -167,6 +165,7 @@ class _SweepRun:
         self.asked, self.folder, self.progress = asked, folder, progress
         progress(Progress("opening the model"))
         self.source = asked.runner.open(asked.model)
+        self.size = size_of(self.source)
         tokenizer = self.source.tokenizer()
         self.ids_KS: Tensor = asked.text.cut(tokenizer)
         self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride)
@@ -176,13 +175,13 @@ class _SweepRun:
     def run(self) -> SweepResult:
         before = self._before()
         self._read_calibration()
-        self.reference, dense = self._dense()
+        self.reference, dense = self._dense(before)
         result = SweepResult(
             **self._identity(),
             model=self.asked.model,
-            parameters=size_of(self.source).parameters,
+            parameters=self.size.parameters,
             date=before.date if before else time.strftime("%Y-%m-%d"),
-            dense=before.dense if before else dense,
+            dense=dense,
             points=(),
         )
         # What failed is tried again: the reason may be gone.
@@ -211,8 +210,7 @@ class _SweepRun:
         """Find out before anything is run whether the text of all recipes can be had."""
         device = open_device(self.asked.runner.device)
         for _, recipe in self.asked.recipes:
-            resolved = plan(recipe)
-            if resolved.level > Level.NONE or resolved.needs_fisher:
+            if plan(recipe).needs_text:
                 self.shared.calibration_ids(
                     self.source, recipe.calibration, device, lambda stage: self.progress(Progress(stage))
                 )
@@ -249,8 +247,8 @@ class _SweepRun:
             )
         return before
 
-    def _dense(self) -> tuple[KeptReference, Measured]:
-        """What the dense model predicts, and how it measures."""
+    def _dense(self, before: SweepResult | None) -> tuple[KeptReference, Measured]:
+        """What the dense model predicts, and how it measures, unless that is known from before."""
         began = time.monotonic()
         self.progress(Progress("measuring the dense model"))
         kept = self.asked.runner.keep(
@@ -260,10 +258,11 @@ class _SweepRun:
             self.asked.cache_tokens,
             stride=self.asked.text.stride,
         )
-        return kept, self._measured(self.source, kept.quality(), time.monotonic() - began)
+        if before is not None:
+            return kept, before.dense
+        return kept, self._measured(self.size, kept.quality(), time.monotonic() - began)
 
-    def _measured(self, source: Source, quality: Quality, seconds: float) -> Measured:
-        size = size_of(source)
+    def _measured(self, size: Size, quality: Quality, seconds: float) -> Measured:
         return Measured(
             bytes=size.bytes,
             bits_per_weight=size.bits_per_weight,
@@ -303,7 +302,7 @@ class _SweepRun:
                 stride=self.asked.text.stride,
                 batch_tokens=self.asked.runner.batch_tokens,
             )
-            measured = self._measured(source, quality, time.monotonic() - began)
+            measured = self._measured(size_of(source), quality, time.monotonic() - began)
         except (SecateurError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
             for left in (folder, folder.with_name(f"{folder.name}.partial")):
                 shutil.rmtree(left, ignore_errors=True)

@@ -56,6 +56,11 @@ class Plan:
         return max(part.level for part in (self.pruning, self.quantizer) if part is not None)
 
     @property
+    def needs_text(self) -> bool:
+        """Whether the methods look at what the model makes of any."""
+        return self.level > Level.NONE or self.needs_fisher
+
+    @property
     def needs_fisher(self) -> bool:
         return self.quantizer is not None and self.quantizer.needs_fisher
 

@@ -167,7 +167,7 @@ class Run:
 
     def calibrate(self) -> Tensor | None:
         """The windows of all processes, where the methods look at any; the recipe gets its numbers filled in."""
-        if self.plan.level == Level.NONE and not self.plan.needs_fisher:
+        if not self.plan.needs_text:
             return None
         self._check_whole()
         said, tensors = None, []

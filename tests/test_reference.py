@@ -312,7 +312,7 @@ def test_a_disk_that_fills_up(ids_KS, tmp_path, monkeypatch):
     keep(tmp_path, tiny(), ids_KS)
     file = files(tmp_path)[2]
     file.unlink()
-    file.with_suffix(".7.part").mkdir()
+    file.with_name(f"{file.name}.7.part").mkdir()
     with pytest.raises(UsageError, match=f"{tmp_path} cannot be written: "):
         keep(tmp_path, tiny(), ids_KS)
 

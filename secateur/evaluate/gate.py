@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from secateur.evaluate.text import Text
 from secateur.evaluate.uncertainty import fewest_windows, interval, p_of_rise
 from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.reader import read_json
+from secateur.formats.writer import write_whole
 
 LAYOUT = 1
 #: What a baseline is measured on, unless somebody says otherwise.
@@ -318,12 +318,10 @@ def write_baseline(
         raise UsageError(f"--baseline {file} cannot be written: there is no folder {file.absolute().parent}")
     found = evaluate(model, reference, text, runner=runner, cache=cache, progress=progress)
     content = figures_of(found, runner)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    text_of_file = json.dumps(content, indent=1) + "\n"
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        write_whole(file, lambda part: part.write_text(text_of_file, encoding="utf-8"))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UsageError(f"--baseline {file} cannot be written: {error.strerror or error}") from error
     return found
 

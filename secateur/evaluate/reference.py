@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from secateur.evaluate.perplexity import (
     place_of,
     scored_predictions,
 )
+from secateur.formats.writer import write_whole
 
 _LAYOUT = 1
 # Of each distribution, unless somebody says otherwise: most of the divergence is known from them, in 8 kB.
@@ -138,7 +138,7 @@ def keep_reference(
             for k, window in zip(range(K)[some], found, strict=True):
                 _keep(_file(folder, k), window, tokens, place_of(k, ids_KS, stride))
             content = json.dumps({**whole, "vocabulary": found[0].vocabulary}, indent=1)
-            _put(about, lambda part: part.write_text(content, encoding="utf-8"))
+            write_whole(about, lambda part: part.write_text(content, encoding="utf-8"))
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -176,14 +176,4 @@ def _keep(file: Path, window: Window, tokens: int | None, where: str) -> None:
         pieces.append({name: tensor.cpu() for name, tensor in piece.items()})
     kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     check_finite(kept["loss"], "the reference's loss", where)
-    _put(file, lambda part: save_file(kept, part))
-
-
-def _put(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is whole whenever it is there."""
-    part = file.with_suffix(f".{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(file, lambda part: save_file(kept, part))

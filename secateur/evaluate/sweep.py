@@ -30,7 +30,7 @@ from secateur.evaluate.report import write_report
 from secateur.evaluate.run import Runner, Size, bits_per_byte, size_of
 from secateur.evaluate.sweep_result import LinearPoint, Measured, Point, SweepResult
 from secateur.evaluate.text import Text, scored_bytes
-from secateur.formats.writer import check_free, put_in_place
+from secateur.formats.writer import check_free, put_in_place, write_whole
 from secateur.pipeline.compress import compress_opened
 from secateur.pipeline.load import open_device
 from secateur.pipeline.memory import limit_memory
@@ -332,10 +332,8 @@ class _SweepRun:
 
     def _keep(self, result: SweepResult, waiting: dict[str, Point]) -> None:
         """Have on disk what is done, and what an earlier run has done and nobody has asked for again so far."""
-        new = self.folder / f"{_RESULT}.new"
-        everything = dataclasses.replace(result, points=(*result.points, *waiting.values()))
-        new.write_text(everything.to_json(), encoding="utf-8")
-        os.replace(new, self.folder / _RESULT)
+        text = dataclasses.replace(result, points=(*result.points, *waiting.values())).to_json()
+        write_whole(self.folder / _RESULT, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _key(name: str, asked: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,16 @@ def put_in_place(staging: Path, out: Path) -> None:
         if not out.exists():
             (retired / out.name).rename(out)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its name, and rename it when it is whole; what is left of one that failed is removed."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -180,7 +180,7 @@ class Stopping:
 
     def __init__(self, monkeypatch, at, error=Interrupted):
         self.compressed = []
-        original = module.compress_opened
+        original = module.compress
 
         def compress(opened, out, *args, **options):
             self.compressed.append(out.name)
@@ -188,7 +188,7 @@ class Stopping:
                 raise error
             return original(opened, out, *args, **options)
 
-        monkeypatch.setattr(module, "compress_opened", compress)
+        monkeypatch.setattr(module, "compress", compress)
 
 
 def without_times(result):
@@ -253,7 +253,7 @@ def test_an_interrupted_compression_goes_on(asked, monkeypatch, tmp_path):
 
 
 def test_what_failed_is_tried_again(asked, monkeypatch, tmp_path):
-    original, failing = module.compress_opened, [True]
+    original, failing = module.compress, [True]
 
     def compress(opened, out, recipe, **options):
         if failing and recipe.prune == "wanda":
@@ -262,7 +262,7 @@ def test_what_failed_is_tried_again(asked, monkeypatch, tmp_path):
             raise Interrupted
         return original(opened, out, recipe, **options)
 
-    monkeypatch.setattr(module, "compress_opened", compress)
+    monkeypatch.setattr(module, "compress", compress)
     with pytest.raises(Interrupted):
         sweep(asked("wanda:0.5, rtn:4"), tmp_path / "report")
     kept = SweepResult.read(tmp_path / "report.partial" / "sweep.json")
@@ -274,14 +274,14 @@ def test_what_failed_is_tried_again(asked, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.linalg.LinAlgError("singular")])
 def test_memory_and_matrices_fail_a_recipe_only(error, asked, monkeypatch, tmp_path):
-    original = module.compress_opened
+    original = module.compress
 
     def compress(opened, out, recipe, **options):
         if recipe.prune == "wanda":
             raise error
         return original(opened, out, recipe, **options)
 
-    monkeypatch.setattr(module, "compress_opened", compress)
+    monkeypatch.setattr(module, "compress", compress)
     found = sweep(asked("wanda:0.5, rtn:4"), tmp_path / "report")
     assert [point.failure for point in found.points] == [str(error), None]
 

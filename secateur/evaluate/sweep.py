@@ -31,7 +31,7 @@ from secateur.evaluate.run import Runner, Size, bits_per_byte, size_of
 from secateur.evaluate.sweep_result import LinearPoint, Measured, Point, SweepResult
 from secateur.evaluate.text import Text, scored_bytes
 from secateur.formats.writer import check_free, put_in_place, write_whole
-from secateur.pipeline.compress import compress_opened
+from secateur.pipeline.compress import compress
 from secateur.pipeline.load import open_device
 from secateur.pipeline.memory import limit_memory
 from secateur.pipeline.partial import LOCK_NAME, first_difference, lock_folder
@@ -169,7 +169,7 @@ class _SweepRun:
         tokenizer = self.source.tokenizer()
         self.ids_KS: Tensor = asked.text.cut(tokenizer)
         self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride)
-        self.shared = Shared(folder / _SHARED)
+        self.shared = Shared(self.source, folder / _SHARED)
         self.shared.folder.mkdir(exist_ok=True)
 
     def run(self) -> SweepResult:
@@ -211,9 +211,7 @@ class _SweepRun:
         device = open_device(self.asked.runner.device)
         for _, recipe in self.asked.recipes:
             if plan(recipe).needs_text:
-                self.shared.calibration_ids(
-                    self.source, recipe.calibration, device, lambda stage: self.progress(Progress(stage))
-                )
+                self.shared.calibration_ids(recipe.calibration, device, lambda stage: self.progress(Progress(stage)))
 
     def _identity(self) -> dict[str, Any]:
         """What a sweep has to have in common with one that it goes on with."""
@@ -281,8 +279,8 @@ class _SweepRun:
         asked = recipe.to_dict()
         try:
             forget_peak()
-            report = compress_opened(
-                lambda: self.source,
+            report = compress(
+                self.asked.model,
                 folder,
                 recipe,
                 device=self.asked.runner.device,

@@ -21,7 +21,7 @@ from secateur.pipeline.ranks import open_ranks
 from secateur.pipeline.report import Progress, Report, peak_memory
 from secateur.pipeline.run import Run, versions
 from secateur.pipeline.shared import Shared
-from secateur.pipeline.source import Source, open_source, save_config
+from secateur.pipeline.source import open_source, save_config
 from secateur.pipeline.structure import generalise
 from secateur.pipeline.verify import verify as verify_folder
 from secateur.recipe import Recipe
@@ -40,6 +40,7 @@ def compress(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
+    shared: Shared | None = None,
 ) -> Report:
     """Compress a model and write the result to the folder `out`.
 
@@ -59,39 +60,11 @@ def compress(
         overwrite: whether `out` may be replaced, and an unfinished run be begun again.
         trust_remote_code: whether code that comes with the model may run.
         progress: told of every step, in the first process.
+        shared: what other runs on the same model have found, the open model included.
 
     Raises:
         SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
     """
-    return compress_opened(
-        lambda: open_source(model, trust_remote_code),
-        out,
-        recipe,
-        device=device,
-        batch_tokens=batch_tokens,
-        max_memory=max_memory,
-        resume=resume,
-        verify=verify,
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
-def compress_opened(
-    opened: Callable[[], Source],
-    out: str | Path,
-    recipe: Recipe,
-    *,
-    device: str = "cpu",
-    batch_tokens: int | None = None,
-    max_memory: str | int | None = None,
-    resume: bool = False,
-    verify: bool = True,
-    overwrite: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
-    shared: Shared | None = None,
-) -> Report:
-    """The same for a model that `opened` gives; `shared` has what other runs on it have found."""
     started = time.monotonic()
     resolved = plan(recipe)
     limit = limit_memory(max_memory)
@@ -102,7 +75,8 @@ def compress_opened(
     ):
         progress = progress if ranks.first else lambda _: None
         progress(Progress("opening the model"))
-        run = Run(opened(), recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
+        source = shared.source if shared is not None else open_source(model, trust_remote_code)
+        run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
         run.run()
         report = _finish(run, overwrite, verify)
     report.out = Path(out)

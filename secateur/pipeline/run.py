@@ -172,10 +172,11 @@ class Run:
         self._check_whole()
         said, tensors = None, []
         if self.ranks.first:
-            find = calibration_ids if self.shared is None else self.shared.calibration_ids
-            ids_NS, settings = find(
-                self.source, self.recipe.calibration, self.device, lambda s: self.progress(Progress(s))
-            )
+            wanted, say = self.recipe.calibration, lambda s: self.progress(Progress(s))
+            if self.shared is None:
+                ids_NS, settings = calibration_ids(self.source, wanted, self.device, say)
+            else:
+                ids_NS, settings = self.shared.calibration_ids(wanted, self.device, say)
             said, tensors = asdict(settings), [ids_NS]
         said, (ids_NS,) = self.ranks.share_with_tensors(said, tensors)
         self.recipe = replace(self.recipe, calibration=Calibration(**said))

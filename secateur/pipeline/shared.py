@@ -28,18 +28,20 @@ class Shared:
     something else of. Squared gradients are of the dense model.
 
     Attributes:
+        source: the open model.
         folder: where squared gradients are kept.
     """
 
+    source: Source
     folder: Path
     _windows: dict[Calibration, tuple[Tensor, Calibration]] = field(default_factory=dict)
 
     def calibration_ids(
-        self, source: Source, wanted: Calibration, device: torch.device, say: Callable[[str], None]
+        self, wanted: Calibration, device: torch.device, say: Callable[[str], None]
     ) -> tuple[Tensor, Calibration]:
-        """The same as the function of that name."""
+        """The same as the function of that name, for the open model."""
         if wanted not in self._windows:
-            self._windows[wanted] = calibration_ids(source, wanted, device, say)
+            self._windows[wanted] = calibration_ids(self.source, wanted, device, say)
         return self._windows[wanted]
 
     def fisher_file(self, ids_NS: Tensor, names: Iterable[str]) -> Path:

@@ -73,10 +73,13 @@ def _app(
 
 
 def _recipe(
-    prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda or sparsegpt.")] = None,
+    prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda, sparsegpt or alps.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
     refine: Annotated[str | None, typer.Option(help="Improve the mask: dsnot.")] = None,
+    reconstruct: Annotated[
+        bool | None, typer.Option("--reconstruct/--no-reconstruct", help="Give the kept weights their best values.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="Method: rtn, gptq, spqr or squeezellm.")] = None,
     bits: Annotated[int | None, typer.Option(help="Of a code: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Weights that share a scale, or row.")] = None,
@@ -136,6 +139,7 @@ def _recipe(
         "sparsity": sparsity,
         "pattern": pattern,
         "refine": refine,
+        "reconstruct": reconstruct,
         "quantize": quantize,
         "quantization": _override(base.quantization, options),
         "format": format,

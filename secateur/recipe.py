@@ -93,6 +93,7 @@ class Recipe:
         calibration: the text.
         quantize: name of the quantization method, if any.
         quantization: its options.
+        reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
     """
 
     prune: str = ""
@@ -106,6 +107,7 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     quantize: str | None = None
     quantization: Quantization = field(default_factory=Quantization)
+    reconstruct: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""
@@ -228,7 +230,7 @@ def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
         elif key not in ("calibration", "quantization"):
             if hints[key] == float | None and type(value) is int:
                 value = float(value)
-            if (type(value) is bool and hints[key] != bool | None) or not isinstance(value, hints[key]):
+            if (type(value) is bool and hints[key] not in (bool, bool | None)) or not isinstance(value, hints[key]):
                 raise UsageError(f"{key!r} of the {what} is {value!r}, which is not a {_plain(hints[key])}")
         checked[key] = value
     return checked

@@ -23,6 +23,7 @@ RECIPES = {
     "magnitude": R(prune="magnitude", sparsity=0.5),
     "wanda": R(prune="wanda", sparsity=0.5, calibration=_FEW),
     "sparsegpt": R(prune="sparsegpt", sparsity=0.5, calibration=_MORE),
+    "alps": R(prune="alps", sparsity=0.5, calibration=_MORE),
     "wanda+dsnot": R(prune="wanda", sparsity=0.5, refine="dsnot", calibration=_MORE),
     "rtn": R(quantize="rtn", quantization=Q(bits=4)),
     "gptq": R(quantize="gptq", quantization=Q(bits=4, group_size=128), calibration=_FEW),
@@ -31,7 +32,7 @@ RECIPES = {
     "sparsegpt+gptq": R(prune="sparsegpt", pattern="2:4", quantize="gptq", quantization=Q(bits=8), calibration=_FEW),
 }
 #: Minutes each, on a thread.
-SLOW = {"magnitude", "sparsegpt", "wanda+dsnot", "squeezellm", "sparsegpt+gptq"}
+SLOW = {"magnitude", "sparsegpt", "alps", "wanda+dsnot", "squeezellm", "sparsegpt+gptq"}
 
 Compressed = Callable[[str], tuple[Path, secateur.Report]]
 

@@ -6,7 +6,9 @@ T: tokens, C: tokens of a chunk, I: input features, O: output features.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ class InputStats:
     sum_I: Tensor
     square_I: Tensor
     upper_II: Tensor | None = None
+    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def empty(cls, features: int, level: Level, device: torch.device | str = "cpu") -> InputStats:
@@ -61,6 +64,7 @@ class InputStats:
         """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`."""
         if self.level == Level.NONE:
             return
+        self.forget()
         x_TI = x_TI.float()
         self.tokens += x_TI.shape[0]
         for x_CI in x_TI.split(_CHUNK):
@@ -116,6 +120,16 @@ class InputStats:
             # Panel by panel, for want of room for another such matrix.
             gram_II[i:, i : i + _PANEL] += upper_II[i : i + _PANEL, i:].triu(1).T
         return gram_II
+
+    def forget(self) -> None:
+        """Let go of what `once` found: the sums have changed."""
+        self._found.clear()
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed the first time that it is asked for by this key: a factorisation that solves share."""
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
 
     def norm(self) -> Tensor:
         """‖x_j‖₂ / √T of each feature j, `[I]`: the root mean square of the inputs."""

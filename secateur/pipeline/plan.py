@@ -28,9 +28,12 @@ class Pruning:
     pruner: Pruner
     refiner: Refiner | None
     pattern: Pattern
+    reconstruct: bool = False
 
     @property
     def level(self) -> Level:
+        if self.reconstruct:
+            return Level.GRAM
         return max(self.pruner.level, self.refiner.level if self.refiner else Level.NONE)
 
 
@@ -104,13 +107,14 @@ def _pruning(recipe: Recipe) -> Pruning | None:
             ("sparsity", recipe.sparsity),
             ("pattern", recipe.pattern),
             ("refine", recipe.refine),
+            ("reconstruct", recipe.reconstruct or None),
         ):
             if value is not None:
                 raise UsageError(f"--{option} says how to prune, but no method is given: --prune is missing")
         return None
     pruner = PRUNERS[_known("pruning method", recipe.prune, PRUNERS)]
     refiner = REFINERS[_known("refiner", recipe.refine, REFINERS)] if recipe.refine is not None else None
-    return Pruning(pruner, refiner, parse_pattern(recipe.pattern, recipe.sparsity))
+    return Pruning(pruner, refiner, parse_pattern(recipe.pattern, recipe.sparsity), recipe.reconstruct)
 
 
 def _quantizer(recipe: Recipe) -> Quantizer | None:

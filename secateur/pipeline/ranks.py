@@ -84,6 +84,7 @@ class Ranks:
             if tensor is not None:
                 self.add(tensor)
         stats.tokens = int(tokens)
+        stats.forget()
 
     def add(self, tensor: Tensor) -> None:
         """Make a tensor the sum of those that the processes have."""

@@ -7,7 +7,7 @@
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
     share   = digits with a point or without [ "%" ]
-    option  = an option of the quantizer, or "format" or "dtype"
+    option  = an option of the quantizer, "reconstruct" of a pruner, or "format" or "dtype"
     value   = number | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 
@@ -39,6 +39,8 @@ from secateur.recipes import NAMES, SUFFIXES, built_in
 _ROLES: dict[str, Mapping[str, Any]] = {"pruner": PRUNERS, "refiner": REFINERS, "quantizer": QUANTIZERS}
 # What a part may say about the whole recipe.
 _COMMON = ("format", "dtype")
+# What a pruner may say besides.
+_PRUNING = ("reconstruct",)
 _AMOUNTS = ("sparsity", "pattern", "bits")
 
 _FILE = re.compile(rf"[^,()=\n]*(?:{'|'.join(map(re.escape, SUFFIXES))})(?=\s*(?:,|\Z))")
@@ -296,13 +298,13 @@ def _options(reader: _Reader, method: str, role: str, common: dict[str, Any]) ->
             raise reader.wrong(at, f"{name!r} is given twice")
         reader.need("=", f"'=' and what {name} is to be")
         value_at, text = reader.need(re.compile(f"{_NUMBER.pattern}|{_WORD.pattern}"), f"what {name} is to be")
-        if name in _COMMON:
+        if name in _COMMON or (role == "pruner" and name in _PRUNING):
             with reader.pointing(value_at):
                 common[name] = getattr(Recipe.from_dict({name: _value(text)}), name)
         elif role == "quantizer":
             given |= _option(reader, value_at, method, name, _value(text), at)
         else:
-            raise reader.wrong(at, f"{name!r} is no option of {method}: {did_you_mean(name, _COMMON)}")
+            raise reader.wrong(at, f"{name!r} is no option of {method}: {did_you_mean(name, (*_COMMON, *_PRUNING))}")
         if reader.take(")"):
             return given
         reader.need(",", f"')' behind the options of {method}, or a comma,")
@@ -341,7 +343,8 @@ def _name(recipe: Recipe) -> str:
     parts = []
     if recipe.prune:
         amount = recipe.pattern or f"{Decimal(repr(recipe.sparsity)).normalize():f}"
-        parts.append(f"{recipe.prune}:{amount}{'' if recipe.quantize else _in_brackets(common)}")
+        options = {name: True for name in _PRUNING if getattr(recipe, name)}
+        parts.append(f"{recipe.prune}:{amount}{_in_brackets(options if recipe.quantize else {**options, **common})}")
     if recipe.refine is not None:
         parts.append(recipe.refine)
     if recipe.quantize is not None:

@@ -20,6 +20,7 @@ from secateur.formats.layout import Layout, all_finite, layout_from_config
 from secateur.pipeline.plan import Plan
 from secateur.pipeline.report import LinearReport, relative_error
 from secateur.prune import Pruned
+from secateur.prune.reconstruct import reconstruct
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ def _prune(plan: Plan, W_OI: Tensor, stats: InputStats, sizes: list[int]) -> Pru
     if refiner is not None:
         keep_OI = refiner.solve(W_OI, pruned.keep_OI, stats, pattern)
         pruned = Pruned(W_OI * keep_OI, keep_OI, pruned.notes)
+    if plan.pruning.reconstruct:
+        best_OI, said = reconstruct(W_OI, pruned.keep_OI, stats, pruned.W_OI)
+        notes = (*pruned.notes, *(note for note in said if note not in pruned.notes))
+        pruned = Pruned(best_OI, pruned.keep_OI, notes)
     return pruned
 
 

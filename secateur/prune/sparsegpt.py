@@ -36,7 +36,7 @@ def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[
     I = W_OI.shape[1]
     if isinstance(pattern, NM):
         pattern.check_divides(I)
-    U_II, damping = inverse_cholesky(stats.upper())
+    U_II, damping = stats.once(("inverse", DAMPING), lambda: inverse_cholesky(stats.upper()))
     dead_I = stats.square_I <= 0
     W_IO = W_OI.float().T.masked_fill(dead_I[:, None], 0).contiguous()
     removal = _Removal(pattern, list(rows) or [len(W_OI)], U_II.diagonal(), torch.ones_like(W_IO, dtype=torch.bool))

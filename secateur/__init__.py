@@ -13,13 +13,14 @@ from secateur.pipeline.forecast import Forecast, forecast
 from secateur.pipeline.load import load
 from secateur.pipeline.report import Progress, Report
 from secateur.pipeline.verify import verify
-from secateur.recipe import Calibration, Quantization, Recipe
+from secateur.recipe import Calibration, Choice, Quantization, Recipe
 
 _register()
 
 __all__ = [
     "Calibration",
     "CheckpointError",
+    "Choice",
     "Forecast",
     "Problem",
     "Progress",

@@ -80,6 +80,15 @@ def _recipe(
     reconstruct: Annotated[
         bool | None, typer.Option("--reconstruct/--no-reconstruct", help="Give the kept weights their best values.")
     ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="How a total is shared between linears: uniform, owl or search.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Find sparsities and bits for this size: 0.35x of the dense model, or 100MB.")
+    ] = None,
+    max_perplexity_rise: Annotated[
+        str | None, typer.Option(help="Find the smallest size at which perplexity rises by this at most, such as 3%.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="Method: rtn, gptq, spqr or squeezellm.")] = None,
     bits: Annotated[int | None, typer.Option(help="Of a code: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Weights that share a scale, or row.")] = None,
@@ -140,6 +149,9 @@ def _recipe(
         "pattern": pattern,
         "refine": refine,
         "reconstruct": reconstruct,
+        "allocation": allocation,
+        "target_size": target_size,
+        "max_perplexity_rise": max_perplexity_rise,
         "quantize": quantize,
         "quantization": _override(base.quantization, options),
         "format": format,
@@ -183,6 +195,7 @@ def compress(
         bool, typer.Option("--resume", help="Go on with the run that OUT.partial is left of, if there is one.")
     ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the new folder before it is OUT.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw every linear's sparsity and bits: .png or .svg.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -193,9 +206,13 @@ def compress(
 
     Under torchrun the work is shared by its processes.
     """
+    from secateur.evaluate.bench_plot import check_plot
+    from secateur.evaluate.choice_plot import plot_choices
     from secateur.pipeline.compress import compress as run
 
     first = os.environ.get("RANK", "0") == "0"
+    if plot is not None:
+        check_plot(plot)
     with _Display(quiet or not first) as display:
         report = run(
             model,
@@ -212,6 +229,8 @@ def compress(
         )
     if not first:
         return
+    if plot is not None:
+        plot_choices(report.linears, plot)
     if as_json:
         _print_json(
             {**dataclasses.asdict(report), "out": str(report.out), "sparsity": report.sparsity, "bits": report.bits}

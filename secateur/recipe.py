@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -78,6 +78,23 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What becomes of one linear, where they differ; with neither it is left alone.
+
+    Attributes:
+        sparsity: share of its weights to remove; None prunes nothing.
+        bits: of its codes; None does not quantize it.
+    """
+
+    sparsity: float | None = None
+    bits: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What is not None."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is to be compressed: pruned, quantized, or both.
 
@@ -94,6 +111,11 @@ class Recipe:
         quantize: name of the quantization method, if any.
         quantization: its options.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
+        allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
+        target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` of the dense model, or bytes in
+            words such as `100MB`.
+        max_perplexity_rise: the same for the smallest size at which perplexity rises by so much at most: `3%` or `0.03`.
+        linears: what was chosen for each linear, by name: nothing is searched then.
     """
 
     prune: str = ""
@@ -108,16 +130,21 @@ class Recipe:
     quantize: str | None = None
     quantization: Quantization = field(default_factory=Quantization)
     reconstruct: bool = False
+    allocation: str = "uniform"
+    target_size: str | None = None
+    max_perplexity_rise: str | None = None
+    linears: dict[str, Choice] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""
         content = dataclasses.asdict(self)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
-        return {**plain, "quantization": self.quantization.given()}
+        linears = {name: choice.given() for name, choice in self.linears.items()}
+        return {**plain, "quantization": self.quantization.given(), "linears": linears}
 
     def flags(self) -> list[str]:
-        """The options of `secateur compress` that give this recipe, as a command line has them."""
-        given = _differing(self.to_dict(), Recipe().to_dict())
+        """The options of `secateur compress` that give this recipe, as a command line has them; without what a search chose."""
+        given = _differing(replace(self, linears={}).to_dict(), Recipe().to_dict())
         text = given.pop("calibration", {})
         given |= {"calibration" if name == "source" else name: value for name, value in text.items()}
         given |= given.pop("quantization", {})
@@ -148,7 +175,16 @@ class Recipe:
         content = _checked(cls, content, "recipe")
         calibration = _checked(Calibration, content.pop("calibration", {}), "recipe's calibration")
         quantization = _checked(Quantization, content.pop("quantization", {}), "recipe's quantization")
-        return cls(**content, calibration=Calibration(**calibration), quantization=Quantization(**quantization))
+        linears = content.pop("linears", {})
+        if not isinstance(linears, dict) or not all(isinstance(name, str) for name in linears):
+            raise UsageError("'linears' of the recipe must be a mapping of names to what is chosen for each")
+        choices = {name: Choice(**_checked(Choice, each, f"choice for {name}")) for name, each in linears.items()}
+        return cls(
+            **content,
+            linears=choices,
+            calibration=Calibration(**calibration),
+            quantization=Quantization(**quantization),
+        )
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -204,9 +240,11 @@ def _parse(text: str) -> Any:
 
 
 def _differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, dict):
+        if key == "linears":
+            found |= {key: value} if value else {}
+        elif isinstance(value, dict):
             value = _differing(value, defaults.get(key, {}))
             if value:
                 found[key] = value
@@ -227,7 +265,7 @@ def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise UsageError(f"{key!r} of the {what} must be a list of patterns")
             value = tuple(value)
-        elif key not in ("calibration", "quantization"):
+        elif key not in ("calibration", "quantization", "linears"):
             if hints[key] == float | None and type(value) is int:
                 value = float(value)
             if (type(value) is bool and hints[key] not in (bool, bool | None)) or not isinstance(value, hints[key]):

@@ -17,7 +17,8 @@ from secateur.calibration.stats import InputStats, Level
 from secateur.errors import SecateurError, UsageError
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.live import LiveBytes
-from secateur.pipeline.memory import Footprint, Group, Polynomial, Settings, limit_memory, parse_size, words
+from secateur.pipeline.memory import Footprint, Group, Polynomial, Settings, limit_memory
+from secateur.pipeline.sizes import parse_size, words
 from secateur.prune import PRUNERS
 from secateur.prune.patterns import parse_pattern
 
@@ -90,13 +91,13 @@ def test_sparsegpt_needs_three_matrices_besides_the_gram_matrix():
     ],
 )
 def test_sizes_are_understood(text, size):
-    assert parse_size(text) == size
+    assert parse_size(text, "--max-memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8 bananas", "-1GB", "1e9", "8GiBs", "nan"])
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match=re.escape(f"--max-memory {text!r} is not a size: write it like 8GiB")):
-        parse_size(text)
+        parse_size(text, "--max-memory")
 
 
 @pytest.mark.parametrize(("given", "limit"), [("2 KiB", 2048), (5, 5), (None, None)])

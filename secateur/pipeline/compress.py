@@ -13,13 +13,15 @@ from secateur._version import __version__
 from secateur.errors import SecateurError
 from secateur.formats.hf import quantization_config
 from secateur.formats.writer import write_manifest
+from secateur.pipeline.goals import is_open
 from secateur.pipeline.load import open_device
 from secateur.pipeline.memory import limit_memory
 from secateur.pipeline.partial import partial_folder
 from secateur.pipeline.plan import plan
-from secateur.pipeline.ranks import open_ranks
+from secateur.pipeline.ranks import Ranks, open_ranks
 from secateur.pipeline.report import Progress, Report, peak_memory
 from secateur.pipeline.run import Run, versions
+from secateur.pipeline.search import search
 from secateur.pipeline.shared import Shared
 from secateur.pipeline.source import open_source, save_config
 from secateur.pipeline.structure import generalise
@@ -76,6 +78,24 @@ def compress(
         progress = progress if ranks.first else lambda _: None
         progress(Progress("opening the model"))
         source = shared.source if shared is not None else open_source(model, trust_remote_code)
+        if is_open(recipe):
+            alone = Ranks(ranks.device)
+            recipe = search(
+                lambda r: Run(source, r, plan(r), alone, partial, batch_tokens, limit, progress, shared),
+                recipe,
+                ranks,
+                partial.folder,
+                lambda r, folder: compress(
+                    model,
+                    folder,
+                    r,
+                    device=str(ranks.device),
+                    batch_tokens=batch_tokens,
+                    verify=False,
+                    shared=Shared(source, partial.folder) if shared is None else shared,
+                ),
+            )
+            resolved = plan(recipe)
         run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
         run.run()
         report = _finish(run, overwrite, verify)

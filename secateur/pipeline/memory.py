@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from secateur.formats.reader import MAPPED_BYTES
 from secateur.pipeline.capture import BlockCalls
 from secateur.pipeline.live import LiveBytes
 from secateur.pipeline.plan import Plan
+from secateur.pipeline.sizes import parse_size, words
 from secateur.pipeline.solve import Problem, solve
 from secateur.pipeline.structure import Linear, weight_matrix
 from secateur.prune.patterns import NM
@@ -40,8 +40,6 @@ _FREE_SHARE = 0.8
 # What is not counted: what operators and libraries for linear algebra allocate for themselves, pages that are not quite full.
 _MARGIN = 1.15
 _M_MMAP_THRESHOLD = -3
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_UNITS["TiB"] = 2**40
 
 
 def return_freed() -> None:
@@ -50,34 +48,16 @@ def return_freed() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-def parse_size(text: str) -> int:
-    """Bytes in words such as `8GiB`, `500MB` or `2000000`. Raises UsageError when it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    unit = match.group(2).lower() if match else ""
-    if match is None or (unit and unit not in units):
-        raise UsageError(f"--max-memory {text!r} is not a size: write it like 8GiB or 500MB")
-    return int(float(match.group(1)) * units.get(unit, 1))
-
-
 def limit_memory(max_memory: str | int | None) -> int | None:
     """The limit in bytes that a user gave in bytes or in words, if any; what is freed is then given back: see `return_freed`.
 
     Raises:
         UsageError: the words are no size.
     """
-    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    limit = parse_size(max_memory, "--max-memory") if isinstance(max_memory, str) else max_memory
     if limit is not None:
         return_freed()
     return limit
-
-
-def words(size: float) -> str:
-    """A number of bytes as people read it, in binary units."""
-    for unit in ("GiB", "MiB", "KiB"):
-        if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:.2f} {unit}"
-    return f"{size:.0f} B"
 
 
 @dataclass(frozen=True)

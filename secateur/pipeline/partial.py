@@ -25,7 +25,9 @@ from secateur.pipeline.ranks import Ranks
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"
 # What a run puts into its folder.
-_OWN = re.compile(r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+|fisher\.(safetensors|new)|out")
+_OWN = re.compile(
+    r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+|fisher\.(safetensors|new)|search(-.*|\.json(\.new)?)|out"
+)
 _BEGIN_AGAIN = "or --overwrite to begin again"
 
 

@@ -13,10 +13,11 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.formats.bitmap import Bitmap
 from secateur.formats.layout import DTYPES, Layout
 from secateur.formats.nm import NMBits
+from secateur.pipeline.goals import check_goals, placeholder
 from secateur.prune import PRUNERS, REFINERS, Pruner, Refiner
-from secateur.prune.patterns import NM, Pattern, parse_pattern
+from secateur.prune.patterns import NM, Pattern, Unstructured, parse_pattern
 from secateur.quant import QUANTIZERS, Quantizer
-from secateur.recipe import Recipe
+from secateur.recipe import Choice, Recipe
 
 _SPARSE_FORMATS = ("bitmap", "nm")
 
@@ -58,6 +59,22 @@ class Plan:
     def level(self) -> Level:
         return max(part.level for part in (self.pruning, self.quantizer) if part is not None)
 
+    def of(self, choice: Choice | None) -> Plan:
+        """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
+        if choice is None:
+            return self
+        pruning, quantizer = self.pruning, self.quantizer
+        if choice.sparsity is not None:
+            assert pruning is not None
+            pruning = dataclasses.replace(pruning, pattern=Unstructured(choice.sparsity))
+        if choice.bits is not None:
+            quantizer = dataclasses.replace(quantizer, bits=choice.bits)  # type: ignore[type-var]
+        return dataclasses.replace(
+            self,
+            pruning=pruning if choice.sparsity is not None else None,
+            quantizer=quantizer if choice.bits is not None else None,
+        )
+
     @property
     def needs_text(self) -> bool:
         """Whether the methods look at what the model makes of any."""
@@ -80,6 +97,8 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UsageError: a name is unknown (the nearest one is offered), or options contradict each other.
     """
+    check_goals(recipe)
+    recipe = placeholder(recipe)
     if not recipe.prune and recipe.quantize is None:
         raise UsageError(
             f"no method is given: --prune can be {', '.join(sorted(PRUNERS))}, --quantize {', '.join(sorted(QUANTIZERS))}"

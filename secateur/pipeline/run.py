@@ -30,12 +30,13 @@ from secateur.pipeline.clock import Clock
 from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.load import load_source
-from secateur.pipeline.memory import Footprint, Settings, footprint, without_inputs, words
+from secateur.pipeline.memory import Footprint, Settings, footprint, without_inputs
 from secateur.pipeline.partial import Partial
 from secateur.pipeline.plan import Plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import LinearReport, Progress, Report, peak_memory
 from secateur.pipeline.shared import Shared
+from secateur.pipeline.sizes import words
 from secateur.pipeline.solve import Problem, Solution, solve
 from secateur.pipeline.source import Source
 from secateur.pipeline.structure import (
@@ -49,10 +50,10 @@ from secateur.pipeline.structure import (
     select_linears,
     weight_matrix,
 )
-from secateur.pipeline.walk import in_batches, run_block, solve_in_pass
+from secateur.pipeline.walk import Solve, in_batches, run_block, solve_in_pass
 from secateur.pipeline.weights import Ahead, ModelWeights, converted, materialise, place, release
 from secateur.prune.patterns import NM
-from secateur.recipe import Calibration, Quantization, Recipe
+from secateur.recipe import Calibration, Choice, Quantization, Recipe
 
 _PROBE_TOKENS = 8
 # Inputs of a block are put on disk when so long has passed since the last time, in seconds, and so many times what it took:
@@ -88,6 +89,8 @@ class Run:
     # Of the block that is being solved.
     solutions: list[Solution] = field(default_factory=list)
     new_notes: list[str] = field(default_factory=list)
+    # Of the statistics, where it is not the plan's.
+    level: Level | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.ranks.device)
@@ -141,6 +144,7 @@ class Run:
             check_no_experts(block, f"{self.prefix}.{i}")
             self.names += block_linears(block, f"{self.prefix}.{i}")
         self.chosen = set(select_linears(self.names, self.recipe.targets, self.recipe.ignore))
+        self._leave_alone()
         self._check_shapes()
         self.weights = ModelWeights(self.source, self.model)
         self.ahead = Ahead(self.weights, self.compute_dtype, self.device) if self.device.type in _READ_AHEAD else None
@@ -152,6 +156,17 @@ class Run:
             options = asdict(self.plan.quantizer)  # type: ignore[call-overload]
             self.recipe = replace(self.recipe, quantization=Quantization(**options))
         self.calibration: dict[str, Any] = {"level": self.plan.level.name.lower()}
+
+    def _leave_alone(self) -> None:
+        """Take linears for which nothing is chosen out of those to compress."""
+        for name in self.recipe.linears:
+            if name not in self.chosen:
+                raise UsageError(
+                    f"the recipe chooses for {name}, which is none of the linears to compress: is it of another model?"
+                )
+        self.chosen -= {name for name, choice in self.recipe.linears.items() if choice == Choice()}
+        if not self.chosen:
+            raise UsageError("nothing is left to compress: the recipe's choices leave every linear alone")
 
     def _check_shapes(self) -> None:
         pattern = self.plan.pruning.pattern if self.plan.pruning else None
@@ -172,11 +187,7 @@ class Run:
         self._check_whole()
         said, tensors = None, []
         if self.ranks.first:
-            wanted, say = self.recipe.calibration, lambda s: self.progress(Progress(s))
-            if self.shared is None:
-                ids_NS, settings = calibration_ids(self.source, wanted, self.device, say)
-            else:
-                ids_NS, settings = self.shared.calibration_ids(wanted, self.device, say)
+            ids_NS, settings = self.calibration_windows()
             said, tensors = asdict(settings), [ids_NS]
         said, (ids_NS,) = self.ranks.share_with_tensors(said, tensors)
         self.recipe = replace(self.recipe, calibration=Calibration(**said))
@@ -184,6 +195,25 @@ class Run:
         if self.plan.needs_fisher:
             self.calibration["fisher"] = True
         return ids_NS
+
+    def calibration_windows(self) -> tuple[Tensor, Calibration]:
+        """The windows of all processes and the calibration with its numbers filled in; for the first process."""
+        wanted, say = self.recipe.calibration, lambda s: self.progress(Progress(s))
+        if self.shared is None:
+            return calibration_ids(self.source, wanted, self.device, say)
+        return self.shared.calibration_ids(wanted, self.device, say)
+
+    def linear(self, name: str) -> Linear:
+        """The linear of that name."""
+        return self.model.get_submodule(name)
+
+    def bytes_outside(self, itemsize: int) -> int:
+        """The bytes of all tensors that are written and are no weight of a linear to compress, in floats of so many bytes."""
+        compressed = {f"{name}.weight" for name in self.chosen}
+        named = {**self.model.state_dict(), **{name: self.weights.stored(name) for name in self.weights.unused}}
+        return sum(
+            itemsize * t.numel() + 128 for name, t in named.items() if name in self.weights and name not in compressed
+        )
 
     def whole_bytes(self) -> int:
         """The most memory that the process takes where the model has to be in memory as a whole; 0 where it has not."""
@@ -246,11 +276,15 @@ class Run:
             return
         self.progress(Progress("computing gradients"))
         with self.clock("opening"):
-            # In float32 on a CPU: half precision is emulated by most.
-            dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
-            model = load_source(self.source, dtype, self.device, check_finite=True)
+            model = self.load_whole()
         with self.clock("gradients"):
             self.fisher.gather(model, ids_NS, sorted(self.chosen), lambda s: self.progress(Progress(s)))
+
+    def load_whole(self) -> Any:
+        """The dense model, checked."""
+        # In float32 on a CPU: half precision is emulated by most.
+        dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
+        return load_source(self.source, dtype, self.device, check_finite=True)
 
     def _count_records(self) -> None:
         """Take what is recorded into the report."""
@@ -351,7 +385,7 @@ class Run:
         settings = self._settle(lambda exact: self.measure(catcher, own_NS, exact))
         self.write_outside()
         calls, hiddens = self.catch(catcher, own_NS, settings, self.hidden_file(settings, 0))
-        self._release_outside()
+        self.release_outside()
 
         begin, found = 0, self.partial.find_hidden() if done else None
         if found is not None:
@@ -440,8 +474,9 @@ class Run:
         hiddens: HiddenStates,
         outputs: HiddenStates | None,
         pause: bool,
+        solve: Solve | None = None,
     ) -> None:
-        """Compress a block that is in place, and run its inputs through it."""
+        """Compress a block that is in place, or have something else done with its linears, and run its inputs through it."""
         block, prefix = self.blocks[number], f"{self.prefix}.{number}"
         linears = self.chosen_in(number)
         if not linears and outputs is None:
@@ -452,8 +487,8 @@ class Run:
             hiddens,
             self._groups(number, catcher, linears),
             linears,
-            self.plan.level,
-            lambda names, stats: self._solve(names, stats, linears),
+            self.plan.level if self.level is None else self.level,
+            solve or (lambda names, stats: self._solve(names, stats, linears)),
             outputs=outputs,
             pause=pause,
             ranks=self.ranks,
@@ -496,7 +531,7 @@ class Run:
                 if buffer is not None and buffer.device.type != "meta":
                     place(module, leaf, buffer.to(self.device))
 
-    def _release_outside(self) -> None:
+    def release_outside(self) -> None:
         for module in self.model.modules():
             if not any(module is part for block in self.blocks for part in block.modules()):
                 for leaf, parameter in module._parameters.items():
@@ -597,10 +632,10 @@ class Run:
         solutions: dict[str, Solution] = {}
         notes: list[str] = []
         with self.clock("solving"):
-            for stack in [[name] for name in mine] if stats is None else [mine] if mine else []:
+            for stack in [[name] for name in mine] if stats is None else self._alike(mine):
                 found, said = solve(
-                    self.plan,
-                    [self._problem(name, linears[name], fishers.get(name)) for name in stack],
+                    self.plan.of(self.recipe.linears.get(stack[0])),
+                    [self.problem(name, linears[name], fishers.get(name)) for name in stack],
                     stats or InputStats.empty(weight_matrix(linears[stack[0]]).shape[1], Level.NONE, self.device),
                 )
                 solutions.update((solution.name, solution) for solution in found)
@@ -616,7 +651,14 @@ class Run:
                 self.notes.append(note)
                 self.new_notes.append(note)
 
-    def _problem(self, name: str, linear: Linear, fisher_OI: Tensor | None) -> Problem:
+    def _alike(self, names: list[str]) -> list[list[str]]:
+        """Linears for which the same was chosen, which are solved together."""
+        stacks: dict[Choice | None, list[str]] = {}
+        for name in names:
+            stacks.setdefault(self.recipe.linears.get(name), []).append(name)
+        return list(stacks.values())
+
+    def problem(self, name: str, linear: Linear, fisher_OI: Tensor | None) -> Problem:
         weight = f"{name}.weight"
         if linear.get_parameter("weight").is_meta:
             stored = self.weights.checked(weight, linear.get_parameter("weight")).to(self.device)

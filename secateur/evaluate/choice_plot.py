@@ -1,0 +1,62 @@
+"""What became of every linear, drawn as a heat map: a row for each block, a column for each linear of a block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from secateur.evaluate.bench_plot import check_plot
+from secateur.pipeline.report import LinearReport
+
+# Dark where much is left, light where little is; figures stand in the cells of models of so few blocks.
+_COLOURS = "viridis_r"
+_MOST_LABELLED = 40
+
+
+def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
+    """Write a heat map of the sparsity and one of the bits per weight of every linear.
+
+    Raises:
+        UsageError: the file has another ending than .png or .svg, its folder is missing, or matplotlib is.
+        OSError: the file cannot be written.
+    """
+    check_plot(file)
+    # Not pyplot, which would keep figures for the whole process and may look for a screen.
+    from matplotlib.figure import Figure
+
+    rows, columns, cells = _grid(linears)
+    figure = Figure(figsize=(2 + 1.7 * len(columns), 2.2 + 0.28 * len(rows)), layout="constrained", dpi=130)
+    panels = figure.subplots(1, 2)
+    for axes, (title, value, digits) in zip(
+        panels,
+        (("sparsity", lambda linear: linear.sparsity, 2), ("bits per weight", lambda linear: linear.bits, 1)),
+        strict=True,
+    ):
+        values = [[value(cells[r, c]) if (r, c) in cells else float("nan") for c in columns] for r in rows]
+        image = axes.imshow(values, aspect="auto", cmap=_COLOURS if title == "sparsity" else "viridis")
+        figure.colorbar(image, ax=axes, label=title)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small", parse_math=False)
+        axes.set_yticks(range(len(rows)), rows, fontsize="small", parse_math=False)
+        axes.set_ylabel("block")
+        if len(rows) > _MOST_LABELLED:
+            continue
+        for y, r in enumerate(rows):
+            for x, c in enumerate(columns):
+                said = f"{value(cells[r, c]):.{digits}f}" if (r, c) in cells else "–"
+                axes.text(
+                    x, y, said, ha="center", va="center", fontsize="x-small", color="#808080" if said == "–" else "w"
+                )
+    figure.savefig(file)
+
+
+def _grid(
+    linears: Sequence[LinearReport],
+) -> tuple[list[str], list[str], dict[tuple[str, str], LinearReport]]:
+    """Names of blocks and of linears in a block, in order, and which linear stands where."""
+    cells = {}
+    for linear in linears:
+        number = re.search(r"\.(\d+)\.", linear.name)
+        block, rest = (number[1], linear.name[number.end() :]) if number else ("", linear.name)
+        cells[block, rest] = linear
+    return list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells

@@ -1,0 +1,394 @@
+"""Finding what becomes of each linear: candidates, what each does to the model's predictions, and the best choice of them.
+
+N: windows, S: tokens of a window, O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.effects import Effects, gather_effects
+from secateur.calibration.stats import InputStats, Level
+from secateur.calibration.tokens import hash_of
+from secateur.codes import BITS
+from secateur.errors import UsageError
+from secateur.evaluate.perplexity import measure
+from secateur.formats.writer import write_whole
+from secateur.pipeline.calibrate import calibration_ids
+from secateur.pipeline.goals import has_target, parse_rise, parse_target, placeholder, with_methods
+from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.load import load_source
+from secateur.pipeline.ranks import Ranks
+from secateur.pipeline.report import Progress
+from secateur.pipeline.run import Run, versions
+from secateur.pipeline.sizes import words
+from secateur.pipeline.solve import solve
+from secateur.pipeline.source import open_source
+from secateur.pipeline.structure import weight_matrix
+from secateur.pipeline.weights import release
+from secateur.prune.allocation import choose, outlier_share, owl, share_sparsity
+from secateur.prune.patterns import parse_pattern
+from secateur.prune.wanda import wanda_score
+from secateur.recipe import Choice, Recipe
+
+# Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
+_TOKENS, _WINDOW = 2048, 256
+# Sparsities that are tried, as shares of the way from the total down to nothing, and up to everything.
+_BELOW, _ABOVE = (1 / 3, 2 / 3, 1.0), (0.25, 0.5, 0.75)
+# What a target is reached with: sparsity and bits. None prunes nothing, and None does not quantize.
+_QUANTIZED: tuple[tuple[float | None, int], ...] = tuple((None, bits) for bits in BITS)
+_BOTH: tuple[tuple[float | None, int], ...] = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.9, 3))
+_PRUNED = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+# A tensor's entry in the header of its file, and how many tensors a packed linear has.
+_HEADER, _PARTS = 112, 4
+# Models that are made to find how much a perplexity may be expected to rise, and what share of the rise allowed is enough.
+_ATTEMPTS, _ENOUGH = 4, 0.8
+_LEAST_UNSEEN = 8
+# A pruner that takes many times as long stands back for this one in the library: what is compared is how linears differ.
+_STANDS_IN = {"alps": "sparsegpt"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a linear may become.
+
+    Attributes:
+        choice: of it.
+        bytes: of its tensors on disk.
+        divergence: KL(dense ‖ model) that it causes alone, in nats a token.
+    """
+
+    choice: Choice
+    bytes: int
+    divergence: float
+
+
+Library = dict[str, list[Candidate]]
+Attempt = Callable[[Recipe, Path], object]
+
+
+class Search:
+    """The search of one run, in its first process.
+
+    Args:
+        run: what `compress` would run on the placeholder of the recipe; it solves nothing itself.
+        folder: for what is kept until the search is over.
+    """
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run = run
+        self.folder = folder
+
+    def library(self, ids_NS: Tensor, choices: list[Choice]) -> Library:
+        """Solve every linear for every choice on dense inputs, and measure what each does to the predictions.
+
+        Half of the windows are for solving, others for measuring.
+        """
+        effects = self._effects(ids_NS)
+        found: Library = {}
+
+        def solve_all(names: list[str], stats: InputStats) -> None:
+            problems = [self.run.problem(name, self.run.linear(name), None) for name in names]
+            per_choice = []
+            for choice in choices:
+                solutions, _ = solve(self.run.plan.of(choice), problems, stats)
+                per_choice.append(solutions)
+            for i, (name, problem) in enumerate(zip(names, problems, strict=True)):
+                changes = []
+                for solutions in per_choice:
+                    W_OI = solutions[i].W_OI
+                    assert W_OI is not None
+                    changes.append(W_OI.float() - problem.W_OI.float())
+                costs = effects.divergence(name, changes)
+                found[name] = [
+                    Candidate(choice, solutions[i].report.bytes, cost)
+                    for choice, solutions, cost in zip(choices, per_choice, costs, strict=True)
+                ]
+
+        self._walk(ids_NS[: max(1, len(ids_NS) // 2)], solve_all)
+        return found
+
+    def outliers(self, ids_NS: Tensor) -> dict[str, float]:
+        """The share of outliers of every linear on dense inputs."""
+        found: dict[str, float] = {}
+
+        def measure(names: list[str], stats: InputStats) -> None:
+            for name in names:
+                found[name] = outlier_share(wanda_score(weight_matrix(self.run.linear(name)), stats))
+
+        self._walk(ids_NS, measure)
+        return found
+
+    def _effects(self, ids_NS: Tensor) -> Effects:
+        run = self.run
+        length = min(_WINDOW, ids_NS.shape[1])
+        pieces_NS = (
+            ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)[:, : ids_NS.shape[1] // length * length].reshape(-1, length)
+        )
+        held_NS = pieces_NS[: max(1, _TOKENS // length)]
+        run.progress(Progress("computing gradients"))
+        return gather_effects(
+            run.load_whole(),
+            held_NS,
+            sorted(run.chosen),
+            self.folder,
+            run.recipe.calibration.seed,
+            lambda done, total: run.progress(Progress(f"computing gradients: {done} of {total} windows")),
+        )
+
+    def _walk(self, ids_NS: Tensor, look: Callable[[list[str], InputStats], None]) -> None:
+        """Run windows through the dense model, block by block, and have every group of linears looked at."""
+        run = self.run
+        catcher = run.enter_blocks(ids_NS)
+        settings = run.choose(lambda exact: run.measure(catcher, ids_NS, exact), run.batch_tokens)
+        calls, hiddens = run.catch(catcher, ids_NS, settings, self._hidden(settings.hidden, 0))
+        run.release_outside()
+        for number in range(len(run.blocks)):
+            run.progress(Progress(f"searching: block {number + 1} of {len(run.blocks)}"))
+            outputs = None
+            if number + 1 < len(run.blocks):
+                outputs = HiddenStates(hiddens.keep_on, self._hidden(settings.hidden, number + 1))
+            run.read_block(number)
+            run.solve_block(number, catcher, calls, hiddens, outputs, settings.pause, look)
+            release(run.blocks[number])
+            if outputs is not None:
+                hiddens = outputs
+
+    def _hidden(self, where: str, number: int) -> Path | None:
+        return self.folder / f"hidden-{number:05d}" if where == "file" else None
+
+
+def search(make_run: Callable[[Recipe], Run], recipe: Recipe, ranks: Ranks, folder: Path, attempt: Attempt) -> Recipe:
+    """A recipe with what is best for each linear filled in.
+
+    Args:
+        make_run: a run of this process alone for a recipe.
+        recipe: one that `is_open`.
+        ranks: the processes; the first searches, and tells the others.
+        folder: of the unfinished run. What was found is kept there, for one that is resumed.
+        attempt: compresses the model by a recipe to a folder, for a perplexity to be measured.
+
+    Raises:
+        UsageError: the target cannot be met (the smallest size that can be is said), or the model does not fit the memory.
+    """
+    if recipe.max_perplexity_rise is not None and ranks.size > 1:
+        raise UsageError(
+            "--max-perplexity-rise makes whole models on the way, which one process does: run it without torchrun, and repeat "
+            "the run anywhere with --recipe OUT/secateur.json"
+        )
+    recipe = with_methods(recipe)
+    said = None
+    if ranks.first:
+        pruner = _STANDS_IN.get(recipe.prune, recipe.prune)
+        open_recipe = replace(recipe, allocation="uniform", target_size=None, max_perplexity_rise=None)
+        bare = replace(open_recipe, prune=pruner, sparsity=placeholder(recipe).sparsity, reconstruct=False, refine=None)
+        run = make_run(bare)
+        said = _search(run, recipe, folder, attempt)
+    return Recipe.from_dict(ranks.share(said))
+
+
+def _search(run: Run, recipe: Recipe, folder: Path, attempt: Attempt) -> dict[str, Any]:
+    run.prepare()
+    if recipe.allocation != "owl":
+        _check_memory(run)
+    level = Level.MOMENTS if recipe.allocation == "owl" else max(Level.MOMENTS, run.plan.level)
+    ids_NS, settings = run.calibration_windows()
+    recipe = replace(recipe, calibration=settings)
+    identity = [recipe.to_dict(), run.source.hashes, hash_of(ids_NS), versions(), torch.get_num_threads()]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    file = folder / "search.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            return kept["recipe"]
+    with tempfile.TemporaryDirectory(prefix="search-", dir=folder) as scratch:
+        run.level = level
+        found = _choices(Search(run, Path(scratch)), ids_NS, recipe, attempt)
+    chosen = replace(recipe, linears=found).to_dict()
+    content = json.dumps({"key": key, "recipe": chosen})
+    write_whole(file, lambda new: new.write_text(content, encoding="utf-8"))
+    return chosen
+
+
+def _choices(search: Search, ids_NS: Tensor, recipe: Recipe, attempt: Attempt) -> dict[str, Choice]:
+    run = search.run
+    names = [name for name in run.names if name in run.chosen]
+    weights = {name: weight_matrix(run.linear(name)).numel() for name in names}
+    bits = None
+    if recipe.quantize is not None and not has_target(recipe):
+        bits = run.plan.quantizer.bits  # type: ignore[union-attr]
+    if recipe.allocation == "owl":
+        return _owl(search, ids_NS, recipe, weights, bits)
+    if has_target(recipe):
+        return _within(search, ids_NS, recipe, weights, attempt)
+    if not recipe.prune:
+        library = search.library(ids_NS, [Choice(None, each) for each in BITS])
+        budget = sum(c.bytes for each in library.values() for c in each if c.choice.bits == bits)
+        return _best(library, budget)
+    total = parse_pattern(recipe.pattern, recipe.sparsity).sparsity
+    levels = [total * x for x in _BELOW] + [total + (1 - total) * x for x in _ABOVE]
+    library = search.library(ids_NS, [Choice(level, bits) for level in levels])
+    costs = [[candidate.divergence for candidate in library[name]] for name in names]
+    shares = share_sparsity(levels, costs, [weights[name] for name in names], total)
+    return {name: Choice(share, bits) for name, share in zip(names, shares, strict=True)}
+
+
+def _owl(
+    search: Search, ids_NS: Tensor, recipe: Recipe, weights: Mapping[str, int], bits: int | None
+) -> dict[str, Choice]:
+    outliers = search.outliers(ids_NS)
+    blocks: dict[str, list[str]] = {}
+    for name in weights:
+        blocks.setdefault(name.removeprefix(f"{search.run.prefix}.").partition(".")[0], []).append(name)
+    counts = [sum(weights[name] for name in names) for names in blocks.values()]
+    # The mean of a block's linears, as the authors' code takes all weights of a block together.
+    shares = [
+        sum(outliers[name] * weights[name] for name in names) / count
+        for names, count in zip(blocks.values(), counts, strict=True)
+    ]
+    total = parse_pattern(recipe.pattern, recipe.sparsity).sparsity
+    found = owl(shares, counts, total)
+    return {name: Choice(share, bits) for names, share in zip(blocks.values(), found, strict=True) for name in names}
+
+
+def _within(
+    search: Search, ids_NS: Tensor, recipe: Recipe, weights: Mapping[str, int], attempt: Attempt
+) -> dict[str, Choice]:
+    """What reaches the target of a recipe."""
+    run = search.run
+    if recipe.prune and recipe.quantize is not None:
+        choices = [Choice(*each) for each in (*_QUANTIZED, *_BOTH)]
+    elif recipe.prune:
+        choices = [Choice(level) for level in _PRUNED]
+    else:
+        choices = [Choice(*each) for each in _QUANTIZED]
+    itemsize = (run.plan.dtype or run.source.dtype).itemsize
+    outside = run.bytes_outside(itemsize)
+    dense = outside + itemsize * sum(weights.values())
+    target = None if recipe.target_size is None else parse_target(recipe.target_size).of(dense)
+    if target is not None and target >= dense:
+        raise UsageError(
+            f"--target-size {recipe.target_size} is {words(target)}, which the dense model of {words(dense)} does not exceed"
+        )
+    library = search.library(ids_NS, choices)
+    library = {name: [*each, Candidate(Choice(), itemsize * weights[name], 0.0)] for name, each in library.items()}
+    if not recipe.quantize:
+        library = {name: _finer(each) for name, each in library.items()}
+    if target is None:
+        return _within_rise(search, ids_NS, recipe, library, attempt)
+    budget = target - outside - _HEADER * _PARTS * len(weights)
+    least = sum(min(c.bytes for c in each) for each in library.values())
+    if least > budget:
+        smallest = target - budget + least
+        raise UsageError(
+            f"--target-size {recipe.target_size} is {words(target)}: the smallest that these methods reach is "
+            f"{words(smallest)} ({smallest / dense:.3f}x), of which {words(outside)} is not compressed"
+        )
+    return _best(library, budget)
+
+
+def _within_rise(
+    search: Search, ids_NS: Tensor, recipe: Recipe, library: Library, attempt: Attempt
+) -> dict[str, Choice]:
+    """The smallest that was found with perplexity risen by so much at most, on windows of the same text that nothing else saw.
+
+    The divergences of all linears together are not quite their sum. So models are made and measured, each allowed so much more
+    or less as the one before says.
+    """
+    run = search.run
+    assert recipe.max_perplexity_rise is not None
+    limit = math.log1p(parse_rise(recipe.max_perplexity_rise))
+    held_NS = _unseen(run, ids_NS)
+    model = run.load_whole()
+    dense_loss = measure(model, held_NS).loss
+    del model
+    names = list(library)
+    bytes_LC = [[float(c.bytes) for c in library[name]] for name in names]
+    cost_LC = [[c.divergence for c in library[name]] for name in names]
+    best, least, allowed = None, math.inf, limit
+    for number in range(1, _ATTEMPTS + 1):
+        chosen = choose(bytes_LC, cost_LC, allowed)
+        linears = {name: library[name][i].choice for name, i in zip(names, chosen, strict=True)}
+        if all(choice == Choice() for choice in linears.values()):
+            break
+        run.progress(Progress(f"making model {number} to measure its perplexity"))
+        folder = search.folder / "attempt"
+        attempt(replace(recipe, linears=linears), folder)
+        model = load_source(open_source(str(folder)), torch.float32, run.device)
+        risen = measure(model, held_NS).loss - dense_loss
+        del model
+        shutil.rmtree(folder)
+        run.progress(Progress(f"model {number}: perplexity {math.expm1(risen):+.2%} on text that it was not made with"))
+        least = min(least, risen)
+        if risen <= limit:
+            best = linears
+            if risen > _ENOUGH * limit:
+                break
+        elif best is not None:
+            break
+        # Less than in proportion where it was too much: it is to be enough at once.
+        allowed *= min(max((0.97 if risen <= limit else 0.9) * limit / max(risen, 1e-9), 0.1), 4.0)
+    if best is None:
+        raise UsageError(
+            f"--max-perplexity-rise {recipe.max_perplexity_rise} cannot be kept with these methods: the least that was "
+            f"measured is {math.expm1(least):.2%}; give more, or other methods"
+        )
+    return best
+
+
+def _unseen(run: Run, ids_NS: Tensor) -> Tensor:
+    """Windows of the calibration text that are not among those for calibration."""
+    wanted = replace(run.recipe.calibration, samples=len(ids_NS) + max(_LEAST_UNSEEN, len(ids_NS) // 4))
+    more_NS, _ = calibration_ids(run.source, wanted, run.device, lambda step: run.progress(Progress(step)))
+    seen = {tuple(row) for row in ids_NS.tolist()}
+    unseen = [row for row in more_NS.tolist() if tuple(row) not in seen]
+    if not unseen:
+        raise UsageError(
+            "--max-perplexity-rise measures on windows that nothing else saw, and the text has none: give more text"
+        )
+    return torch.tensor(unseen)
+
+
+def _best(library: Library, budget: int) -> dict[str, Choice]:
+    names = list(library)
+    costs = [[c.divergence for c in library[name]] for name in names]
+    sizes = [[float(c.bytes) for c in library[name]] for name in names]
+    chosen = choose(costs, sizes, budget)
+    return {name: library[name][i].choice for name, i in zip(names, chosen, strict=True)}
+
+
+def _finer(candidates: list[Candidate]) -> list[Candidate]:
+    """Sparsities between those that were solved, with what they would cost: see `share_sparsity`."""
+    solved = [c for c in candidates if c.choice.sparsity is not None]
+    found = list(candidates)
+    for low, high in pairwise(solved):
+        assert low.choice.sparsity is not None
+        assert high.choice.sparsity is not None
+        for step in range(1, 20):
+            x = step / 20
+            cost = max(low.divergence, 1e-30) ** (1 - x) * max(high.divergence, 1e-30) ** x
+            sparsity = low.choice.sparsity + x * (high.choice.sparsity - low.choice.sparsity)
+            found.append(Candidate(Choice(sparsity), round(low.bytes + x * (high.bytes - low.bytes)), cost))
+    return found
+
+
+def _check_memory(run: Run) -> None:
+    """Raise UsageError where the model, which has to be in memory as a whole, may not be."""
+    needed = run.base + run.compute_dtype.itemsize * run.parameters
+    if run.limit is not None and run.device.type != "cuda" and needed > run.limit:
+        raise UsageError(
+            f"a search loads the model as a whole, and --max-memory {words(run.limit)} is too little for it: give "
+            f"{words(needed)}, or search without a limit and repeat the run with --recipe OUT/secateur.json"
+        )

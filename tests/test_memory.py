@@ -149,7 +149,7 @@ def test_the_fastest_way_that_fits_is_chosen(need):
         try:
             settings = need.choose(limit, None, None)
         except UsageError as error:
-            least = parse_size(re.search(r"need ([\d.]+ \w+) at least", str(error)).group(1))
+            least = parse_size(re.search(r"need ([\d.]+ \w+) at least", str(error)).group(1), "--max-memory")
             break
         assert need.peaks(settings)[0] <= limit
         if settings not in chosen:

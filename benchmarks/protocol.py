@@ -176,10 +176,12 @@ def perplexity(folder: Path, evaluation: Path) -> float:
 
 
 def prune_options(method: str, pattern: str) -> list[str]:
-    """The options of a pruning run; `method` may name a refiner after a plus, `pattern` is N:M or a sparsity."""
-    prune, _, refine = method.partition("+")
+    """The options of a pruning run; `method` may name a refiner or `reconstruct` behind a plus, `pattern` is N:M or a share."""
+    prune, _, then = method.partition("+")
     options = ["--prune", prune, *(["--pattern", pattern] if ":" in pattern else ["--sparsity", pattern])]
-    return options + (["--refine", refine] if refine else [])
+    if then == "reconstruct":
+        return [*options, "--reconstruct"]
+    return options + (["--refine", then] if then else [])
 
 
 def compress_command(

@@ -38,6 +38,7 @@ CASES: list[tuple[str, str, float | None, str]] = [
     ("wanda+dsnot", "0.6", 180.5, AUTHORS),
     ("sparsegpt+dsnot", "0.5", None, ""),
     ("magnitude+dsnot", "0.5", None, ""),
+    ("wanda+reconstruct", "0.5", None, ""),
 ]
 
 

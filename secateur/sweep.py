@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.calibration.stats import InputStats
 
 DAMPING = 0.01
-_MAX_DAMPING = 1e4
+MAX_DAMPING = 1e4
 # Errors are kept for this many inputs before all inputs still to come are corrected for them.
 _BLOCK = 512
 # Inputs corrected one by one; the errors of more are applied as one product.
@@ -42,7 +42,7 @@ def inverse_cholesky(gram_II: Tensor, damping: float = DAMPING) -> tuple[Tensor,
     diagonal_I = gram_II.diagonal()
     dead_I = diagonal_I <= 0
     mean = diagonal_I.mean().item() or 1.0
-    while damping <= _MAX_DAMPING:
+    while damping <= MAX_DAMPING:
         # With the order of the inputs reversed, Cholesky's lower factor is an upper one here: G = R Rᵀ, so U = R⁻¹. One
         # factorisation and one triangular inverse do the work of inverting G and factorising the inverse. Every matrix is
         # dropped or overwritten as soon as it can be: there are as many as fit in memory that bound the size of a linear.

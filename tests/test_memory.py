@@ -21,6 +21,7 @@ from secateur.pipeline.memory import Footprint, Group, Polynomial, Settings, lim
 from secateur.pipeline.sizes import parse_size, words
 from secateur.prune import PRUNERS
 from secateur.prune.patterns import parse_pattern
+from secateur.prune.reconstruct import reconstruct
 
 CPU = torch.device("cpu")
 MiB = 2**20
@@ -74,6 +75,22 @@ def test_sparsegpt_needs_three_matrices_besides_the_gram_matrix():
     with LiveBytes() as live:
         PRUNERS["sparsegpt"].solve(W_OI, stats, parse_pattern(None, 0.5), (8,))
     assert live.peak < 3.3 * stats.upper().nbytes
+
+
+def test_alps_and_reconstruction_need_few_matrices_of_the_weights(monkeypatch):
+    """Most of what they compute with is of some rows at a time."""
+    monkeypatch.setattr("secateur.prune.reconstruct._LEAST_ROWS", 64)
+    monkeypatch.setattr("secateur.prune.reconstruct._PIECE", 64 * 96)
+    W_OI, x_TI = torch.randn(2048, 96), torch.randn(300, 96)
+    stats = InputStats.empty(96, Level.GRAM)
+    stats.add(x_TI)
+    for pattern, most in ((parse_pattern("2:4", None), 5), (parse_pattern(None, 0.5), 7)):
+        with LiveBytes() as live:
+            keep_OI = PRUNERS["alps"].solve(W_OI, stats, pattern, (2048,)).keep_OI
+        assert live.peak < most * W_OI.nbytes
+    with LiveBytes() as live:
+        reconstruct(W_OI, keep_OI, stats)
+    assert live.peak < 5 * W_OI.nbytes
 
 
 # --- sizes in words
@@ -259,11 +276,14 @@ def middling(build, tmp_path_factory):
     return build(tmp_path_factory.mktemp("middling") / "model", config, torch.bfloat16, shard="4MB")
 
 
-@pytest.mark.parametrize("more", [30, 120])
-def test_a_run_keeps_to_its_limit(more, middling, text_file, tmp_path):
+@pytest.mark.parametrize(
+    ("prune", "more"),
+    [("sparsegpt", 30), ("sparsegpt", 120), ("alps", 30)],
+)
+def test_a_run_keeps_to_its_limit(prune, more, middling, text_file, tmp_path):
     options = [
         "--prune",
-        "sparsegpt",
+        prune,
         "--sparsity",
         "0.5",
         "--calibration",

@@ -1,29 +1,29 @@
 """ALPS: "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", Meng et al. 2024,
 arXiv:2406.07831.
 
-O: output features, R: those of one of several stacked linears, I: input features, N: weights of a linear.
+O: output features, R: those of one of several stacked linears, I: input features, P: rows that are computed on together.
 """
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from secateur.calibration.stats import InputStats, Level
-from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_best, kth_smallest
-from secateur.prune.reconstruct import conjugate_gradients, damped_gram
+from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_best
+from secateur.prune.reconstruct import conjugate_gradients, damped_gram, rows_at_a_time
 from secateur.prune.registry import Pruned, pruner
-from secateur.sweep import DAMPING, calibration_notes, inverse_cholesky
+from secateur.sweep import DAMPING, MAX_DAMPING, calibration_notes
 
 # The penalty grows by the same factor from stage to stage, and rests for some iterations within one. The authors let it grow
 # with what changes in the mask, over 30 to 90 iterations; a fixed course of 24 with over-relaxation ends with the same
 # error (benchmarks/README.md).
 _STAGES, _ITERATIONS = 8, 3
 _FIRST_PENALTY, _LAST_PENALTY = 0.1, 0.8
-_RELAXATION = 1.35
-# Weights of a linear among which the mask's threshold is found on the way.
-_SAMPLE = 2**16
+_RELAXATION = 1.2
+# Rows of a symmetric product that are computed at a time, from the diagonal on.
+_PANEL = 256
 
 
 @pruner("alps", Level.GRAM)
@@ -35,8 +35,9 @@ def alps(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] 
     it ends with by conjugate gradients (algorithm 2). A mask that is not N:M is ranked over all weights of a linear. λ is 0.01
     of the mean diagonal entry of the Gram matrix, or more where that is singular.
 
-    Memory: five matrices `[I, I]` besides the statistics, and eight `[O, I]`, all float32. One eigendecomposition serves all
-    linears of one input.
+    Memory: three matrices `[I, I]` besides the statistics (four within the eigendecomposition, of which LAPACK has two), and
+    five `[O, I]`, or seven for a mask that is not N:M, all float32. One eigendecomposition serves all linears of one input; it
+    stays with the statistics.
 
     Args:
         W_OI: weights, any floating dtype.
@@ -50,75 +51,106 @@ def alps(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] 
     I = W_OI.shape[1]
     if isinstance(pattern, NM):
         pattern.check_divides(I)
-    U_II, used = stats.once(("inverse", DAMPING), lambda: inverse_cholesky(stats.upper()))
+    spectrum = stats.once(("eigen", DAMPING), lambda: eigen(stats))
     dead_I = stats.square_I <= 0
-    W_OI = W_OI.float().masked_fill(dead_I, 0)
-    gram_II = damped_gram(stats, used)
-    scale_I = gram_II.diagonal().sqrt()
-    value_I, vector_II = stats.once(("eigen", used), lambda: torch.linalg.eigh(gram_II / scale_I / scale_I[:, None]))
-    sizes = list(rows) or [len(W_OI)]
-    split_OI, keep_OI = _split(W_OI * scale_I, value_I.clamp(min=0), vector_II, pattern, sizes)
-    start_OI = split_OI.mul_(keep_OI).div_(scale_I)
-    found_OI = conjugate_gradients(gram_II, U_II.T @ U_II, W_OI, keep_OI, start_OI)
-    notes = calibration_notes(stats, DAMPING, used)
+    B_OI = W_OI.float().masked_fill(dead_I, 0).mul_(spectrum.scale_I)
+    start_OI, keep_OI = _split(B_OI, spectrum, pattern, list(rows) or [len(W_OI)])
+    H_II, _ = _scaled(stats, spectrum.damping)
+    inverse_II = spectrum.product(1 / spectrum.values_I)
+    found_OI = conjugate_gradients(H_II, inverse_II, B_OI, keep_OI, start_OI).div_(spectrum.scale_I)
+    notes = calibration_notes(stats, DAMPING, spectrum.damping)
     if dead_I.any():
         notes = (f"{int(dead_I.sum())} of {I} inputs are always zero in the calibration text", *notes)
     return Pruned(found_OI, keep_OI, notes)
 
 
-def _split(
-    W_OI: Tensor, value_I: Tensor, vector_II: Tensor, pattern: Pattern, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The weights that fit the outputs, and the mask, that the iterations end with; equations 4 to 6 of the paper.
+@dataclass(frozen=True)
+class Eigen:
+    """A damped Gram matrix, scaled to a diagonal of ones, as H = Q·diag(l)·Qᵀ.
 
-    With the multiplier divided by the penalty ρ, the weights that fit are B = W + (D−V−W)·ρ(H+ρ)⁻¹, the sparse ones D are those
-    of Z = B + V that are kept, and the new V is what is left: Z − D. So Z and its mask say all there is to know.
+    Attributes:
+        scale_I: what each weight is multiplied by where inputs are so scaled.
+        values_I: l, all positive.
+        vectors_II: Q.
+        damping: that was used, as a share of the mean diagonal.
+    """
+
+    scale_I: Tensor
+    values_I: Tensor
+    vectors_II: Tensor
+    damping: float
+
+    def product(self, factor_I: Tensor) -> Tensor:
+        """Q·diag(f)·Qᵀ for factors f in place of the eigenvalues, a new `[I, I]`."""
+        Q_II = self.vectors_II
+        out_II = torch.empty_like(Q_II)
+        for i in range(0, len(Q_II), _PANEL):
+            stop = i + _PANEL
+            torch.matmul(Q_II[i:stop] * factor_I, Q_II[i:].T, out=out_II[i:stop, i:])
+            out_II[stop:, i:stop] = out_II[i:stop, stop:].T
+        return out_II
+
+
+def eigen(stats: InputStats) -> Eigen:
+    """Damped until all eigenvalues are positive.
+
+    Raises:
+        ValueError: the statistics are not finite, or hold no Gram matrix.
+    """
+    damping = DAMPING
+    while damping <= MAX_DAMPING:
+        H_II, scale_I = _scaled(stats, damping)
+        if not torch.isfinite(H_II).all():
+            break
+        values_I, vectors_II = torch.linalg.eigh(H_II)
+        if values_I[0] > 0:
+            # LAPACK has them column by column: products of rows are faster.
+            return Eigen(scale_I, values_I, vectors_II.contiguous(), damping)
+        damping *= 10
+    raise ValueError("the Gram matrix has no eigenvalues with any damping: it holds values that are not finite")
+
+
+def _scaled(stats: InputStats, damping: float) -> tuple[Tensor, Tensor]:
+    H_II = damped_gram(stats, damping)
+    scale_I = H_II.diagonal().sqrt()
+    return H_II.div_(scale_I).div_(scale_I[:, None]), scale_I
+
+
+def _split(B_OI: Tensor, spectrum: Eigen, pattern: Pattern, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """The sparse weights that the iterations end with, and their mask; equations 4 to 6 of the paper.
+
+    With the multiplier divided by the penalty ρ, which shrinks it as ρ grows, an iteration is, with a relaxation of α,
+
+        X = B + (D − U − B)·ρ(H + ρ)⁻¹,   Z = αX + (1 − α)D + U,   D = Z where it is kept, else 0,   U = Z − D:
+
+    the weights X that fit the outputs and are near D, the sparse ones D, and the multiplier U. So Z and its mask say all there
+    is to know.
 
     Args:
-        W_OI: weights times the norm of their inputs.
-        value_I, vector_II: eigenvalues and eigenvectors, in columns, of the Gram matrix H of the inputs divided by it.
+        B_OI: weights times the norm of their inputs.
     """
-    less_OI = W_OI.neg()
-    size_OI = torch.empty_like(
-        W_OI
-    )  # and whatever else has its shape: memory that is taken anew costs more than a product
-    keep_OI = _keep(torch.abs(W_OI, out=size_OI), pattern, sizes)
-    Z_OI, before = W_OI * keep_OI, 1.0
-    aim_OI, fit_OI = torch.empty_like(W_OI), torch.empty_like(W_OI)
+    Z_OI = B_OI.clone()
+    keep_OI = _keep(Z_OI, pattern, sizes)
+    before = 0.0  # no U to begin with
+    height = rows_at_a_time(B_OI)
     for stage in range(_STAGES):
         penalty = _FIRST_PENALTY * (_LAST_PENALTY / _FIRST_PENALTY) ** (stage / (_STAGES - 1))
-        resolvent_II = (vector_II * (penalty / (value_I + penalty))) @ vector_II.T
-        for iteration in range(_ITERATIONS):
-            # Where nothing is kept the sparse weight is zero, and the multiplier is Z as of the penalty before.
-            ratio, before = before / penalty, penalty
-            factor_OI = size_OI.copy_(keep_OI).mul_(1 + ratio).sub_(ratio)
-            torch.addcmul(less_OI, Z_OI, factor_OI, out=aim_OI)
-            torch.addmm(W_OI, aim_OI, resolvent_II, out=fit_OI)
-            # Over-relaxed: further than the new weights lie from the sparse ones.
-            factor_OI = size_OI.copy_(keep_OI).mul_(1 - _RELAXATION - ratio).add_(ratio)
-            Z_OI.mul_(factor_OI).add_(fit_OI, alpha=_RELAXATION)
-            last = stage == _STAGES - 1 and iteration == _ITERATIONS - 1
-            keep_OI = _keep(torch.abs(Z_OI, out=size_OI), pattern, sizes, exact=last)
-    return fit_OI, keep_OI
+        pull_II = spectrum.product(penalty / (spectrum.values_I + penalty))
+        for _ in range(_ITERATIONS):
+            carried, before = before / penalty, penalty
+            for Z_PI, keep_PI, B_PI in zip(*(M_OI.split(height) for M_OI in (Z_OI, keep_OI, B_OI)), strict=True):
+                D_PI = Z_PI * keep_PI
+                away_PI = torch.mul(D_PI, 1 + carried).sub_(Z_PI, alpha=carried).sub_(B_PI)
+                Z_PI.mul_(carried).add_(D_PI, alpha=1 - _RELAXATION - carried).add_(B_PI, alpha=_RELAXATION)
+                Z_PI.addmm_(away_PI, pull_II, alpha=_RELAXATION)
+            keep_OI = _keep(Z_OI, pattern, sizes)
+        del pull_II  # before the next one is there
+    return Z_OI.mul_(keep_OI), keep_OI
 
 
-def _keep(size_OI: Tensor, pattern: Pattern, sizes: list[int], exact: bool = True) -> Tensor:
-    """The mask of the largest weights, compared within each linear, or within each group of M.
-
-    Where it need not be `exact`, the least weight that is kept of a large linear is found among some of them.
-    """
+def _keep(Z_OI: Tensor, pattern: Pattern, sizes: list[int]) -> Tensor:
+    """The mask of the largest weights, compared within each linear, or within each group of M."""
     if isinstance(pattern, NM):
-        return keep_best(size_OI, pattern)
-    masks = []
-    for size_RI in size_OI.split(sizes):
-        size_N = size_RI.reshape(-1)
-        count = pattern.pruned(len(size_N))
-        stride = max(1, len(size_N) // _SAMPLE)
-        if exact or stride == 1 or count == 0:
-            masks.append(~drop_lowest(size_N[None], count).view_as(size_RI))
-            continue
-        while math.gcd(stride, size_RI.shape[1]) > 1:
-            stride += 1  # not the same few inputs of every row
-        some_N = size_N[::stride].contiguous()
-        masks.append(size_RI > kth_smallest(some_N[None], max(1, count * len(some_N) // len(size_N))))
-    return torch.cat(masks)
+        return keep_best(Z_OI.abs(), pattern)
+    drops = [drop_lowest(Z_RI.abs().reshape(1, -1), pattern.pruned(Z_RI.numel())) for Z_RI in Z_OI.split(sizes)]
+    return ~torch.cat(drops, dim=1).view_as(Z_OI)

@@ -110,7 +110,7 @@ def drop_lowest(score_RC: Tensor, count: int) -> Tensor:
 
 
 def _drop_lowest(score_RC: Tensor, count: int) -> Tensor:
-    threshold_R1 = kth_smallest(score_RC, count)
+    threshold_R1 = _kth_smallest(score_RC, count)
     drop_RC = score_RC <= threshold_R1
     surplus_R1 = drop_RC.sum(1, keepdim=True) - count
     if surplus_R1.any():
@@ -120,8 +120,7 @@ def _drop_lowest(score_RC: Tensor, count: int) -> Tensor:
     return drop_RC
 
 
-def kth_smallest(score_RC: Tensor, k: int) -> Tensor:
-    """The k-th lowest score of every row, `[R, 1]`, k from 1 on."""
+def _kth_smallest(score_RC: Tensor, k: int) -> Tensor:
     if score_RC.device.type == "cpu":
         # Ten to fifty times as fast as torch's kthvalue.
         exact_RC = score_RC.detach() if score_RC.dtype == torch.float64 else score_RC.detach().float()

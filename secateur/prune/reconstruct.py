@@ -1,6 +1,6 @@
 """The best weights for a given mask: the last step of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3), for any pruner.
 
-O: output features, I: input features.
+O: output features, I: input features, P: rows that are computed on together, R: those of them that have not ended.
 """
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor
 from secateur.calibration.stats import InputStats
 from secateur.sweep import DAMPING, calibration_notes, inverse_cholesky
 
-# Of conjugate gradients. On Gram matrices of language models ten leave about 1e-5 of what can be gained, whatever the mask.
-_MOST_STEPS = 20
-# A row ends when its squared residual has fallen to this share of what it was.
-_RESIDUAL = 1e-4
+# A row ends when its error is at most so much above the least that there is, as a share. On Gram matrices of language models
+# that takes 3 to 10 steps.
+_TOLERANCE, _MOST_STEPS = 2e-3, 30
+# Weights that are computed on together, and of how many rows at least.
+_PIECE, _LEAST_ROWS = 2**19, 256
 
 
 def reconstruct(
@@ -24,7 +25,8 @@ def reconstruct(
     on its own kept inputs; all are solved at once by conjugate gradients, preconditioned by the inverse of the whole matrix
     restricted to the mask. A row never ends with a larger error than it began with.
 
-    Memory: three matrices `[I, I]` besides the statistics, and seven `[O, I]` besides the arguments.
+    Memory: four matrices `[I, I]` besides the statistics, of which one stays with them; and four `[O, I]` besides the
+    arguments.
 
     Args:
         W_OI: the dense weights, any floating dtype.
@@ -55,37 +57,74 @@ def damped_gram(stats: InputStats, damping: float) -> Tensor:
     return gram_II
 
 
-def conjugate_gradients(gram_II: Tensor, inverse_II: Tensor, W_OI: Tensor, keep_OI: Tensor, start_OI: Tensor) -> Tensor:
+def conjugate_gradients(
+    gram_II: Tensor,
+    inverse_II: Tensor,
+    W_OI: Tensor,
+    keep_OI: Tensor,
+    start_OI: Tensor,
+    tolerance: float = _TOLERANCE,
+    most_steps: int = _MOST_STEPS,
+) -> Tensor:
     """For each row minimise (ŵ−w)G(ŵ−w)ᵀ over the ŵ that are zero where `keep_OI` is false.
+
+    The preconditioner M of a row is the block of G⁻¹ on its mask. It is never smaller than the inverse of G's block, the exact
+    one, so rᵀMr of a residual r bounds what the row can still gain: it ends when that is a small share of its error.
 
     Args:
         gram_II: G, symmetric and positive definite.
-        inverse_II: about the inverse of G; the better, the fewer steps.
+        inverse_II: its inverse.
         W_OI, keep_OI: see `reconstruct`.
-        start_OI: where to begin, zero outside the mask.
+        start_OI: where to begin, zero outside the mask. No row ends with a larger error.
+        tolerance: how much the error of a row may be above the least possible, as a share.
+        most_steps: that a row may take to come there.
     """
     X_OI = start_OI.clone()
-    residual_OI = ((W_OI - X_OI) @ gram_II).mul_(keep_OI)
-    direction_OI = (residual_OI @ inverse_II).mul_(keep_OI)
-    slope_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
-    enough_O1 = _RESIDUAL * slope_O1
-    for _ in range(min(_MOST_STEPS, W_OI.shape[1])):
-        running_O1 = slope_O1 > enough_O1
-        if not running_O1.any():
+    height = rows_at_a_time(W_OI)
+    for W_PI, keep_PI, X_PI in zip(*(M_OI.split(height) for M_OI in (W_OI, keep_OI, X_OI)), strict=True):
+        _descend(gram_II, inverse_II, W_PI, keep_PI, X_PI, tolerance, most_steps)
+    return X_OI
+
+
+def rows_at_a_time(W_OI: Tensor) -> int:
+    """How many rows to compute on together: what stays in a CPU's cache, and makes products that are large enough."""
+    O, I = W_OI.shape
+    if W_OI.device.type != "cpu":
+        return O
+    pieces = -(-O // max(_LEAST_ROWS, _PIECE // I))
+    return -(-O // pieces)
+
+
+def _descend(
+    gram_II: Tensor, inverse_II: Tensor, W_PI: Tensor, keep_PI: Tensor, X_PI: Tensor, tolerance: float, most_steps: int
+) -> None:
+    """Turn X_PI from where to begin into what is found. R are the rows that have not ended, at `left_R` of them all."""
+    away_PI = W_PI - X_PI
+    residual_RI = away_PI @ gram_II
+    first_P = (away_PI * residual_RI).sum(1)
+    left_R = torch.arange(len(W_PI), device=W_PI.device)
+    keep_RI, X_RI, error_R = keep_PI, X_PI.clone(), first_P
+    residual_RI.mul_(keep_RI)
+    direction_RI = (residual_RI @ inverse_II).mul_(keep_RI)
+    gain_R = (residual_RI * direction_RI).sum(1)
+    for step in range(most_steps + 1):
+        open_R = ~(gain_R <= tolerance * error_R)  # what is not a number does not end before the check below
+        if not open_R.all():
+            X_PI[left_R[~open_R]] = X_RI[~open_R]
+            state = (left_R, keep_RI, X_RI, residual_RI, direction_RI, gain_R, error_R)
+            left_R, keep_RI, X_RI, residual_RI, direction_RI, gain_R, error_R = (part[open_R] for part in state)
+        if step == most_steps or not len(left_R):
             break
-        image_OI = (direction_OI @ gram_II).mul_(keep_OI)
-        curvature_O1 = (direction_OI * image_OI).sum(1, keepdim=True)
-        step_O1 = torch.where(running_O1 & (curvature_O1 > 0), slope_O1 / curvature_O1, 0)
-        X_OI.addcmul_(step_O1, direction_OI)
-        residual_OI.addcmul_(step_O1, image_OI, value=-1)
-        preconditioned_OI = torch.mm(residual_OI, inverse_II, out=image_OI).mul_(keep_OI)
-        new_O1 = (residual_OI * preconditioned_OI).sum(1, keepdim=True)
-        direction_OI.mul_(torch.where(running_O1, new_O1 / slope_O1, 0)).add_(preconditioned_OI)
-        slope_O1 = torch.where(running_O1, new_O1, slope_O1)
-    # Rounding may spoil a row that was at its best before.
-    better_O = _errors(gram_II, X_OI - W_OI) <= _errors(gram_II, start_OI - W_OI)
-    return torch.where(better_O[:, None], X_OI, start_OI)
-
-
-def _errors(gram_II: Tensor, change_OI: Tensor) -> Tensor:
-    return ((change_OI @ gram_II) * change_OI).sum(1)
+        image_RI = (direction_RI @ gram_II).mul_(keep_RI)
+        length_R1 = (gain_R / (direction_RI * image_RI).sum(1))[:, None]
+        X_RI.addcmul_(length_R1, direction_RI)
+        residual_RI.addcmul_(length_R1, image_RI, value=-1)
+        error_R = error_R - length_R1[:, 0] * gain_R
+        preconditioned_RI = torch.mm(residual_RI, inverse_II, out=image_RI).mul_(keep_RI)
+        before_R, gain_R = gain_R, (residual_RI * preconditioned_RI).sum(1)
+        direction_RI.mul_((gain_R / before_R)[:, None]).add_(preconditioned_RI)
+    if len(left_R):
+        # Rounding may spoil rows that are so hard to solve.
+        away_RI = W_PI[left_R] - X_RI
+        better_R = ((away_RI @ gram_II) * away_RI).sum(1) <= first_P[left_R]
+        X_PI[left_R[better_R]] = X_RI[better_R]

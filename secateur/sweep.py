@@ -70,6 +70,12 @@ def calibration_notes(stats: InputStats, damping: float, used: float) -> tuple[s
     return tuple(notes)
 
 
+def dead_notes(stats: InputStats) -> tuple[str, ...]:
+    """What the user should know about inputs that never were anything but zero, whose weights a pruner sets to zero."""
+    dead = int((stats.square_I <= 0).sum())
+    return (f"{dead} of {stats.features} inputs are always zero in the calibration text",) if dead else ()
+
+
 class Settler(Protocol):
     """What a method does at each stop of a `sweep`."""
 

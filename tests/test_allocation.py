@@ -93,8 +93,11 @@ def test_the_linear_that_suffers_less_loses_more():
     one, easy, other = share_sparsity(levels, costs, [100, 100, 100], 0.5)
     assert easy > one + 0.2
     assert one == pytest.approx(other, abs=0.01)
+
     # Against all that is on a grid: nothing of the same total costs less.
-    price = lambda shares: sum(math.exp(np.interp(s, levels, np.log(c))) for s, c in zip(shares, costs, strict=True))  # noqa: E731
+    def price(shares):
+        return sum(math.exp(np.interp(s, levels, np.log(c))) for s, c in zip(shares, costs, strict=True))
+
     grid = np.linspace(0.2, 0.8, 31)
     best = min(price((a, b, 1.5 - a - b)) for a in grid for b in grid if 0.2 <= 1.5 - a - b <= 0.8)
     assert price((one, easy, other)) <= best + 1e-3
@@ -194,7 +197,16 @@ def test_bits_are_shared_within_the_size_of_the_uniform_recipe(base, model_of, t
 
 
 @pytest.mark.parametrize(
-    "methods", [{}, {"quantize": "gptq"}, {"prune": "sparsegpt"}, {"prune": "wanda", "quantize": "rtn"}], ids=str
+    "methods",
+    [
+        {},
+        {"quantize": "gptq"},
+        {"quantize": "spqr"},
+        {"quantize": "squeezellm"},
+        {"prune": "sparsegpt"},
+        {"prune": "wanda", "quantize": "rtn"},
+    ],
+    ids=str,
 )
 def test_a_target_size_is_met(methods, base, model_of, tmp_path):
     model = str(model_of("llama"))

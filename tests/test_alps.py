@@ -19,7 +19,7 @@ from secateur.prune.patterns import NM, Unstructured
 from secateur.prune.reconstruct import conjugate_gradients, damped_gram, reconstruct
 from secateur.prune.sparsegpt import sparsegpt
 from secateur.prune.wanda import wanda
-from tests.test_sparsegpt import draw, gather
+from tests.test_sparsegpt import assert_well_formed, draw, gather
 
 
 def damped(x_TI):
@@ -82,9 +82,7 @@ def slow_alps(W_OI, x_TI, pattern):
 
 def assert_sound(pruned, pattern, sizes):
     """What holds of every result, however nasty the input."""
-    assert pruned.W_OI.dtype == torch.float32
-    assert torch.isfinite(pruned.W_OI).all()
-    assert (pruned.W_OI[~pruned.keep_OI] == 0).all()
+    assert_well_formed(pruned)
     if isinstance(pattern, NM):
         assert (pruned.keep_OI.view(len(pruned.keep_OI), -1, pattern.m).sum(2) == pattern.n).all()
         return

@@ -395,3 +395,19 @@ def test_any_text_gives_recipes_or_one_line(text):
     assert "\n" not in wrong
     for name, recipe in found:
         assert parse_recipes(name) == [(name, recipe)]
+
+
+def test_recipes_that_differ_in_their_goals_are_two(tmp_path):
+    for goals in (
+        ("target_size: 0.3x", "target_size: 0.4x"),
+        ("max_perplexity_rise: 3%", "max_perplexity_rise: 4%"),
+        ("prune: wanda\nsparsity: 0.5", "prune: wanda\nsparsity: 0.5\nallocation: owl"),
+        ("prune: wanda\nlinears: {a: {sparsity: 0.5}}", "prune: wanda\nlinears: {a: {sparsity: 0.4}}"),
+    ):
+        for name, goal in zip(("one", "two"), goals, strict=True):
+            (tmp_path / f"{name}.yaml").write_text(f"{goal}\n")
+        both = ", ".join(str(tmp_path / f"{name}.yaml") for name in ("one", "two"))
+        assert len(parse_recipes(both)) == 2
+        (tmp_path / "two.yaml").write_text(f"{goals[0]}\n")
+        with pytest.raises(UsageError, match="is the same recipe as"):
+            parse_recipes(both)

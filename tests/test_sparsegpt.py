@@ -84,12 +84,17 @@ def assert_removed_exactly(keep_OI, pattern):
         assert (~keep_OB).sum() == round(pattern.sparsity * 100) * keep_OB.numel() // 100
 
 
-def assert_sound(pruned, pattern):
-    """What holds of every result, however nasty the input."""
+def assert_well_formed(pruned):
+    """What holds of the result of every pruner."""
     assert pruned.W_OI.dtype == torch.float32
     assert pruned.keep_OI.dtype == torch.bool
     assert torch.isfinite(pruned.W_OI).all()
     assert (pruned.W_OI[~pruned.keep_OI] == 0).all()
+
+
+def assert_sound(pruned, pattern):
+    """What holds of every result, however nasty the input."""
+    assert_well_formed(pruned)
     assert_removed_exactly(pruned.keep_OI, pattern)
 
 

@@ -5,7 +5,6 @@ K: windows, S: tokens of one window, P: predictions of one window, T: tokens kep
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from secateur.evaluate.perplexity import (
     place_of,
     scored_predictions,
 )
+from secateur.formats.manifest import hash_of_values
 from secateur.formats.writer import write_whole
 
 _LAYOUT = 1
@@ -123,7 +123,7 @@ def keep_reference(
         "windows": [K, S, stride or S],
         "tokens": tokens,
     }
-    folder = cache / hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache / hash_of_values(whole)[:32]
     about = folder / "reference.json"
     scored = scored_predictions(K, S, stride)
     missing = {k for k in range(K) if not about.exists() or not _file(folder, k).exists()}

@@ -49,6 +49,11 @@ class Problem:
         return f"{self.where}: {self.what}"
 
 
+def hash_of_values(values: Any) -> str:
+    """The SHA-256, in hex, of values that JSON holds: the key of what is kept for them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     digest, chunk = hashlib.sha256(), bytearray(_CHUNK)

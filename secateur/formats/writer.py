@@ -191,6 +191,11 @@ def header_bytes(file: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
+def entry_bytes(name: str) -> int:
+    """The most that the entry of a matrix takes in the header of its file: name, dtype, shape and two offsets."""
+    return len(name) + 85
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON as people read it."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

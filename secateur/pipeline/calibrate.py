@@ -5,8 +5,6 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windo
 from secateur.calibration.text import read_text
 from secateur.calibration.tokens import windows
 from secateur.errors import CheckpointError, UsageError
+from secateur.formats.manifest import hash_of_values
 from secateur.pipeline.load import load_source
 from secateur.pipeline.source import DEMO, Source
 from secateur.recipe import Calibration
@@ -101,11 +100,10 @@ def cache_folder() -> Path:
 
 
 def _kept_file(source: Source, samples: int, seq_len: int, seed: int, device: torch.device) -> Path:
-    key = json.dumps(
-        [source.hashes, samples, seq_len, seed, TEXT_TOKENS, BATCH_TEXTS, device.type, torch.__version__],
-        sort_keys=True,
+    key = hash_of_values(
+        [source.hashes, samples, seq_len, seed, TEXT_TOKENS, BATCH_TEXTS, device.type, torch.__version__]
     )
-    return cache_folder() / f"self-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    return cache_folder() / f"self-{key[:32]}.safetensors"
 
 
 def _self_sampled(

@@ -63,17 +63,13 @@ class Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
         if choice is None:
             return self
-        pruning, quantizer = self.pruning, self.quantizer
+        pruning = quantizer = None
         if choice.sparsity is not None:
-            assert pruning is not None
-            pruning = dataclasses.replace(pruning, pattern=Unstructured(choice.sparsity))
+            assert self.pruning is not None
+            pruning = dataclasses.replace(self.pruning, pattern=Unstructured(choice.sparsity))
         if choice.bits is not None:
-            quantizer = dataclasses.replace(quantizer, bits=choice.bits)  # type: ignore[type-var]
-        return dataclasses.replace(
-            self,
-            pruning=pruning if choice.sparsity is not None else None,
-            quantizer=quantizer if choice.bits is not None else None,
-        )
+            quantizer = dataclasses.replace(self.quantizer, bits=choice.bits)  # type: ignore[type-var]
+        return dataclasses.replace(self, pruning=pruning, quantizer=quantizer)
 
     @property
     def needs_text(self) -> bool:

@@ -71,7 +71,9 @@ def parse_recipes(text: str) -> list[tuple[str, Recipe]]:
             with reader.pointing(at, f"recipe {name!r}: "):
                 resolved = plan(recipe)
             # Not the recipe: it may say what another leaves to the defaults.
-            key = (resolved, recipe.targets, recipe.ignore, recipe.calibration)
+            linears = tuple(sorted(recipe.linears.items()))
+            goals = (recipe.allocation, recipe.target_size, recipe.max_perplexity_rise)
+            key = (resolved, recipe.targets, recipe.ignore, recipe.calibration, linears, goals)
             if key in found:
                 other = found[key][0]
                 raise reader.wrong(

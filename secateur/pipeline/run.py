@@ -23,7 +23,7 @@ from secateur.calibration.tokens import hash_of
 from secateur.errors import SecateurError, UsageError
 from secateur.formats.layout import all_finite
 from secateur.formats.reader import StoredTensors
-from secateur.formats.writer import SHARD_BYTES, ShardWriter
+from secateur.formats.writer import SHARD_BYTES, ShardWriter, entry_bytes
 from secateur.pipeline.calibrate import SELF, calibration_ids, is_kept
 from secateur.pipeline.capture import BlockCall, BlockCalls, group_by_input
 from secateur.pipeline.clock import Clock
@@ -89,8 +89,6 @@ class Run:
     # Of the block that is being solved.
     solutions: list[Solution] = field(default_factory=list)
     new_notes: list[str] = field(default_factory=list)
-    # Of the statistics, where it is not the plan's.
-    level: Level | None = None
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.ranks.device)
@@ -212,7 +210,9 @@ class Run:
         compressed = {f"{name}.weight" for name in self.chosen}
         named = {**self.model.state_dict(), **{name: self.weights.stored(name) for name in self.weights.unused}}
         return sum(
-            itemsize * t.numel() + 128 for name, t in named.items() if name in self.weights and name not in compressed
+            itemsize * t.numel() + entry_bytes(name)
+            for name, t in named.items()
+            if name in self.weights and name not in compressed
         )
 
     def whole_bytes(self) -> int:
@@ -231,18 +231,20 @@ class Run:
 
     def _check_whole(self) -> None:
         """Raise UsageError where the model has to be in memory as a whole and may not be."""
-        if self.limit is None or self.device.type == "cuda":
-            return
-        needed = self.whole_bytes()
-        if needed <= self.limit:
+        if self.limit is None:
             return
         what, instead = "--calibration self", "--calibration docs or a file of text"
         if self.plan.needs_fisher:
             what, instead = "--sensitivity fisher", "--sensitivity hessian"
-        raise UsageError(
-            f"{what} loads the model as a whole, and --max-memory {words(self.limit)} is too little for it: give "
-            f"{words(needed)}, or {instead}"
-        )
+        self.check_room(self.whole_bytes(), what, instead)
+
+    def check_room(self, needed: int, what: str, instead: str) -> None:
+        """Raise UsageError where `what` loads the model as a whole, which takes so many bytes of the host, and may not."""
+        if self.limit is not None and self.device.type != "cuda" and needed > self.limit:
+            raise UsageError(
+                f"{what} loads the model as a whole, and --max-memory {words(self.limit)} is too little for it: give "
+                f"{words(needed)}, or {instead}"
+            )
 
     def begin(self, ids_NS: Tensor | None) -> None:
         """Say what run this is, and go on where an earlier one stopped."""
@@ -475,8 +477,14 @@ class Run:
         outputs: HiddenStates | None,
         pause: bool,
         solve: Solve | None = None,
+        level: Level | None = None,
     ) -> None:
-        """Compress a block that is in place, or have something else done with its linears, and run its inputs through it."""
+        """Compress a block that is in place, or have something else done with its linears, and run its inputs through it.
+
+        Args:
+            solve: what is done with each group of linears; None compresses them.
+            level: of the statistics that it is given; None: the plan's.
+        """
         block, prefix = self.blocks[number], f"{self.prefix}.{number}"
         linears = self.chosen_in(number)
         if not linears and outputs is None:
@@ -487,7 +495,7 @@ class Run:
             hiddens,
             self._groups(number, catcher, linears),
             linears,
-            self.plan.level if self.level is None else self.level,
+            self.plan.level if level is None else level,
             solve or (lambda names, stats: self._solve(names, stats, linears)),
             outputs=outputs,
             pause=pause,

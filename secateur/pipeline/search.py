@@ -5,7 +5,6 @@ N: windows, S: tokens of a window, O: output features, I: input features.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -22,23 +21,25 @@ from torch import Tensor
 from secateur.calibration.effects import Effects, gather_effects
 from secateur.calibration.stats import InputStats, Level
 from secateur.calibration.tokens import hash_of
-from secateur.codes import BITS
 from secateur.errors import UsageError
 from secateur.evaluate.perplexity import measure
-from secateur.formats.writer import write_whole
+from secateur.formats.manifest import hash_of_values
+from secateur.formats.writer import entry_bytes, write_whole
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.goals import has_target, parse_rise, parse_target, placeholder, with_methods
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.load import load_source
+from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run, versions
 from secateur.pipeline.sizes import words
-from secateur.pipeline.solve import solve
+from secateur.pipeline.solve import Solution, solve
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import weight_matrix
+from secateur.pipeline.walk import Solve
 from secateur.pipeline.weights import release
-from secateur.prune.allocation import choose, outlier_share, owl, share_sparsity
+from secateur.prune.allocation import between, choose, outlier_share, owl, share_sparsity
 from secateur.prune.patterns import parse_pattern
 from secateur.prune.wanda import wanda_score
 from secateur.recipe import Choice, Recipe
@@ -47,12 +48,9 @@ from secateur.recipe import Choice, Recipe
 _TOKENS, _WINDOW = 2048, 256
 # Sparsities that are tried, as shares of the way from the total down to nothing, and up to everything.
 _BELOW, _ABOVE = (1 / 3, 2 / 3, 1.0), (0.25, 0.5, 0.75)
-# What a target is reached with: sparsity and bits. None prunes nothing, and None does not quantize.
-_QUANTIZED: tuple[tuple[float | None, int], ...] = tuple((None, bits) for bits in BITS)
-_BOTH: tuple[tuple[float | None, int], ...] = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.9, 3))
+# What a target is reached with besides bits alone: sparsity with bits, and sparsity.
+_BOTH = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.9, 3))
 _PRUNED = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-# A tensor's entry in the header of its file, and how many tensors a packed linear has.
-_HEADER, _PARTS = 112, 4
 # Models that are made to find how much a perplexity may be expected to rise, and what share of the rise allowed is enough.
 _ATTEMPTS, _ENOUGH = 4, 0.8
 _LEAST_UNSEEN = 8
@@ -66,7 +64,7 @@ class Candidate:
 
     Attributes:
         choice: of it.
-        bytes: of its tensors on disk.
+        bytes: of its tensors on disk, with their entries in the header of the file.
         divergence: KL(dense ‖ model) that it causes alone, in nats a token.
     """
 
@@ -113,22 +111,22 @@ class Search:
                     changes.append(W_OI.float() - problem.W_OI.float())
                 costs = effects.divergence(name, changes)
                 found[name] = [
-                    Candidate(choice, solutions[i].report.bytes, cost)
+                    Candidate(choice, _bytes_on_disk(solutions[i]), cost)
                     for choice, solutions, cost in zip(choices, per_choice, costs, strict=True)
                 ]
 
-        self._walk(ids_NS[: max(1, len(ids_NS) // 2)], solve_all)
+        self._walk(ids_NS[: max(1, len(ids_NS) // 2)], solve_all, max(Level.MOMENTS, self.run.plan.level))
         return found
 
     def outliers(self, ids_NS: Tensor) -> dict[str, float]:
         """The share of outliers of every linear on dense inputs."""
         found: dict[str, float] = {}
 
-        def measure(names: list[str], stats: InputStats) -> None:
+        def count(names: list[str], stats: InputStats) -> None:
             for name in names:
                 found[name] = outlier_share(wanda_score(weight_matrix(self.run.linear(name)), stats))
 
-        self._walk(ids_NS, measure)
+        self._walk(ids_NS, count, Level.MOMENTS)
         return found
 
     def _effects(self, ids_NS: Tensor) -> Effects:
@@ -148,7 +146,7 @@ class Search:
             lambda done, total: run.progress(Progress(f"computing gradients: {done} of {total} windows")),
         )
 
-    def _walk(self, ids_NS: Tensor, look: Callable[[list[str], InputStats], None]) -> None:
+    def _walk(self, ids_NS: Tensor, look: Solve, level: Level) -> None:
         """Run windows through the dense model, block by block, and have every group of linears looked at."""
         run = self.run
         catcher = run.enter_blocks(ids_NS)
@@ -161,8 +159,10 @@ class Search:
             if number + 1 < len(run.blocks):
                 outputs = HiddenStates(hiddens.keep_on, self._hidden(settings.hidden, number + 1))
             run.read_block(number)
-            run.solve_block(number, catcher, calls, hiddens, outputs, settings.pause, look)
+            run.solve_block(number, catcher, calls, hiddens, outputs, settings.pause, look, level)
             release(run.blocks[number])
+            if hiddens.file is not None:
+                hiddens.file.unlink()
             if outputs is not None:
                 hiddens = outputs
 
@@ -194,6 +194,8 @@ def search(make_run: Callable[[Recipe], Run], recipe: Recipe, ranks: Ranks, fold
         pruner = _STANDS_IN.get(recipe.prune, recipe.prune)
         open_recipe = replace(recipe, allocation="uniform", target_size=None, max_perplexity_rise=None)
         bare = replace(open_recipe, prune=pruner, sparsity=placeholder(recipe).sparsity, reconstruct=False, refine=None)
+        if plan(bare).needs_fisher:  # gradients of every weight, where inputs alone tell linears apart
+            bare = replace(bare, quantization=replace(bare.quantization, sensitivity="hessian"))
         run = make_run(bare)
         said = _search(run, recipe, folder, attempt)
     return Recipe.from_dict(ranks.share(said))
@@ -202,19 +204,21 @@ def search(make_run: Callable[[Recipe], Run], recipe: Recipe, ranks: Ranks, fold
 def _search(run: Run, recipe: Recipe, folder: Path, attempt: Attempt) -> dict[str, Any]:
     run.prepare()
     if recipe.allocation != "owl":
-        _check_memory(run)
-    level = Level.MOMENTS if recipe.allocation == "owl" else max(Level.MOMENTS, run.plan.level)
+        run.check_room(
+            run.base + run.compute_dtype.itemsize * run.parameters,
+            "a search",
+            "search without a limit and repeat the run with --recipe OUT/secateur.json",
+        )
     ids_NS, settings = run.calibration_windows()
     recipe = replace(recipe, calibration=settings)
     identity = [recipe.to_dict(), run.source.hashes, hash_of(ids_NS), versions(), torch.get_num_threads()]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    key = hash_of_values(identity)
     file = folder / "search.json"
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept["recipe"]
     with tempfile.TemporaryDirectory(prefix="search-", dir=folder) as scratch:
-        run.level = level
         found = _choices(Search(run, Path(scratch)), ids_NS, recipe, attempt)
     chosen = replace(recipe, linears=found).to_dict()
     content = json.dumps({"key": key, "recipe": chosen})
@@ -234,15 +238,23 @@ def _choices(search: Search, ids_NS: Tensor, recipe: Recipe, attempt: Attempt) -
     if has_target(recipe):
         return _within(search, ids_NS, recipe, weights, attempt)
     if not recipe.prune:
-        library = search.library(ids_NS, [Choice(None, each) for each in BITS])
+        library = search.library(ids_NS, _bits_alone(run))
         budget = sum(c.bytes for each in library.values() for c in each if c.choice.bits == bits)
-        return _best(library, budget)
+        return _chosen(library, lambda c: c.divergence, lambda c: c.bytes, budget)
     total = parse_pattern(recipe.pattern, recipe.sparsity).sparsity
     levels = [total * x for x in _BELOW] + [total + (1 - total) * x for x in _ABOVE]
     library = search.library(ids_NS, [Choice(level, bits) for level in levels])
     costs = [[candidate.divergence for candidate in library[name]] for name in names]
     shares = share_sparsity(levels, costs, [weights[name] for name in names], total)
     return {name: Choice(share, bits) for name, share in zip(names, shares, strict=True)}
+
+
+def _bytes_on_disk(solution: Solution) -> int:
+    return solution.report.bytes + sum(map(entry_bytes, solution.tensors()))
+
+
+def _bits_alone(run: Run) -> list[Choice]:
+    return [] if run.plan.quantizer is None else [Choice(None, bits) for bits in run.plan.quantizer.all_bits]
 
 
 def _owl(
@@ -268,12 +280,9 @@ def _within(
 ) -> dict[str, Choice]:
     """What reaches the target of a recipe."""
     run = search.run
-    if recipe.prune and recipe.quantize is not None:
-        choices = [Choice(*each) for each in (*_QUANTIZED, *_BOTH)]
-    elif recipe.prune:
-        choices = [Choice(level) for level in _PRUNED]
-    else:
-        choices = [Choice(*each) for each in _QUANTIZED]
+    choices = _bits_alone(run)
+    if recipe.prune:
+        choices += [Choice(*each) for each in _BOTH] if recipe.quantize is not None else map(Choice, _PRUNED)
     itemsize = (run.plan.dtype or run.source.dtype).itemsize
     outside = run.bytes_outside(itemsize)
     dense = outside + itemsize * sum(weights.values())
@@ -283,12 +292,15 @@ def _within(
             f"--target-size {recipe.target_size} is {words(target)}, which the dense model of {words(dense)} does not exceed"
         )
     library = search.library(ids_NS, choices)
-    library = {name: [*each, Candidate(Choice(), itemsize * weights[name], 0.0)] for name, each in library.items()}
+    library = {
+        name: [*each, Candidate(Choice(), itemsize * weights[name] + entry_bytes(f"{name}.weight"), 0.0)]
+        for name, each in library.items()
+    }
     if not recipe.quantize:
         library = {name: _finer(each) for name, each in library.items()}
     if target is None:
         return _within_rise(search, ids_NS, recipe, library, attempt)
-    budget = target - outside - _HEADER * _PARTS * len(weights)
+    budget = target - outside
     least = sum(min(c.bytes for c in each) for each in library.values())
     if least > budget:
         smallest = target - budget + least
@@ -296,7 +308,7 @@ def _within(
             f"--target-size {recipe.target_size} is {words(target)}: the smallest that these methods reach is "
             f"{words(smallest)} ({smallest / dense:.3f}x), of which {words(outside)} is not compressed"
         )
-    return _best(library, budget)
+    return _chosen(library, lambda c: c.divergence, lambda c: c.bytes, budget)
 
 
 def _within_rise(
@@ -314,13 +326,9 @@ def _within_rise(
     model = run.load_whole()
     dense_loss = measure(model, held_NS).loss
     del model
-    names = list(library)
-    bytes_LC = [[float(c.bytes) for c in library[name]] for name in names]
-    cost_LC = [[c.divergence for c in library[name]] for name in names]
     best, least, allowed = None, math.inf, limit
     for number in range(1, _ATTEMPTS + 1):
-        chosen = choose(bytes_LC, cost_LC, allowed)
-        linears = {name: library[name][i].choice for name, i in zip(names, chosen, strict=True)}
+        linears = _chosen(library, lambda c: c.bytes, lambda c: c.divergence, allowed)
         if all(choice == Choice() for choice in linears.values()):
             break
         run.progress(Progress(f"making model {number} to measure its perplexity"))
@@ -361,12 +369,14 @@ def _unseen(run: Run, ids_NS: Tensor) -> Tensor:
     return torch.tensor(unseen)
 
 
-def _best(library: Library, budget: int) -> dict[str, Choice]:
-    names = list(library)
-    costs = [[c.divergence for c in library[name]] for name in names]
-    sizes = [[float(c.bytes) for c in library[name]] for name in names]
-    chosen = choose(costs, sizes, budget)
-    return {name: library[name][i].choice for name, i in zip(names, chosen, strict=True)}
+def _chosen(
+    library: Library, cost: Callable[[Candidate], float], size: Callable[[Candidate], float], most: float
+) -> dict[str, Choice]:
+    """What costs least within a total size, where either may be bytes and the other the divergence."""
+    costs = [[cost(c) for c in each] for each in library.values()]
+    sizes = [[size(c) for c in each] for each in library.values()]
+    chosen = choose(costs, sizes, most)
+    return {name: each[i].choice for (name, each), i in zip(library.items(), chosen, strict=True)}
 
 
 def _finer(candidates: list[Candidate]) -> list[Candidate]:
@@ -378,17 +388,7 @@ def _finer(candidates: list[Candidate]) -> list[Candidate]:
         assert high.choice.sparsity is not None
         for step in range(1, 20):
             x = step / 20
-            cost = max(low.divergence, 1e-30) ** (1 - x) * max(high.divergence, 1e-30) ** x
+            cost = float(between((0, 1), (low.divergence, high.divergence), x))
             sparsity = low.choice.sparsity + x * (high.choice.sparsity - low.choice.sparsity)
             found.append(Candidate(Choice(sparsity), round(low.bytes + x * (high.bytes - low.bytes)), cost))
     return found
-
-
-def _check_memory(run: Run) -> None:
-    """Raise UsageError where the model, which has to be in memory as a whole, may not be."""
-    needed = run.base + run.compute_dtype.itemsize * run.parameters
-    if run.limit is not None and run.device.type != "cuda" and needed > run.limit:
-        raise UsageError(
-            f"a search loads the model as a whole, and --max-memory {words(run.limit)} is too little for it: give "
-            f"{words(needed)}, or search without a limit and repeat the run with --recipe OUT/secateur.json"
-        )

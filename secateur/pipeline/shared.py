@@ -5,8 +5,6 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.tokens import hash_of
+from secateur.formats.manifest import hash_of_values
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.source import Source
 from secateur.recipe import Calibration
@@ -46,5 +45,5 @@ class Shared:
 
     def fisher_file(self, ids_NS: Tensor, names: Iterable[str]) -> Path:
         """Where the squared gradients of linears on these windows are kept."""
-        key = hashlib.sha256(json.dumps([hash_of(ids_NS), sorted(names)]).encode()).hexdigest()
+        key = hash_of_values([hash_of(ids_NS), sorted(names)])
         return self.folder / f"fisher-{key[:32]}.safetensors"

@@ -80,7 +80,7 @@ def share_sparsity(
 ) -> list[float]:
     """Sparsities of linears that sum to a given total and cost least, from the cost of each linear at some levels.
 
-    Between levels the logarithm of the cost is taken to be linear.
+    For costs between the levels see `between`.
 
     Args:
         levels: rising; the least and the greatest bound what a linear can get.
@@ -92,8 +92,7 @@ def share_sparsity(
         For each linear; weighted by `weights` their mean is `sparsity`.
     """
     grid = np.unique(np.append(np.linspace(levels[0], levels[-1], 201), sparsity))
-    logs = [np.log(np.maximum(np.asarray(cost, dtype=np.float64), 1e-30)) for cost in costs]
-    fine = [np.exp(np.interp(grid, levels, log)).tolist() for log in logs]
+    fine = [between(levels, cost, grid).tolist() for cost in costs]
     kept = [((1 - grid) * count).tolist() for count in weights]
     total = sum(weights)
     choice = choose(fine, kept, (1 - sparsity) * total * (1 + 1e-12))
@@ -105,6 +104,12 @@ def share_sparsity(
         over -= (found[linear] - moved) * weights[linear]
         found[linear] = moved
     return found
+
+
+def between(levels: Sequence[float], costs: Sequence[float], at: np.ndarray | float) -> np.ndarray:
+    """Costs between levels at which they are known: their logarithm is taken to be linear."""
+    log = np.log(np.maximum(np.asarray(costs, dtype=np.float64), 1e-30))
+    return np.exp(np.interp(at, levels, log))
 
 
 def outlier_share(score_OI: Tensor) -> float:

@@ -14,7 +14,7 @@ from secateur.calibration.stats import InputStats, Level
 from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_best
 from secateur.prune.reconstruct import conjugate_gradients, damped_gram, rows_at_a_time
 from secateur.prune.registry import Pruned, pruner
-from secateur.sweep import DAMPING, MAX_DAMPING, calibration_notes
+from secateur.sweep import DAMPING, MAX_DAMPING, calibration_notes, dead_notes
 
 # The penalty grows by the same factor from stage to stage, and rests for some iterations within one. The authors let it grow
 # with what changes in the mask, over 30 to 90 iterations; a fixed course of 24 with over-relaxation ends with the same
@@ -48,19 +48,15 @@ def alps(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] 
     Raises:
         ValueError: M does not divide the number of inputs, or the statistics are not finite.
     """
-    I = W_OI.shape[1]
     if isinstance(pattern, NM):
-        pattern.check_divides(I)
+        pattern.check_divides(W_OI.shape[1])
     spectrum = stats.once(("eigen", DAMPING), lambda: eigen(stats))
-    dead_I = stats.square_I <= 0
-    B_OI = W_OI.float().masked_fill(dead_I, 0).mul_(spectrum.scale_I)
+    B_OI = W_OI.float().masked_fill(stats.square_I <= 0, 0).mul_(spectrum.scale_I)
     start_OI, keep_OI = _split(B_OI, spectrum, pattern, list(rows) or [len(W_OI)])
     H_II, _ = _scaled(stats, spectrum.damping)
     inverse_II = spectrum.product(1 / spectrum.values_I)
     found_OI = conjugate_gradients(H_II, inverse_II, B_OI, keep_OI, start_OI).div_(spectrum.scale_I)
-    notes = calibration_notes(stats, DAMPING, spectrum.damping)
-    if dead_I.any():
-        notes = (f"{int(dead_I.sum())} of {I} inputs are always zero in the calibration text", *notes)
+    notes = (*dead_notes(stats), *calibration_notes(stats, DAMPING, spectrum.damping))
     return Pruned(found_OI, keep_OI, notes)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.calibration.stats import InputStats, Level
 from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_in_groups
 from secateur.prune.registry import Pruned, pruner
-from secateur.sweep import DAMPING, calibration_notes, inverse_cholesky, sweep
+from secateur.sweep import DAMPING, calibration_notes, dead_notes, inverse_cholesky, sweep
 
 MASK_BLOCK = 128
 
@@ -42,9 +42,7 @@ def sparsegpt(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[
     removal = _Removal(pattern, list(rows) or [len(W_OI)], U_II.diagonal(), torch.ones_like(W_IO, dtype=torch.bool))
     sweep(W_IO, U_II, removal, pattern.m if isinstance(pattern, NM) else MASK_BLOCK)
 
-    notes = calibration_notes(stats, DAMPING, damping)
-    if dead_I.any():
-        notes = (f"{int(dead_I.sum())} of {I} inputs are always zero in the calibration text", *notes)
+    notes = (*dead_notes(stats), *calibration_notes(stats, DAMPING, damping))
     return Pruned(W_IO.T.contiguous(), removal.keep_IO.T.contiguous(), notes)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.stats import InputStats, Level
-from secateur.codes import Outliers, Quantized
+from secateur.codes import BITS, Outliers, Quantized
 from secateur.errors import UsageError
 from secateur.prune.registry import Pruned
 from secateur.quant.grid import ROW, Fitted, Grid, check_bits, check_group_size, inverse
@@ -45,6 +45,7 @@ class GPTQ:
     damping: float = DAMPING
 
     name: ClassVar[str] = "gptq"
+    all_bits: ClassVar[tuple[int, ...]] = BITS
     level: ClassVar[Level] = Level.GRAM
     needs_fisher: ClassVar[bool] = False
 

@@ -23,6 +23,8 @@ class Quantizer(Protocol):
     """
 
     name: ClassVar[str]
+    all_bits: ClassVar[tuple[int, ...]]
+    """What `bits` may be, rising."""
 
     @property
     def level(self) -> Level:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.stats import InputStats, Level
-from secateur.codes import Quantized
+from secateur.codes import BITS, Quantized
 from secateur.prune.registry import Pruned
 from secateur.quant.grid import ROW, Grid, check_bits, check_group_size
 from secateur.quant.groups import fit_groups, stored_rows
@@ -31,6 +31,7 @@ class RTN:
     search_range: bool = True
 
     name: ClassVar[str] = "rtn"
+    all_bits: ClassVar[tuple[int, ...]] = BITS
     level: ClassVar[Level] = Level.NONE
     needs_fisher: ClassVar[bool] = False
 

@@ -25,7 +25,6 @@ from secateur.sweep import DAMPING
 
 DEFAULT_THRESHOLD = 0.2
 MOST_OUTLIERS = 0.2
-_BITS = (2, 3, 4)
 # How near the share of outliers must come to the one asked for, and after how many sweeps it is taken as it is.
 _SHARE_TOLERANCE = 0.03
 _MOST_SWEEPS = 10
@@ -60,13 +59,14 @@ class SpQR:
     damping: float = DAMPING
 
     name: ClassVar[str] = "spqr"
+    all_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
     level: ClassVar[Level] = Level.GRAM
     needs_fisher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
+        if self.bits not in self.all_bits:
             raise UsageError(
-                f"--bits {self.bits} is not possible with spqr, which is for {', '.join(map(str, _BITS))}: "
+                f"--bits {self.bits} is not possible with spqr, which is for {', '.join(map(str, self.all_bits))}: "
                 "use --quantize gptq or rtn for 8"
             )
         check_group_size(self.group_size)

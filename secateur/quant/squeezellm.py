@@ -23,7 +23,6 @@ from secateur.quant.registry import quantizer, storage_dtype
 from secateur.quant.spqr import check_share
 
 SENSITIVITIES = ("fisher", "hessian")
-_BITS = (2, 3, 4)
 # What a weight counts at least, relative to the mean of its row: those that nothing depends on get what entries are left.
 _LEAST_SENSITIVITY = 1e-6
 # Between so many places in a row the best clusters are found at once; the steps of Lloyd's algorithm then move their limits
@@ -55,11 +54,12 @@ class SqueezeLLM:
     sensitive_share: float = 0.0005
 
     name: ClassVar[str] = "squeezellm"
+    all_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
+        if self.bits not in self.all_bits:
             raise UsageError(
-                f"--bits {self.bits} is not possible: squeezellm has tables of {', '.join(map(str, _BITS))} bits, "
+                f"--bits {self.bits} is not possible: squeezellm has tables of {', '.join(map(str, self.all_bits))} bits, "
                 "since one of 8 takes as much as a row of a small model"
             )
         if self.sensitivity not in SENSITIVITIES:

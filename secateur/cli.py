@@ -209,6 +209,7 @@ def compress(
     from secateur.evaluate.bench_plot import check_plot
     from secateur.evaluate.choice_plot import plot_choices
     from secateur.pipeline.compress import compress as run
+    from secateur.pipeline.goals import is_open
 
     first = os.environ.get("RANK", "0") == "0"
     if plot is not None:
@@ -237,6 +238,8 @@ def compress(
         )
     if quiet:
         return
+    if is_open(recipe):
+        _print_choices(report.linears)
     for note in report.notes[:5]:
         _say(f"note: {note}")
     if len(report.notes) > 5:
@@ -247,6 +250,21 @@ def compress(
         f"({8 * report.bytes / report.parameters:.2f} bits per weight of the whole model), "
         f"{report.seconds:.1f} s, peak memory {_size(report.peak_bytes)}"
     )
+
+
+def _print_choices(linears: Sequence[Any]) -> None:
+    """Show what was chosen: a row for each block, a column for each linear of a block."""
+    from secateur.evaluate.choice_plot import by_block
+
+    rows, columns, cells = by_block(linears)
+    table = Table(title="removed, and bits per weight, of each linear", box=None)
+    table.add_column("block", justify="right")
+    for name in columns:
+        table.add_column(escape(name.rpartition(".")[2]), justify="right")
+    for row in rows:
+        found = [cells.get((row, column)) for column in columns]
+        table.add_row(row, *("–" if each is None else f"{each.sparsity:.0%} {each.bits:.1f}" for each in found))
+    err.print(table)
 
 
 @app.command("plan")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 
 # Labels drawn for each prediction: each is a backward pass.
-_LABELS = 2
+LABELS = 2
 # Tokens whose effects are summed before they are squared. What a linear does at neighbouring tokens acts on the same
 # predictions and hangs together; over longer stretches the sum is mostly noise of the drawn labels.
 _STRETCH = 16
@@ -95,10 +95,10 @@ def gather_effects(
             with torch.enable_grad():
                 logits_SV = model(input_ids=ids_S[None].to(model.device), use_cache=False).logits[0].float()
                 likely_SV = logits_SV.log_softmax(1)
-                for label in range(_LABELS):
+                for label in range(LABELS):
                     drawn_S1 = torch.multinomial(likely_SV.detach().exp().cpu(), 1, generator=draw)
                     chosen_S1 = likely_SV.gather(1, drawn_S1.to(likely_SV.device))
-                    chosen_S1.sum().backward(retain_graph=label + 1 < _LABELS)
+                    chosen_S1.sum().backward(retain_graph=label + 1 < LABELS)
         finally:
             for handle in handles:
                 handle.remove()

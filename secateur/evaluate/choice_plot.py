@@ -25,7 +25,7 @@ def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
     # Not pyplot, which would keep figures for the whole process and may look for a screen.
     from matplotlib.figure import Figure
 
-    rows, columns, cells = _grid(linears)
+    rows, columns, cells = by_block(linears)
     figure = Figure(figsize=(2 + 1.7 * len(columns), 2.2 + 0.28 * len(rows)), layout="constrained", dpi=130)
     panels = figure.subplots(1, 2)
     for axes, (title, value, digits) in zip(
@@ -50,7 +50,7 @@ def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
     figure.savefig(file)
 
 
-def _grid(
+def by_block(
     linears: Sequence[LinearReport],
 ) -> tuple[list[str], list[str], dict[tuple[str, str], LinearReport]]:
     """Names of blocks and of linears in a block, in order, and which linear stands where."""

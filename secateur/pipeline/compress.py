@@ -68,7 +68,7 @@ def compress(
         SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
     """
     started = time.monotonic()
-    resolved = plan(recipe)
+    resolved, searching = plan(recipe), 0.0
     limit = limit_memory(max_memory)
     with (
         open_ranks(open_device, device) as ranks,
@@ -79,7 +79,7 @@ def compress(
         progress(Progress("opening the model"))
         source = shared.source if shared is not None else open_source(model, trust_remote_code)
         if is_open(recipe):
-            alone = Ranks(ranks.device)
+            alone, began = Ranks(ranks.device), time.monotonic()
             recipe = search(
                 lambda r: Run(source, r, plan(r), alone, partial, batch_tokens, limit, progress, shared),
                 recipe,
@@ -95,8 +95,10 @@ def compress(
                     shared=Shared(source, partial.folder) if shared is None else shared,
                 ),
             )
-            resolved = plan(recipe)
+            resolved, searching = plan(recipe), time.monotonic() - began
         run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
+        if searching:
+            run.clock.seconds["searching"] = searching
         run.run()
         report = _finish(run, overwrite, verify)
     report.out = Path(out)

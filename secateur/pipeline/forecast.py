@@ -15,10 +15,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from secateur.calibration.effects import LABELS
 from secateur.calibration.stats import Level
 from secateur.formats.writer import SHARD_BYTES
 from secateur.pipeline.compress import put_together
+from secateur.pipeline.goals import is_open
 from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.library import NEAR, TOKENS, Search
 from secateur.pipeline.load import open_device
 from secateur.pipeline.memory import Footprint, Settings, limit_memory
 from secateur.pipeline.partial import Partial
@@ -26,6 +29,7 @@ from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run
+from secateur.pipeline.search import ATTEMPTS, bare, candidates
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import weight_matrix
 from secateur.pipeline.verify import verify
@@ -36,6 +40,8 @@ _BATCHES = 2
 # Windows that gradients are measured on.
 _GRADIENTS = 2
 _SOON = 20.0
+# Windows that the candidates of a search are solved on.
+_SEARCHED = 4
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,17 @@ def forecast(
         host, on_device = need.peaks(settings)
         if run.device.type != "cuda":
             host = max(host, run.whole_bytes())
+        scratch = 0
+        if is_open(recipe):
+            apart = Partial(Path(folder) / "search", ranks)
+            apart.open(overwrite=False, resume=False)
+            simple = bare(recipe)
+            run_alone = Run(source, simple, plan(simple), ranks, apart, batch_tokens, limit, say)
+            searching, whole, scratch = _search(run_alone, recipe)
+            if recipe.max_perplexity_rise is not None:
+                searching += ATTEMPTS * sum(seconds.values())
+            seconds = {"searching": searching, **seconds}
+            host = max(host, whole)
         waiting = (3 if settings.hidden == "file" else 2) * need.tokens * need.hidden
         fisher = run.partial.fisher_file.stat().st_size if run.fisher is not None else 0
         return Forecast(
@@ -128,7 +145,7 @@ def forecast(
             host=host,
             device=on_device,
             disk=disk,
-            scratch=waiting + fisher + min(disk, SHARD_BYTES),
+            scratch=max(scratch, waiting + fisher + min(disk, SHARD_BYTES)),
             seconds=seconds,
             blocks=len(run.blocks),
             free_memory=psutil.virtual_memory().available,
@@ -163,6 +180,33 @@ def _first_block(run: Run, known: tuple[Footprint, Settings] | None) -> tuple[fl
     run.solve_block(0, catcher, calls, hiddens, outputs, settings.pause)
     run.end_block(0, outputs)
     return len(few_NS) / len(ids_NS), known
+
+
+def _search(run: Run, recipe: Recipe) -> tuple[float, int, int]:
+    """Seconds of the search of a recipe, and the most bytes that it has in memory and on the disk.
+
+    Args:
+        run: by the recipe that it solves candidates by.
+    """
+    run.prepare()
+    ids_NS, _ = run.calibration_windows()
+    few_NS = ids_NS[:_SEARCHED]
+    dense = recipe.allocation == "owl"  # it only looks at the dense model
+    tried = [] if dense else candidates(recipe, run.plan.quantizer)
+    if recipe.target_size is not None:
+        tried = tried[: 2 * NEAR]
+    Search(run, run.partial.folder).rehearse(few_NS, tried)
+    spent = {phase: seconds * len(run.blocks) / len(few_NS) for phase, seconds in run.clock.seconds.items()}
+    if dense:
+        return run.clock.seconds["opening"] + len(ids_NS) * (spent["forward"] + spent["statistics"]), 0, 0
+    seconds = run.clock.seconds["opening"] + len(few_NS) * spent["solving"]
+    seconds += len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
+    shapes = [weight_matrix(run.linear(name)).shape for name in run.chosen]
+    # On the tokens that effects are measured on: a forward pass through all parameters, backward passes that take twice as
+    # long, and a product with the weights for each candidate.
+    whole = run.parameters / sum(O * I for O, I in shapes)
+    seconds += TOKENS / ids_NS.shape[1] * ((1 + 2 * LABELS) * whole + len(tried)) * spent["forward"]
+    return seconds, run.dense_bytes, 2 * TOKENS * sum(LABELS * O + I for O, I in shapes)
 
 
 def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:

@@ -64,8 +64,8 @@ class Report:
 
     Attributes:
         recipe: as `Recipe.to_dict` gives it, with the numbers of the run filled in.
-        phases: seconds by what they were spent on: opening, gradients, reading, forward, statistics, exchange (between
-            processes), solving, writing (of blocks), ending.
+        phases: seconds by what they were spent on: searching (where a choice was to be found for each linear), opening,
+            gradients, reading, forward, statistics, exchange (between processes), solving, writing (of blocks), ending.
     """
 
     out: Path

@@ -223,11 +223,16 @@ class Run:
         )
         if not (sampled or self.plan.needs_fisher):
             return 0
-        size = self.compute_dtype.itemsize * self.parameters
+        size = self.dense_bytes
         if self.plan.needs_fisher:
             linears = [weight_matrix(self.model.get_submodule(name)) for name in self.chosen]
             size += 4 * (sum(W.numel() for W in linears) + max(W.numel() for W in linears))
-        return self.base + size
+        return size
+
+    @property
+    def dense_bytes(self) -> int:
+        """The memory that the process takes with the dense model in it."""
+        return self.base + self.compute_dtype.itemsize * self.parameters
 
     def _check_whole(self) -> None:
         """Raise UsageError where the model has to be in memory as a whole and may not be."""

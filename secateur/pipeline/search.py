@@ -1,6 +1,6 @@
-"""Finding what becomes of each linear: candidates, what each does to the model's predictions, and the best choice of them.
+"""Finding what becomes of each linear, from a library of what it may become.
 
-N: windows, S: tokens of a window, O: output features, I: input features.
+N: windows, S: tokens of a window.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.effects import Effects, gather_effects
-from secateur.calibration.stats import InputStats, Level
 from secateur.calibration.tokens import hash_of
 from secateur.errors import UsageError
 from secateur.evaluate.perplexity import measure
@@ -27,147 +25,63 @@ from secateur.formats.manifest import hash_of_values
 from secateur.formats.writer import entry_bytes, write_whole
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.goals import has_target, parse_rise, parse_target, placeholder, with_methods
-from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.library import Candidate, Library, Search
 from secateur.pipeline.load import load_source
 from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run, versions
 from secateur.pipeline.sizes import words
-from secateur.pipeline.solve import Solution, solve
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import weight_matrix
-from secateur.pipeline.walk import Solve
-from secateur.pipeline.weights import release
-from secateur.prune.allocation import between, choose, outlier_share, owl, share_sparsity
+from secateur.prune.allocation import between, choose, owl, share_sparsity
 from secateur.prune.patterns import parse_pattern
-from secateur.prune.wanda import wanda_score
+from secateur.quant import Quantizer
 from secateur.recipe import Choice, Recipe
 
-# Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
-_TOKENS, _WINDOW = 2048, 256
 # Sparsities that are tried, as shares of the way from the total down to nothing, and up to everything.
 _BELOW, _ABOVE = (1 / 3, 2 / 3, 1.0), (0.25, 0.5, 0.75)
 # What a target is reached with besides bits alone: sparsity with bits, and sparsity.
-_BOTH = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.9, 3))
-_PRUNED = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+_BOTH = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.75, 2), (0.9, 3))
+_PRUNED = tuple((sparsity, None) for sparsity in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9))
 # Models that are made to find how much a perplexity may be expected to rise, and what share of the rise allowed is enough.
-_ATTEMPTS, _ENOUGH = 4, 0.8
+ATTEMPTS, _ENOUGH = 4, 0.8
 _LEAST_UNSEEN = 8
 # A pruner that takes many times as long stands back for this one in the library: what is compared is how linears differ.
 _STANDS_IN = {"alps": "sparsegpt"}
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What a linear may become.
-
-    Attributes:
-        choice: of it.
-        bytes: of its tensors on disk, with their entries in the header of the file.
-        divergence: KL(dense ‖ model) that it causes alone, in nats a token.
-    """
-
-    choice: Choice
-    bytes: int
-    divergence: float
-
-
-Library = dict[str, list[Candidate]]
 Attempt = Callable[[Recipe, Path], object]
 
 
-class Search:
-    """The search of one run, in its first process.
+def bare(recipe: Recipe) -> Recipe:
+    """The recipe by which candidates are solved: without what takes many times as long, where linears are only compared."""
+    recipe = with_methods(recipe)
+    found = replace(
+        placeholder(recipe),
+        prune=_STANDS_IN.get(recipe.prune, recipe.prune),
+        allocation="uniform",
+        target_size=None,
+        max_perplexity_rise=None,
+        reconstruct=False,
+        refine=None,
+    )
+    if plan(found).needs_fisher:
+        found = replace(found, quantization=replace(found.quantization, sensitivity="hessian"))
+    return found
 
-    Args:
-        run: what `compress` would run on the placeholder of the recipe; it solves nothing itself.
-        folder: for what is kept until the search is over.
-    """
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run = run
-        self.folder = folder
-
-    def library(self, ids_NS: Tensor, choices: list[Choice]) -> Library:
-        """Solve every linear for every choice on dense inputs, and measure what each does to the predictions.
-
-        Half of the windows are for solving, others for measuring.
-        """
-        effects = self._effects(ids_NS)
-        found: Library = {}
-
-        def solve_all(names: list[str], stats: InputStats) -> None:
-            problems = [self.run.problem(name, self.run.linear(name), None) for name in names]
-            per_choice = []
-            for choice in choices:
-                solutions, _ = solve(self.run.plan.of(choice), problems, stats)
-                per_choice.append(solutions)
-            for i, (name, problem) in enumerate(zip(names, problems, strict=True)):
-                changes = []
-                for solutions in per_choice:
-                    W_OI = solutions[i].W_OI
-                    assert W_OI is not None
-                    changes.append(W_OI.float() - problem.W_OI.float())
-                costs = effects.divergence(name, changes)
-                found[name] = [
-                    Candidate(choice, _bytes_on_disk(solutions[i]), cost)
-                    for choice, solutions, cost in zip(choices, per_choice, costs, strict=True)
-                ]
-
-        self._walk(ids_NS[: max(1, len(ids_NS) // 2)], solve_all, max(Level.MOMENTS, self.run.plan.level))
-        return found
-
-    def outliers(self, ids_NS: Tensor) -> dict[str, float]:
-        """The share of outliers of every linear on dense inputs."""
-        found: dict[str, float] = {}
-
-        def count(names: list[str], stats: InputStats) -> None:
-            for name in names:
-                found[name] = outlier_share(wanda_score(weight_matrix(self.run.linear(name)), stats))
-
-        self._walk(ids_NS, count, Level.MOMENTS)
-        return found
-
-    def _effects(self, ids_NS: Tensor) -> Effects:
-        run = self.run
-        length = min(_WINDOW, ids_NS.shape[1])
-        pieces_NS = (
-            ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)[:, : ids_NS.shape[1] // length * length].reshape(-1, length)
-        )
-        held_NS = pieces_NS[: max(1, _TOKENS // length)]
-        run.progress(Progress("computing gradients"))
-        return gather_effects(
-            run.load_whole(),
-            held_NS,
-            sorted(run.chosen),
-            self.folder,
-            run.recipe.calibration.seed,
-            lambda done, total: run.progress(Progress(f"computing gradients: {done} of {total} windows")),
-        )
-
-    def _walk(self, ids_NS: Tensor, look: Solve, level: Level) -> None:
-        """Run windows through the dense model, block by block, and have every group of linears looked at."""
-        run = self.run
-        catcher = run.enter_blocks(ids_NS)
-        settings = run.choose(lambda exact: run.measure(catcher, ids_NS, exact), run.batch_tokens)
-        calls, hiddens = run.catch(catcher, ids_NS, settings, self._hidden(settings.hidden, 0))
-        run.release_outside()
-        for number in range(len(run.blocks)):
-            run.progress(Progress(f"searching: block {number + 1} of {len(run.blocks)}"))
-            outputs = None
-            if number + 1 < len(run.blocks):
-                outputs = HiddenStates(hiddens.keep_on, self._hidden(settings.hidden, number + 1))
-            run.read_block(number)
-            run.solve_block(number, catcher, calls, hiddens, outputs, settings.pause, look, level)
-            release(run.blocks[number])
-            if hiddens.file is not None:
-                hiddens.file.unlink()
-            if outputs is not None:
-                hiddens = outputs
-
-    def _hidden(self, where: str, number: int) -> Path | None:
-        return self.folder / f"hidden-{number:05d}" if where == "file" else None
+def candidates(recipe: Recipe, quantizer: Quantizer | None) -> list[Choice]:
+    """What a search tries for every linear, besides leaving it alone."""
+    recipe = with_methods(recipe)
+    bits_alone = [] if quantizer is None else [Choice(None, bits) for bits in quantizer.all_bits]
+    if not recipe.prune:
+        return bits_alone
+    if has_target(recipe):
+        return bits_alone + [Choice(*each) for each in (_PRUNED if quantizer is None else _BOTH)]
+    total = parse_pattern(recipe.pattern, recipe.sparsity).sparsity
+    levels = [total * x for x in _BELOW] + [total + (1 - total) * x for x in _ABOVE]
+    return [Choice(level, None if quantizer is None else quantizer.bits) for level in levels]
 
 
 def search(make_run: Callable[[Recipe], Run], recipe: Recipe, ranks: Ranks, folder: Path, attempt: Attempt) -> Recipe:
@@ -191,12 +105,7 @@ def search(make_run: Callable[[Recipe], Run], recipe: Recipe, ranks: Ranks, fold
     recipe = with_methods(recipe)
     said = None
     if ranks.first:
-        pruner = _STANDS_IN.get(recipe.prune, recipe.prune)
-        open_recipe = replace(recipe, allocation="uniform", target_size=None, max_perplexity_rise=None)
-        bare = replace(open_recipe, prune=pruner, sparsity=placeholder(recipe).sparsity, reconstruct=False, refine=None)
-        if plan(bare).needs_fisher:  # gradients of every weight, where inputs alone tell linears apart
-            bare = replace(bare, quantization=replace(bare.quantization, sensitivity="hessian"))
-        run = make_run(bare)
+        run = make_run(bare(recipe))
         said = _search(run, recipe, folder, attempt)
     return Recipe.from_dict(ranks.share(said))
 
@@ -205,7 +114,7 @@ def _search(run: Run, recipe: Recipe, folder: Path, attempt: Attempt) -> dict[st
     run.prepare()
     if recipe.allocation != "owl":
         run.check_room(
-            run.base + run.compute_dtype.itemsize * run.parameters,
+            run.dense_bytes,
             "a search",
             "search without a limit and repeat the run with --recipe OUT/secateur.json",
         )
@@ -230,31 +139,21 @@ def _choices(search: Search, ids_NS: Tensor, recipe: Recipe, attempt: Attempt) -
     run = search.run
     names = [name for name in run.names if name in run.chosen]
     weights = {name: weight_matrix(run.linear(name)).numel() for name in names}
-    bits = None
-    if recipe.quantize is not None and not has_target(recipe):
-        bits = run.plan.quantizer.bits  # type: ignore[union-attr]
+    bits = None if has_target(recipe) or run.plan.quantizer is None else run.plan.quantizer.bits
     if recipe.allocation == "owl":
         return _owl(search, ids_NS, recipe, weights, bits)
     if has_target(recipe):
         return _within(search, ids_NS, recipe, weights, attempt)
+    tried = candidates(recipe, run.plan.quantizer)
+    library = search.library(ids_NS, tried)
     if not recipe.prune:
-        library = search.library(ids_NS, _bits_alone(run))
         budget = sum(c.bytes for each in library.values() for c in each if c.choice.bits == bits)
         return _chosen(library, lambda c: c.divergence, lambda c: c.bytes, budget)
     total = parse_pattern(recipe.pattern, recipe.sparsity).sparsity
-    levels = [total * x for x in _BELOW] + [total + (1 - total) * x for x in _ABOVE]
-    library = search.library(ids_NS, [Choice(level, bits) for level in levels])
+    levels = [choice.sparsity or 0.0 for choice in tried]
     costs = [[candidate.divergence for candidate in library[name]] for name in names]
     shares = share_sparsity(levels, costs, [weights[name] for name in names], total)
     return {name: Choice(share, bits) for name, share in zip(names, shares, strict=True)}
-
-
-def _bytes_on_disk(solution: Solution) -> int:
-    return solution.report.bytes + sum(map(entry_bytes, solution.tensors()))
-
-
-def _bits_alone(run: Run) -> list[Choice]:
-    return [] if run.plan.quantizer is None else [Choice(None, bits) for bits in run.plan.quantizer.all_bits]
 
 
 def _owl(
@@ -280,9 +179,6 @@ def _within(
 ) -> dict[str, Choice]:
     """What reaches the target of a recipe."""
     run = search.run
-    choices = _bits_alone(run)
-    if recipe.prune:
-        choices += [Choice(*each) for each in _BOTH] if recipe.quantize is not None else map(Choice, _PRUNED)
     itemsize = (run.plan.dtype or run.source.dtype).itemsize
     outside = run.bytes_outside(itemsize)
     dense = outside + itemsize * sum(weights.values())
@@ -291,24 +187,24 @@ def _within(
         raise UsageError(
             f"--target-size {recipe.target_size} is {words(target)}, which the dense model of {words(dense)} does not exceed"
         )
-    library = search.library(ids_NS, choices)
+    room = None if target is None else target - outside
+    library = search.library(ids_NS, candidates(recipe, run.plan.quantizer), room)
     library = {
         name: [*each, Candidate(Choice(), itemsize * weights[name] + entry_bytes(f"{name}.weight"), 0.0)]
         for name, each in library.items()
     }
     if not recipe.quantize:
         library = {name: _finer(each) for name, each in library.items()}
-    if target is None:
+    if target is None or room is None:
         return _within_rise(search, ids_NS, recipe, library, attempt)
-    budget = target - outside
     least = sum(min(c.bytes for c in each) for each in library.values())
-    if least > budget:
-        smallest = target - budget + least
+    if least > room:
+        smallest = outside + least
         raise UsageError(
             f"--target-size {recipe.target_size} is {words(target)}: the smallest that these methods reach is "
             f"{words(smallest)} ({smallest / dense:.3f}x), of which {words(outside)} is not compressed"
         )
-    return _chosen(library, lambda c: c.divergence, lambda c: c.bytes, budget)
+    return _chosen(library, lambda c: c.divergence, lambda c: c.bytes, room)
 
 
 def _within_rise(
@@ -327,7 +223,7 @@ def _within_rise(
     dense_loss = measure(model, held_NS).loss
     del model
     best, least, allowed = None, math.inf, limit
-    for number in range(1, _ATTEMPTS + 1):
+    for number in range(1, ATTEMPTS + 1):
         linears = _chosen(library, lambda c: c.bytes, lambda c: c.divergence, allowed)
         if all(choice == Choice() for choice in linears.values()):
             break

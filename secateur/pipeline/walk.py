@@ -21,7 +21,7 @@ from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.structure import Linear
 
-Solve = Callable[[list[str], InputStats], None]
+Solve = Callable[[list[str], InputStats], object]
 
 
 @dataclass(frozen=True)

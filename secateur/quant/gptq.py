@@ -119,19 +119,17 @@ def carry_error(
     Raises:
         ValueError: the statistics are not finite.
     """
-    gram_II = stats.gram()
-    falling_I = gram_II.diagonal().argsort(descending=True, stable=True)
+    falling_I = stats.upper().diagonal().argsort(descending=True, stable=True)
     keep_OI, guide_OI = (None, W_OI) if pruned is None else (pruned.keep_OI, pruned.W_OI)
     order_I = None
     if order == "permuted":
         order_I = falling_I
-        W_OI, guide_OI, gram_II = W_OI[:, order_I], guide_OI[:, order_I], gram_II[order_I][:, order_I]
+        W_OI, guide_OI = W_OI[:, order_I], guide_OI[:, order_I]
         keep_OI = None if keep_OI is None else keep_OI[:, order_I]
-    swept_I = falling_I if order == "activation" else torch.arange(len(gram_II), device=gram_II.device)
-    if order == "activation":
-        gram_II = gram_II[swept_I][:, swept_I]
-    U_II, used = inverse_cholesky(gram_II, damping)
-    del gram_II
+    swept_I = falling_I if order == "activation" else torch.arange(stats.features, device=W_OI.device)
+    natural = order == "natural"
+    key = ("inverse", damping) if natural else ("inverse", damping, "falling")
+    U_II, used = stats.once(key, lambda: inverse_cholesky(_ordered(stats, None if natural else falling_I), damping))
     pivot_I = torch.empty_like(U_II[0]).index_copy_(0, swept_I, U_II.diagonal())
 
     limit_O = None
@@ -161,6 +159,11 @@ def carry_error(
             weight = replace(weight, outliers=Outliers.of(difference_OI, outlier_OI, grid.half))
         found.append(replace(weight, dtype=dtype))
     return found
+
+
+def _ordered(stats: InputStats, order_I: Tensor | None) -> Tensor:
+    """The Gram matrix with its inputs in an order, as `inverse_cholesky` reads it."""
+    return stats.upper() if order_I is None else stats.gram()[order_I][:, order_I]
 
 
 class _Rounding:

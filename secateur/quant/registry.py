@@ -27,6 +27,11 @@ class Quantizer(Protocol):
     """What `bits` may be, rising."""
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+        ...
+
+    @property
     def level(self) -> Level:
         """The least statistics of the inputs that it works from."""
         ...

@@ -47,6 +47,11 @@ RECIPES = {
     "squeezellm 4 bits": secateur.Recipe(quantize="squeezellm"),
     "sparsegpt 50 % and gptq 4 bits": secateur.Recipe(prune="sparsegpt", sparsity=0.5, quantize="gptq"),
 }
+# These look for what is best for each linear.
+SEARCHES = {
+    "sparsegpt 50 %, searched": secateur.Recipe(prune="sparsegpt", sparsity=0.5, allocation="search"),
+    "target size 0.35x": secateur.Recipe(target_size="0.35x"),
+}
 
 
 def run(model: Path, out: Path, recipe: secateur.Recipe, device: str, samples: int) -> tuple[float, float]:
@@ -129,8 +134,8 @@ def main() -> None:
             run(tiny, args.work / device, recipe, device, 16)
         return f"{agreement(args.work / 'cpu', args.work / 'cuda'):.4%}"
 
-    def cost(recipe: secateur.Recipe) -> str:
-        seconds, memory = run(large, args.work / "out", recipe, "cuda", 128)
+    def cost(recipe: secateur.Recipe, samples: int = 128) -> str:
+        seconds, memory = run(large, args.work / "out", recipe, "cuda", samples)
         return f"{seconds:.1f} s, {memory:.2f} GiB of GPU memory"
 
     def read_ahead(recipe: secateur.Recipe) -> str:
@@ -154,6 +159,8 @@ def main() -> None:
     make_model(large, "1.5b", torch.bfloat16)
     for name, recipe in RECIPES.items():
         report(f"{name}: 1.5 B, 128 × 512 tokens", lambda recipe=recipe: cost(recipe))
+    for name, recipe in SEARCHES.items():
+        report(f"{name}: 1.5 B, 32 × 512 tokens", lambda recipe=recipe: cost(recipe, 32))
     report(
         "sparsegpt 50 %: the next block read ahead, 1.5 B, 32 × 512 tokens",
         lambda: read_ahead(RECIPES["sparsegpt 50 %"]),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import secateur
 from secateur import Calibration, Choice, Quantization, Recipe, UsageError
 from secateur.calibration.effects import gather_effects
+from secateur.pipeline import library
 from secateur.pipeline.goals import parse_rise, parse_target
 from secateur.pipeline.plan import plan
 from secateur.prune.allocation import choose, outlier_share, owl, share_sparsity
@@ -346,6 +347,64 @@ def test_linears_for_which_nothing_is_chosen_are_left_alone(base, model_of, tmp_
         load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"],
         load_file(model / "model.safetensors")[f"{name}.weight"],
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "slack"),
+    [
+        ({"prune": "sparsegpt", "sparsity": 0.5, "allocation": "search"}, 0.05),
+        ({"prune": "magnitude", "sparsity": 0.5, "allocation": "owl"}, 0.05),
+        ({"quantize": "squeezellm", "allocation": "search"}, 0.05),
+        ({"target_size": "0.7x"}, 0.05),
+        ({"quantize": "rtn", "max_perplexity_rise": "20%"}, 1.0),
+    ],
+    ids=str,
+)
+def test_the_search_is_foretold(options, slack, base, model_of, tmp_path):
+    model = str(model_of("llama"))
+    recipe = Recipe(**options, calibration=base.calibration)
+    told = secateur.forecast(model, recipe, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    report = secateur.compress(model, tmp_path / "out", recipe)
+    assert set(report.phases) == set(told.seconds)
+    assert min(report.phases["searching"], told.seconds["searching"]) > 0
+    assert told.disk == pytest.approx(report.bytes, rel=slack)
+    assert told.disk >= 0.95 * report.bytes
+
+
+def test_of_a_size_only_what_is_near_is_tried(base, model_of, tmp_path, monkeypatch):
+    tried = {}
+
+    def solve(plan, problems, stats):
+        shares = plan.pruning.pattern.sparsity if plan.pruning else None, plan.quantizer and plan.quantizer.bits
+        tried.setdefault(problems[0].name, []).append(shares)
+        return whole(plan, problems, stats)
+
+    whole = library.solve
+    monkeypatch.setattr(library, "solve", solve)
+    model = str(model_of("llama"))
+    secateur.compress(model, tmp_path / "out", Recipe(calibration=base.calibration, target_size="0.9x"))
+    first, *others = tried.values()
+    assert len(first) == 10
+    # More than 8 bits a weight: bits alone, and of what is pruned and quantized the two largest.
+    assert others
+    for each in others:
+        assert each == [(None, 2), (None, 3), (None, 4), (None, 8), (0.5, 4), (0.5, 3)]
+
+
+def test_what_was_chosen_is_shown(says, text_file, model_of, tmp_path):
+    options = ["--calibration", text_file, "--samples", 8, "--seq-len", 32]
+    chosen = ["--prune", "wanda", "--sparsity", 0.5, "--allocation", "owl"]
+    code, _, err = says("compress", model_of("llama"), tmp_path / "out", *chosen, *options)
+    assert code == 0
+    lines = err[err.index("removed, and bits per weight, of each linear") :].splitlines()
+    assert lines[1].split() == ["block", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down"))]
+    for number in (0, 1):
+        words = lines[2 + number].split()
+        assert words[0] == str(number)
+        assert [float(word.rstrip("%")) for word in words[1::2]] == pytest.approx([50] * 7, abs=10)
+    code, _, err = says("compress", model_of("llama"), tmp_path / "plain", *chosen[:-2], *options)
+    assert "of each linear" not in err
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

@@ -19,7 +19,7 @@ from secateur.calibration.effects import LABELS
 from secateur.calibration.stats import Level
 from secateur.formats.writer import SHARD_BYTES
 from secateur.pipeline.compress import put_together
-from secateur.pipeline.goals import is_open
+from secateur.pipeline.goals import is_open, parse_target
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.library import NEAR, TOKENS, Search
 from secateur.pipeline.load import open_device
@@ -29,7 +29,7 @@ from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run
-from secateur.pipeline.search import ATTEMPTS, bare, candidates
+from secateur.pipeline.search import ATTEMPTS, bare, candidates, dense_bytes
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import weight_matrix
 from secateur.pipeline.verify import verify
@@ -138,6 +138,10 @@ def forecast(
                 searching += ATTEMPTS * sum(seconds.values())
             seconds = {"searching": searching, **seconds}
             host = max(host, whole)
+            if recipe.target_size is not None:
+                disk = parse_target(recipe.target_size).of(dense_bytes(run_alone))
+            elif recipe.max_perplexity_rise is not None:
+                disk = dense_bytes(run_alone)  # at most
         waiting = (3 if settings.hidden == "file" else 2) * need.tokens * need.hidden
         fisher = run.partial.fisher_file.stat().st_size if run.fisher is not None else 0
         return Forecast(
@@ -194,7 +198,8 @@ def _search(run: Run, recipe: Recipe) -> tuple[float, int, int]:
     dense = recipe.allocation == "owl"  # it only looks at the dense model
     tried = [] if dense else candidates(recipe, run.plan.quantizer)
     if recipe.target_size is not None:
-        tried = tried[: 2 * NEAR]
+        both = [choice for choice in tried if choice.sparsity is not None and choice.bits is not None]
+        tried = [choice for choice in tried if choice not in both[2 * NEAR :]]
     Search(run, run.partial.folder).rehearse(few_NS, tried)
     spent = {phase: seconds * len(run.blocks) / len(few_NS) for phase, seconds in run.clock.seconds.items()}
     if dense:
@@ -206,7 +211,7 @@ def _search(run: Run, recipe: Recipe) -> tuple[float, int, int]:
     # long, and a product with the weights for each candidate.
     whole = run.parameters / sum(O * I for O, I in shapes)
     seconds += TOKENS / ids_NS.shape[1] * ((1 + 2 * LABELS) * whole + len(tried)) * spent["forward"]
-    return seconds, run.dense_bytes, 2 * TOKENS * sum(LABELS * O + I for O, I in shapes)
+    return seconds, run.dense_memory, 2 * TOKENS * sum(LABELS * O + I for O, I in shapes)
 
 
 def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:

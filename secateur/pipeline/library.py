@@ -26,8 +26,8 @@ from secateur.recipe import Choice
 
 # Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
 TOKENS, _WINDOW = 2048, 256
-# Candidates on either side of the mean size that are tried where there is one.
-NEAR = 3
+# Candidates, pruned and quantized, on either side of the mean size that are tried where there is one.
+NEAR = 2
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,18 @@ class Search:
         self._walk(ids_NS, lambda names, stats: self._solved(names, stats, choices), self._level, blocks=1)
 
     def _near(self, found: Library, room: int) -> list[Choice]:
-        """The candidates whose sizes are next to the mean that there is room for, as the first linear has them."""
+        """The candidates without those pruned and quantized that are far from the mean size there is room for.
+
+        They take longest to solve. What sizes are is known from the first linear.
+        """
         name, first = next(iter(found.items()))
         of_all = sum(weight_matrix(self.run.linear(each)).numel() for each in self.run.chosen)
         mean = room * weight_matrix(self.run.linear(name)).numel() / of_all
-        by_size = sorted(first, key=lambda candidate: candidate.bytes)
-        over = sum(candidate.bytes <= mean for candidate in by_size)
-        return [candidate.choice for candidate in by_size[max(0, over - NEAR) : over + NEAR]]
+        both = [c for c in first if c.choice.sparsity is not None and c.choice.bits is not None]
+        both.sort(key=lambda candidate: candidate.bytes)
+        under = sum(candidate.bytes <= mean for candidate in both)
+        far = both[: max(0, under - NEAR)] + both[under + NEAR :]
+        return [candidate.choice for candidate in first if candidate not in far]
 
     @property
     def _level(self) -> Level:

@@ -223,14 +223,14 @@ class Run:
         )
         if not (sampled or self.plan.needs_fisher):
             return 0
-        size = self.dense_bytes
+        size = self.dense_memory
         if self.plan.needs_fisher:
             linears = [weight_matrix(self.model.get_submodule(name)) for name in self.chosen]
             size += 4 * (sum(W.numel() for W in linears) + max(W.numel() for W in linears))
         return size
 
     @property
-    def dense_bytes(self) -> int:
+    def dense_memory(self) -> int:
         """The memory that the process takes with the dense model in it."""
         return self.base + self.compute_dtype.itemsize * self.parameters
 

@@ -114,7 +114,7 @@ def _search(run: Run, recipe: Recipe, folder: Path, attempt: Attempt) -> dict[st
     run.prepare()
     if recipe.allocation != "owl":
         run.check_room(
-            run.dense_bytes,
+            run.dense_memory,
             "a search",
             "search without a limit and repeat the run with --recipe OUT/secateur.json",
         )
@@ -156,6 +156,13 @@ def _choices(search: Search, ids_NS: Tensor, recipe: Recipe, attempt: Attempt) -
     return {name: Choice(share, bits) for name, share in zip(names, shares, strict=True)}
 
 
+def dense_bytes(run: Run) -> int:
+    """The size of the files of the dense model in the dtype that a run writes."""
+    itemsize = (run.plan.dtype or run.source.dtype).itemsize
+    weights = sum(weight_matrix(run.linear(name)).numel() for name in run.chosen)
+    return run.bytes_outside(itemsize) + itemsize * weights
+
+
 def _owl(
     search: Search, ids_NS: Tensor, recipe: Recipe, weights: Mapping[str, int], bits: int | None
 ) -> dict[str, Choice]:
@@ -180,8 +187,8 @@ def _within(
     """What reaches the target of a recipe."""
     run = search.run
     itemsize = (run.plan.dtype or run.source.dtype).itemsize
-    outside = run.bytes_outside(itemsize)
-    dense = outside + itemsize * sum(weights.values())
+    dense = dense_bytes(run)
+    outside = dense - itemsize * sum(weights.values())
     target = None if recipe.target_size is None else parse_target(recipe.target_size).of(dense)
     if target is not None and target >= dense:
         raise UsageError(

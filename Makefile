@@ -42,6 +42,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.evaluation --text $(TEXT)
 	$(BIN)/python -m benchmarks.sweep --text $(TEXT)
+	$(BIN)/python -m benchmarks.allocation --text $(TEXT) --part sparsity
+	$(BIN)/python -m benchmarks.allocation --text $(TEXT) --part size
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-out

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import secateur
 from secateur import Calibration, Choice, Quantization, Recipe, UsageError
@@ -238,7 +239,7 @@ def test_a_target_that_cannot_be_met_says_the_smallest_size_that_can(base, model
         secateur.compress(model, tmp_path / "other", Recipe(calibration=base.calibration, target_size="1TB"))
 
 
-def test_a_rise_in_perplexity_is_kept(base, model_of, tmp_path):
+def test_a_rise_in_perplexity_is_kept(base, text_file, model_of, tmp_path):
     model = str(model_of("llama"))
     recipe = Recipe(quantize="gptq", calibration=base.calibration, max_perplexity_rise="2%")
     stages = []
@@ -247,10 +248,13 @@ def test_a_rise_in_perplexity_is_kept(base, model_of, tmp_path):
     assert measured
     assert min(measured) <= 2
     assert report.bytes < report.source_bytes
-    with pytest.raises(
-        UsageError, match=r"--max-perplexity-rise 0.0000001% cannot be kept|nothing is left to compress"
-    ):
-        secateur.compress(model, tmp_path / "other", replace(recipe, max_perplexity_rise="0.0000001%"))
+    hard = replace(recipe, max_perplexity_rise="0.0000001%")
+    with pytest.raises(UsageError, match=r"--max-perplexity-rise 0.0000001% cannot be kept .*: (more is|the least)"):
+        secateur.compress(model, tmp_path / "other", hard)
+    tokens = len(AutoTokenizer.from_pretrained(model)(text_file.read_text(encoding="utf-8"))["input_ids"])
+    many = replace(recipe, calibration=replace(recipe.calibration, samples=tokens // 32))
+    with pytest.raises(UsageError, match=r"measures on \d+ windows besides those of --samples: .* gives \d+ tokens"):
+        secateur.compress(model, tmp_path / "other", many)
 
 
 def test_a_resumed_run_does_not_search_again(base, model_of, tmp_path):
@@ -375,10 +379,10 @@ def test_the_search_is_foretold(options, slack, base, model_of, tmp_path):
 def test_of_a_size_only_what_is_near_is_tried(base, model_of, tmp_path, monkeypatch):
     tried = {}
 
-    def solve(plan, problems, stats):
+    def solve(plan, problems, stats, pruned):
         shares = plan.pruning.pattern.sparsity if plan.pruning else None, plan.quantizer and plan.quantizer.bits
         tried.setdefault(problems[0].name, []).append(shares)
-        return whole(plan, problems, stats)
+        return whole(plan, problems, stats, pruned)
 
     whole = library.solve
     monkeypatch.setattr(library, "solve", solve)

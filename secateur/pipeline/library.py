@@ -16,10 +16,11 @@ from secateur.formats.writer import entry_bytes
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run
-from secateur.pipeline.solve import Solution, solve
+from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.pipeline.structure import weight_matrix
 from secateur.pipeline.walk import Solve
 from secateur.pipeline.weights import release
+from secateur.prune import Pruned
 from secateur.prune.allocation import outlier_share
 from secateur.prune.wanda import wanda_score
 from secateur.recipe import Choice
@@ -126,8 +127,16 @@ class Search:
     def _solved(self, names: list[str], stats: InputStats, choices: list[Choice]) -> list[list[Solution]]:
         """For each choice the solutions of linears of one input."""
         problems = [self.run.problem(name, self.run.linear(name), None) for name in names]
+        W_OI, sizes = stacked(problems)
+        pruned: dict[float | None, Pruned | None] = {}
+        found = []
         with self.run.clock("solving"):
-            return [solve(self.run.plan.of(choice), problems, stats)[0] for choice in choices]
+            for choice in choices:
+                plan = self.run.plan.of(choice)
+                if choice.sparsity not in pruned:  # one mask for several bits
+                    pruned[choice.sparsity] = prune(plan, W_OI, stats, sizes)
+                found.append(solve(plan, problems, stats, pruned[choice.sparsity])[0])
+        return found
 
     def _effects(self, ids_NS: Tensor) -> Effects:
         run = self.run

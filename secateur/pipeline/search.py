@@ -195,6 +195,8 @@ def _within(
             f"--target-size {recipe.target_size} is {words(target)}, which the dense model of {words(dense)} does not exceed"
         )
     room = None if target is None else target - outside
+    # Whether there are any is to be known before the search.
+    held_NS = _unseen(run, ids_NS) if target is None else None
     library = search.library(ids_NS, candidates(recipe, run.plan.quantizer), room)
     library = {
         name: [*each, Candidate(Choice(), itemsize * weights[name] + entry_bytes(f"{name}.weight"), 0.0)]
@@ -202,8 +204,10 @@ def _within(
     }
     if not recipe.quantize:
         library = {name: _finer(each) for name, each in library.items()}
-    if target is None or room is None:
-        return _within_rise(search, ids_NS, recipe, library, attempt)
+    if held_NS is not None:
+        return _within_rise(search, held_NS, recipe, library, attempt)
+    assert room is not None
+    assert target is not None
     least = sum(min(c.bytes for c in each) for each in library.values())
     if least > room:
         smallest = outside + least
@@ -215,7 +219,7 @@ def _within(
 
 
 def _within_rise(
-    search: Search, ids_NS: Tensor, recipe: Recipe, library: Library, attempt: Attempt
+    search: Search, held_NS: Tensor, recipe: Recipe, library: Library, attempt: Attempt
 ) -> dict[str, Choice]:
     """The smallest that was found with perplexity risen by so much at most, on windows of the same text that nothing else saw.
 
@@ -225,7 +229,6 @@ def _within_rise(
     run = search.run
     assert recipe.max_perplexity_rise is not None
     limit = math.log1p(parse_rise(recipe.max_perplexity_rise))
-    held_NS = _unseen(run, ids_NS)
     model = run.load_whole()
     dense_loss = measure(model, held_NS).loss
     del model
@@ -252,23 +255,31 @@ def _within_rise(
         # Less than in proportion where it was too much: it is to be enough at once.
         allowed *= min(max((0.97 if risen <= limit else 0.9) * limit / max(risen, 1e-9), 0.1), 4.0)
     if best is None:
+        found = (
+            f"the least that was measured is {math.expm1(least):.2%}"
+            if least < math.inf
+            else "more is expected of each that they do to any linear"
+        )
         raise UsageError(
-            f"--max-perplexity-rise {recipe.max_perplexity_rise} cannot be kept with these methods: the least that was "
-            f"measured is {math.expm1(least):.2%}; give more, or other methods"
+            f"--max-perplexity-rise {recipe.max_perplexity_rise} cannot be kept with these methods: {found}; "
+            "give more, or other methods"
         )
     return best
 
 
 def _unseen(run: Run, ids_NS: Tensor) -> Tensor:
     """Windows of the calibration text that are not among those for calibration."""
-    wanted = replace(run.recipe.calibration, samples=len(ids_NS) + max(_LEAST_UNSEEN, len(ids_NS) // 4))
-    more_NS, _ = calibration_ids(run.source, wanted, run.device, lambda step: run.progress(Progress(step)))
+    count = max(_LEAST_UNSEEN, len(ids_NS) // 4)
+    wanted = replace(run.recipe.calibration, samples=len(ids_NS) + count)
+    purpose = f"--max-perplexity-rise measures on {count} windows besides those of --samples"
+    try:
+        more_NS, _ = calibration_ids(run.source, wanted, run.device, lambda step: run.progress(Progress(step)))
+    except UsageError as error:
+        raise UsageError(f"{purpose}: {error}") from error
     seen = {tuple(row) for row in ids_NS.tolist()}
     unseen = [row for row in more_NS.tolist() if tuple(row) not in seen]
     if not unseen:
-        raise UsageError(
-            "--max-perplexity-rise measures on windows that nothing else saw, and the text has none: give more text"
-        )
+        raise UsageError(f"{purpose}, and the text only repeats them: give other text")
     return torch.tensor(unseen)
 
 

@@ -85,8 +85,13 @@ class Solution:
         return cls(LinearReport(**fields), parts, entry)
 
 
-def solve(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> tuple[list[Solution], list[str]]:
+def solve(
+    plan: Plan, problems: Sequence[Problem], stats: InputStats, pruned: Pruned | None = None
+) -> tuple[list[Solution], list[str]]:
     """Solve linears that read the same input as one matrix.
+
+    Args:
+        pruned: what `prune` makes of them, where that is known.
 
     Returns:
         Their solutions in the same order, and what the user should know.
@@ -94,11 +99,11 @@ def solve(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> tuple[l
     Raises:
         SecateurError: a solved weight overflows the dtype that it is to be written in.
     """
-    W_OI = torch.cat([problem.W_OI.float() for problem in problems])
-    sizes = [len(problem.W_OI) for problem in problems]
+    W_OI, sizes = stacked(problems)
     dtype = plan.dtype or problems[0].dtype
     notes: list[str] = []
-    pruned = _prune(plan, W_OI, stats, sizes)
+    if pruned is None:
+        pruned = prune(plan, W_OI, stats, sizes)
     if pruned is not None:
         notes += pruned.notes
     solved: Sequence[Tensor | Quantized]
@@ -115,7 +120,13 @@ def solve(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> tuple[l
     return solutions, [f"{names}: {note}" for note in notes]
 
 
-def _prune(plan: Plan, W_OI: Tensor, stats: InputStats, sizes: list[int]) -> Pruned | None:
+def stacked(problems: Sequence[Problem]) -> tuple[Tensor, list[int]]:
+    """The weights of linears one below the other, in float32, and how many rows each has."""
+    return torch.cat([problem.W_OI.float() for problem in problems]), [len(problem.W_OI) for problem in problems]
+
+
+def prune(plan: Plan, W_OI: Tensor, stats: InputStats, sizes: list[int]) -> Pruned | None:
+    """The first half of `solve`: weights as `stacked` gives them, pruned; None where nothing is to be."""
     if plan.pruning is None:
         return None
     pruner, refiner, pattern = plan.pruning.pruner, plan.pruning.refiner, plan.pruning.pattern

@@ -147,7 +147,7 @@ def _dither(model: Any) -> None:
             group_G32 = module.weight.data.view(-1, 32)
             step_G1 = (group_G32.amax(1, keepdim=True) - group_G32.amin(1, keepdim=True)) / 15
             noise_G32 = torch.rand(group_G32.shape, generator=draw) - 0.5
-            module.weight.data = (group_G32 + noise_G32 * step_G1 / 2).view_as(module.weight)
+            module.weight.data = (group_G32 + noise_G32 * step_G1 / 2).view_as(module.weight).to(module.weight.dtype)
 
 
 def split_text(text: Path, work: Path, model: Path) -> tuple[Path, Path]:

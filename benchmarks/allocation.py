@@ -88,7 +88,7 @@ def _measured(model: Path, calibration: Path, texts: dict[str, Path], args: Any,
     try:
         report = compress(model, out, shlex.split(options), calibration, args.threads)
     except SystemExit as error:
-        found = {"options": options, "refused": str(error).strip().splitlines()[-1]}
+        found = {"options": options, "refused": str(error).partition(" failed: ")[2].strip()}
     else:
         weights = sum(linear["shape"][0] * linear["shape"][1] for linear in report["linears"])
         found = {

@@ -20,6 +20,7 @@ from secateur.calibration.effects import gather_effects
 from secateur.pipeline import library
 from secateur.pipeline.goals import parse_rise, parse_target
 from secateur.pipeline.plan import plan
+from secateur.pipeline.run import Run
 from secateur.prune.allocation import choose, outlier_share, owl, share_sparsity
 
 quickly = settings(max_examples=60, deadline=None)
@@ -374,6 +375,18 @@ def test_the_search_is_foretold(options, slack, base, model_of, tmp_path):
     assert min(report.phases["searching"], told.seconds["searching"]) > 0
     assert told.disk == pytest.approx(report.bytes, rel=slack)
     assert told.disk >= 0.95 * report.bytes
+
+
+@pytest.mark.parametrize(
+    "run", [secateur.compress, lambda model, out, *args, **options: secateur.forecast(model, *args, **options)]
+)
+def test_a_search_keeps_to_the_memory(run, base, model_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "dense_memory", 10**15)
+    recipe = replace(base, allocation="search")
+    with pytest.raises(UsageError, match=r"a search loads the model as a whole, and --max-memory .* give .* or search"):
+        run(str(model_of("llama")), tmp_path / "out", recipe, max_memory="20GiB")
+    assert not (tmp_path / "out").exists()
+    run(str(model_of("llama")), tmp_path / "out", replace(base, allocation="owl"), max_memory="20GiB")
 
 
 def test_of_a_size_only_what_is_near_is_tried(base, model_of, tmp_path, monkeypatch):

@@ -110,14 +110,16 @@ def search(make_run: Callable[[Recipe], Run], recipe: Recipe, ranks: Ranks, fold
     return Recipe.from_dict(ranks.share(said))
 
 
+def check_memory(run: Run, recipe: Recipe) -> None:
+    """Raise UsageError where a search needs the model in memory as a whole, and there is a limit that is less."""
+    if recipe.allocation != "owl":
+        instead = "search without a limit and repeat the run with --recipe OUT/secateur.json"
+        run.check_room(run.dense_memory, "a search", instead)
+
+
 def _search(run: Run, recipe: Recipe, folder: Path, attempt: Attempt) -> dict[str, Any]:
     run.prepare()
-    if recipe.allocation != "owl":
-        run.check_room(
-            run.dense_memory,
-            "a search",
-            "search without a limit and repeat the run with --recipe OUT/secateur.json",
-        )
+    check_memory(run, recipe)
     ids_NS, settings = run.calibration_windows()
     recipe = replace(recipe, calibration=settings)
     identity = [recipe.to_dict(), run.source.hashes, hash_of(ids_NS), versions(), torch.get_num_threads()]

@@ -27,8 +27,10 @@ from secateur.recipe import Choice
 
 # Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
 TOKENS, _WINDOW = 2048, 256
-# Candidates, pruned and quantized, on either side of the mean size that are tried where there is one.
+# Candidates, pruned and quantized, on either side of the mean size that are tried where there is one; and how many times as
+# large or small as the mean a candidate may be.
 NEAR = 2
+_FAR = 3
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,19 @@ class Search:
         self._walk(ids_NS, lambda names, stats: self._solved(names, stats, choices), self._level, blocks=1)
 
     def _near(self, found: Library, room: int) -> list[Choice]:
-        """The candidates without those pruned and quantized that are far from the mean size there is room for.
+        """The candidates whose size is not far from the mean that there is room for, or the two smallest.
 
-        They take longest to solve. What sizes are is known from the first linear.
+        Those pruned and quantized take longest to solve: of them there are fewer. What sizes are, the first linear tells.
         """
         name, first = next(iter(found.items()))
         of_all = sum(weight_matrix(self.run.linear(each)).numel() for each in self.run.chosen)
         mean = room * weight_matrix(self.run.linear(name)).numel() / of_all
-        both = [c for c in first if c.choice.sparsity is not None and c.choice.bits is not None]
-        both.sort(key=lambda candidate: candidate.bytes)
+        by_size = sorted(first, key=lambda candidate: candidate.bytes)
+        both = [c for c in by_size if c.choice.sparsity is not None and c.choice.bits is not None]
         under = sum(candidate.bytes <= mean for candidate in both)
-        far = both[: max(0, under - NEAR)] + both[under + NEAR :]
-        return [candidate.choice for candidate in first if candidate not in far]
+        far = [*both[: max(0, under - NEAR)], *both[under + NEAR :]]
+        near = [c.choice for c in first if c not in far and mean / _FAR <= c.bytes <= mean * _FAR]
+        return near or [candidate.choice for candidate in by_size[:2]]
 
     @property
     def _level(self) -> Level:

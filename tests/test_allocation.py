@@ -22,6 +22,7 @@ from secateur.pipeline import library
 from secateur.pipeline.goals import parse_rise, parse_target
 from secateur.pipeline.plan import plan
 from secateur.pipeline.run import Run
+from secateur.pipeline.search import _next
 from secateur.prune.allocation import choose, outlier_share, owl, share_sparsity
 
 quickly = settings(max_examples=60, deadline=None)
@@ -257,6 +258,15 @@ def test_a_rise_in_perplexity_is_kept(base, text_file, model_of, tmp_path):
     many = replace(recipe, calibration=replace(recipe.calibration, samples=tokens // 32))
     with pytest.raises(UsageError, match=r"measures on \d+ windows besides those of --samples: .* gives \d+ tokens"):
         secateur.compress(model, tmp_path / "other", many)
+
+
+def test_what_to_allow_next_is_in_proportion_or_between():
+    assert _next(0.03, (0.02, 0.01), None) == pytest.approx(0.06)
+    assert _next(0.03, None, (0.02, 0.06)) == pytest.approx(0.01)
+    assert _next(0.03, (0.02, 0.01), (0.06, 0.05)) == pytest.approx(0.04)
+    # Never by leaps: what was measured on few windows may be nothing.
+    assert _next(0.03, (0.02, -0.001), None) == pytest.approx(0.08)
+    assert _next(0.03, None, (0.02, 9.0)) == pytest.approx(0.002)
 
 
 def test_a_resumed_run_does_not_search_again(base, model_of, tmp_path):

@@ -44,8 +44,9 @@ _BELOW, _ABOVE = (1 / 3, 2 / 3, 1.0), (0.25, 0.5, 0.75)
 # What a target is reached with besides bits alone: sparsity with bits, and sparsity.
 _BOTH = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.75, 2), (0.9, 3))
 _PRUNED = tuple((sparsity, None) for sparsity in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9))
-# Models that are made to find how much a perplexity may be expected to rise, and what share of the rise allowed is enough.
-ATTEMPTS, _ENOUGH = 4, 0.8
+# Models that are made to find how much a perplexity may be expected to rise; what share of the rise allowed is enough, and
+# what share is aimed at.
+ATTEMPTS, _ENOUGH, _AIM = 4, 0.8, 0.9
 _LEAST_UNSEEN = 8
 # A pruner that takes many times as long stands back for this one in the library: what is compared is how linears differ.
 _STANDS_IN = {"alps": "sparsegpt"}
@@ -235,10 +236,14 @@ def _within_rise(
     dense_loss = measure(model, held_NS).loss
     del model
     best, least, allowed = None, math.inf, limit
+    made: list[dict[str, Choice]] = []
+    good: tuple[float, float] | None = None
+    bad: tuple[float, float] | None = None
     for number in range(1, ATTEMPTS + 1):
         linears = _chosen(library, lambda c: c.bytes, lambda c: c.divergence, allowed)
-        if all(choice == Choice() for choice in linears.values()):
+        if linears in made or all(choice == Choice() for choice in linears.values()):
             break
+        made.append(linears)
         run.progress(Progress(f"making model {number} to measure its perplexity"))
         folder = search.folder / "attempt"
         attempt(replace(recipe, linears=linears), folder)
@@ -249,13 +254,12 @@ def _within_rise(
         run.progress(Progress(f"model {number}: perplexity {math.expm1(risen):+.2%} on text that it was not made with"))
         least = min(least, risen)
         if risen <= limit:
-            best = linears
+            best, good = linears, (allowed, risen)
             if risen > _ENOUGH * limit:
                 break
-        elif best is not None:
-            break
-        # Less than in proportion where it was too much: it is to be enough at once.
-        allowed *= min(max((0.97 if risen <= limit else 0.9) * limit / max(risen, 1e-9), 0.1), 4.0)
+        else:
+            bad = (allowed, risen)
+        allowed = _next(_AIM * limit, good, bad)
     if best is None:
         found = (
             f"the least that was measured is {math.expm1(least):.2%}"
@@ -267,6 +271,18 @@ def _within_rise(
             "give more, or other methods"
         )
     return best
+
+
+def _next(aim: float, good: tuple[float, float] | None, bad: tuple[float, float] | None) -> float:
+    """What to allow for a rise that is aimed at: in proportion to what one model has shown, or between what two have.
+
+    Args:
+        good, bad: what was allowed and how much the loss rose then: the most that was kept to, and the least that was too much.
+    """
+    if good is not None and bad is not None:
+        return good[0] + (aim - good[1]) / (bad[1] - good[1]) * (bad[0] - good[0])
+    allowed, risen = good or bad or (aim, aim)
+    return allowed * min(max(aim / max(risen, 1e-9), 0.1), 4.0)
 
 
 def _unseen(run: Run, ids_NS: Tensor) -> Tensor:

@@ -543,9 +543,13 @@ def test_what_nobody_foresaw_is_one_line_too(fails, says, model_of, tmp_path, mo
     assert fails(1, *args) == "RuntimeError: first line second [line] (run again with --debug for details)"
 
 
-# A method that takes its time, so that the signal finds the walk half way.
+# A method that takes its time, so that the signal finds the walk half way. What a shell starts behind its back has SIGINT
+# ignored, and so have its children, the tests among them.
 _SLOW = """
+    import signal
     import time
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from secateur import cli
     from secateur.calibration.stats import Level
     from secateur.prune import PRUNERS

@@ -289,6 +289,21 @@ def test_a_resumed_run_does_not_search_again(base, model_of, tmp_path):
     assert whole.recipe == Recipe.read(tmp_path / "out" / "secateur.json").to_dict()
 
 
+def test_a_run_that_made_models_and_computed_gradients_is_resumed(base, model_of, tmp_path):
+    model = str(model_of("llama"))
+    recipe = Recipe(quantize="squeezellm", calibration=base.calibration, max_perplexity_rise="20%")
+
+    def stop(step):
+        if step.stage == "compressing" and step.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        secateur.compress(model, tmp_path / "out", recipe, progress=stop)
+    secateur.compress(model, tmp_path / "out", recipe, resume=True)
+    secateur.compress(model, tmp_path / "whole", recipe)
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

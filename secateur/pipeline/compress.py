@@ -92,7 +92,7 @@ def compress(
                     device=str(ranks.device),
                     batch_tokens=batch_tokens,
                     verify=False,
-                    shared=Shared(source, partial.folder) if shared is None else shared,
+                    shared=Shared(source, folder.parent) if shared is None else shared,
                 ),
             )
             resolved, searching = plan(recipe), time.monotonic() - began

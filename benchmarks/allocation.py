@@ -10,8 +10,6 @@ is kept in the work folder by its options (--again measures anew), so a run that
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from benchmarks.protocol import (
     arguments,
     compress,
     machine,
+    measured_once,
     perplexity,
     plain_model,
     prepare,
@@ -56,7 +55,7 @@ def main() -> None:
     model = plain_model(args.work, getattr(torch, args.dtype) if dithered else torch.float32, dithered)
     evaluation, calibration = split_text(args.text, args.work, model)
     docs = args.work / "docs.txt"
-    docs.write_text("\n".join(_some(read_text("docs"), 8 * EVAL_WINDOWS * EVAL_SEQ_LEN)), encoding="utf-8")
+    docs.write_text("\n".join(read_text("docs", max_chars=8 * EVAL_WINDOWS * EVAL_SEQ_LEN)), encoding="utf-8")
     texts = {"evaluation": evaluation, "docs": docs}
     dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     print(f"{machine()}\n\ndense, {dense} bytes: {[f'{perplexity(model, text):.2f}' for text in texts.values()]}\n")
@@ -67,41 +66,25 @@ def main() -> None:
         _sparsities(measured)
 
 
-def _some(texts: Any, characters: int) -> list[str]:
-    """So many of the first texts that they have some number of characters."""
-    found: list[str] = []
-    for text in texts:
-        found.append(text)
-        characters -= len(text)
-        if characters <= 0:
-            break
-    return found
-
-
 def _measured(model: Path, calibration: Path, texts: dict[str, Path], args: Any, options: str) -> dict[str, Any]:
     """Perplexity on each text, bytes of the files, and the seconds of the whole run; or why there is none."""
-    key = hashlib.sha256(f"{model.name} {options}".encode()).hexdigest()[:16]
-    known = args.work / f"allocation-{key}.json"
-    if known.exists() and not args.again:
-        return json.loads(known.read_text())
-    out = args.work / "out"
-    try:
-        report = compress(model, out, shlex.split(options), calibration, args.threads)
-    except SystemExit as error:
-        found = {"options": options, "refused": str(error).partition(" failed: ")[2].strip()}
-    else:
-        weights = sum(linear["shape"][0] * linear["shape"][1] for linear in report["linears"])
-        found = {
+
+    def measure() -> dict[str, Any]:
+        out = args.work / "out"
+        try:
+            report = compress(model, out, shlex.split(options), calibration, args.threads)
+        except SystemExit as error:
+            return {"options": options, "refused": str(error).partition(" failed: ")[2].strip()}
+        return {
             "options": options,
             "seconds": report["seconds"],
             "bytes": report["bytes"],
-            "weights": weights,
+            "weights": sum(linear["shape"][0] * linear["shape"][1] for linear in report["linears"]),
             "outside": report["bytes"] - sum(linear["bytes"] for linear in report["linears"]),
             **{name: perplexity(out, text) for name, text in texts.items()},
         }
-    known.write_text(json.dumps(found))
-    print(found, flush=True)
-    return found
+
+    return measured_once(args, "allocation", f"{model.name} {options}", measure)
 
 
 def _sparsities(measured: Any) -> None:

@@ -8,12 +8,14 @@ of 512 tokens).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,19 @@ def _environment() -> dict[str, str]:
     import os
 
     return dict(os.environ)
+
+
+def measured_once(
+    args: argparse.Namespace, benchmark: str, what: str, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What was measured, and is kept in the work folder, so that a run that was stopped goes on; --again measures anew."""
+    known = args.work / f"{benchmark}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    if known.exists() and not args.again:
+        return json.loads(known.read_text())
+    found = measure()
+    known.write_text(json.dumps(found))
+    print(found, flush=True)
+    return found
 
 
 def machine() -> str:

@@ -11,13 +11,21 @@ Bits are those of the linears with everything on disk counted. What was measured
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import arguments, compress, machine, perplexity, plain_model, prepare, split_text, table
+from benchmarks.protocol import (
+    arguments,
+    compress,
+    machine,
+    measured_once,
+    perplexity,
+    plain_model,
+    prepare,
+    split_text,
+    table,
+)
 
 LLMC, AUTHORS = "llm-compressor 0.14.0.1", "the authors' code"
 SPQR = "--quantize spqr --bits 3 --group-size 16 --outlier-threshold 0.2 --no-search-range"
@@ -83,15 +91,15 @@ def main() -> None:
 
     def measured(options: str) -> dict[str, Any]:
         """Bits, perplexity, seconds, and how much larger than its bits the files are."""
-        known = args.work / f"quantize-{hashlib.sha256(options.encode()).hexdigest()[:16]}.json"
-        if known.exists() and not args.again:
-            return json.loads(known.read_text())
+        return measured_once(args, "quantize", options, lambda: measure(options))
+
+    def measure(options: str) -> dict[str, Any]:
         out = args.work / "out"
         report = compress(model, out, shlex.split(options), calibration, args.threads)
         linears = sum(linear["bytes"] for linear in report["linears"])
         weights = sum(linear["shape"][0] * linear["shape"][1] for linear in report["linears"])
         plain = 4 * (report["parameters"] - weights)
-        found = {
+        return {
             "options": options,
             "bits": report["bits"],
             "outliers": sum(n["outliers"] * n["shape"][0] * n["shape"][1] for n in report["linears"]) / weights,
@@ -101,9 +109,6 @@ def main() -> None:
             "over": report["bytes"] / (linears + plain) - 1,
             "over_linears": (report["bytes"] - plain) / linears - 1,
         }
-        known.write_text(json.dumps(found))
-        print(found, flush=True)
-        return found
 
     print(f"{machine()}\n\ndense: {perplexity(model, evaluation):.3f}\n")
     if args.part == "reference":

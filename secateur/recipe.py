@@ -74,7 +74,7 @@ class Quantization:
 
     def given(self) -> dict[str, Any]:
         """The options that are not left to the method."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return _given(self)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,6 @@ class Choice:
 
     sparsity: float | None = None
     bits: int | None = None
-
-    def given(self) -> dict[str, Any]:
-        """What is not None."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ class Recipe:
         """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""
         content = dataclasses.asdict(self)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
-        linears = {name: choice.given() for name, choice in self.linears.items()}
+        linears = {name: _given(choice) for name, choice in self.linears.items()}
         return {**plain, "quantization": self.quantization.given(), "linears": linears}
 
     def flags(self) -> list[str]:
@@ -237,6 +233,10 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return yaml.load(text, Loader=_Loader)
+
+
+def _given(options: Quantization | Choice) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
 
 
 def _differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

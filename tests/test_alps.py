@@ -19,7 +19,7 @@ from secateur.prune.patterns import NM, Unstructured
 from secateur.prune.reconstruct import conjugate_gradients, damped_gram, reconstruct
 from secateur.prune.sparsegpt import sparsegpt
 from secateur.prune.wanda import wanda
-from tests.test_sparsegpt import assert_well_formed, draw, gather
+from tests.test_sparsegpt import assert_well_formed, draw, draw_indefinite, gather
 
 
 def damped(x_TI):
@@ -261,11 +261,7 @@ def test_the_eigenvectors_give_the_scaled_gram_matrix_and_its_inverse(inputs):
 
 def test_a_gram_matrix_that_needs_more_damping():
     """One that rounding has left with a clearly negative eigenvalue: the note names the damping that was used."""
-    W_OI, x_TI = draw(4, 24)
-    stats = gather(x_TI)
-    mean = stats.square_I.mean().item()
-    stats.upper_II = torch.full((24, 24), 1.05 * mean).fill_diagonal_(mean)
-    stats.square_I = stats.upper_II.diagonal().clone()
+    W_OI, stats = draw_indefinite()
     pruned = alps(W_OI, stats, Unstructured(0.5))
     assert_sound(pruned, Unstructured(0.5), [4])
     assert [note for note in pruned.notes if "damping raised from 0.01 to 0.1 " in note]

@@ -294,13 +294,19 @@ def test_no_live_input_at_all(pattern, tokens):
     assert [note for note in pruned.notes if "132 of 132 inputs are always zero" in note]
 
 
-def test_a_gram_matrix_that_needs_more_damping():
-    """One that rounding has left with a clearly negative eigenvalue: the note names the damping that was used."""
+def draw_indefinite():
+    """Weights, and statistics whose Gram matrix has a clearly negative eigenvalue."""
     W_OI, x_TI = draw(4, 24)
     stats = gather(x_TI)
     mean = stats.square_I.mean().item()
     stats.upper_II = torch.full((24, 24), 1.05 * mean).fill_diagonal_(mean)
     stats.square_I = stats.upper_II.diagonal().clone()
+    return W_OI, stats
+
+
+def test_a_gram_matrix_that_needs_more_damping():
+    """One that rounding has left with a clearly negative eigenvalue: the note names the damping that was used."""
+    W_OI, stats = draw_indefinite()
     _, damping = inverse_cholesky(stats.gram())
     assert damping == pytest.approx(0.1)
     pruned = sparsegpt(W_OI, stats, Unstructured(0.5))

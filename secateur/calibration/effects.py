@@ -42,8 +42,8 @@ class Effects:
         for change_OI in changes:
             out_TO = x_TI.to(change_OI.device) @ change_OI.T
             effect_LT = (g_LTO.to(out_TO.device) * out_TO).sum(2)
-            effect = effect_LT.split(_STRETCH, dim=1)
-            found.append(sum(e.sum(1).square().sum().item() for e in effect) / (2 * tokens))
+            stretches = nn.functional.pad(effect_LT, (0, -len(x_TI) % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(2)
+            found.append(stretches.double().square().sum().item() / (2 * tokens))
         return found
 
     def _read(self, name: str) -> tuple[Tensor, Tensor]:

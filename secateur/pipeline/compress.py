@@ -146,7 +146,7 @@ def put_together(run: Run, report: Report) -> Path:
     if run.entries:
         absent = set(run.names) - run.chosen
         quantization = quantization_config(generalise(run.entries, run.prefix, absent))
-    save_config(run.source.config, folder, run.plan.dtype or run.source.dtype, quantization)
+    save_config(run.source.config, folder, run.written_dtype, quantization)
     run.source.write_companions(folder)
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     write_manifest(folder, _manifest(run, report))

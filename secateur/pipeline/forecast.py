@@ -21,7 +21,7 @@ from secateur.formats.writer import SHARD_BYTES
 from secateur.pipeline.compress import put_together
 from secateur.pipeline.goals import is_open, parse_target
 from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.library import NEAR, TOKENS, Search
+from secateur.pipeline.library import NEAR, TOKENS, Search, is_both
 from secateur.pipeline.load import open_device
 from secateur.pipeline.memory import Footprint, Settings, limit_memory
 from secateur.pipeline.partial import Partial
@@ -199,7 +199,7 @@ def _search(run: Run, recipe: Recipe) -> tuple[float, int, int]:
     dense = recipe.allocation == "owl"  # it only looks at the dense model
     tried = [] if dense else candidates(recipe, run.plan.quantizer)
     if recipe.target_size is not None:
-        both = [choice for choice in tried if choice.sparsity is not None and choice.bits is not None]
+        both = [choice for choice in tried if is_both(choice)]
         tried = [choice for choice in tried if choice not in both[2 * NEAR :]]
     Search(run, run.partial.folder).rehearse(few_NS, tried)
     spent = {phase: seconds * len(run.blocks) / len(few_NS) for phase, seconds in run.clock.seconds.items()}
@@ -219,7 +219,7 @@ def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:
     """Seconds by phase and bytes of the checkpoint, from those of a run that has ended after its first block."""
 
     def weights(names: Iterable[str]) -> int:
-        return sum(weight_matrix(run.model.get_submodule(name)).numel() for name in names)
+        return sum(weight_matrix(run.linear(name)).numel() for name in names)
 
     measured = dict(run.clock.seconds)
     began = time.perf_counter()

@@ -6,6 +6,7 @@ N: windows, S: tokens of a window, O: output features, I: input features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +21,6 @@ from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.pipeline.structure import weight_matrix
 from secateur.pipeline.walk import Solve
 from secateur.pipeline.weights import release
-from secateur.prune import Pruned
 from secateur.prune.allocation import outlier_share
 from secateur.prune.wanda import wanda_score
 from secateur.recipe import Choice
@@ -49,6 +49,11 @@ class Candidate:
 
 
 Library = dict[str, list[Candidate]]
+
+
+def is_both(choice: Choice) -> bool:
+    """Whether a linear is pruned and quantized."""
+    return choice.sparsity is not None and choice.bits is not None
 
 
 class Search:
@@ -117,7 +122,7 @@ class Search:
         of_all = sum(weight_matrix(self.run.linear(each)).numel() for each in self.run.chosen)
         mean = room * weight_matrix(self.run.linear(name)).numel() / of_all
         by_size = sorted(first, key=lambda candidate: candidate.bytes)
-        both = [c for c in by_size if c.choice.sparsity is not None and c.choice.bits is not None]
+        both = [candidate for candidate in by_size if is_both(candidate.choice)]
         under = sum(candidate.bytes <= mean for candidate in both)
         far = [*both[: max(0, under - NEAR)], *both[under + NEAR :]]
         near = [c.choice for c in first if c not in far and mean / _FAR <= c.bytes <= mean * _FAR]
@@ -131,14 +136,12 @@ class Search:
         """For each choice the solutions of linears of one input."""
         problems = [self.run.problem(name, self.run.linear(name), None) for name in names]
         W_OI, sizes = stacked(problems)
-        pruned: dict[float | None, Pruned | None] = {}
         found = []
         with self.run.clock("solving"):
-            for choice in choices:
-                plan = self.run.plan.of(choice)
-                if choice.sparsity not in pruned:  # one mask for several bits
-                    pruned[choice.sparsity] = prune(plan, W_OI, stats, sizes)
-                found.append(solve(plan, problems, stats, pruned[choice.sparsity])[0])
+            for _, same in groupby(choices, lambda choice: choice.sparsity):  # one mask for several bits
+                plans = [self.run.plan.of(choice) for choice in same]
+                pruned = prune(plans[0], W_OI, stats, sizes)
+                found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
         return found
 
     def _effects(self, ids_NS: Tensor) -> Effects:

@@ -171,7 +171,7 @@ class Run:
         if not isinstance(pattern, NM):
             return
         for name in sorted(self.chosen):
-            features = weight_matrix(self.model.get_submodule(name)).shape[1]
+            features = weight_matrix(self.linear(name)).shape[1]
             if features % pattern.m:
                 raise UsageError(
                     f"{name} has {features} input features, which do not divide into groups of {pattern.m}: "
@@ -205,12 +205,12 @@ class Run:
         """The linear of that name."""
         return self.model.get_submodule(name)
 
-    def bytes_outside(self, itemsize: int) -> int:
-        """The bytes of all tensors that are written and are no weight of a linear to compress, in floats of so many bytes."""
+    def bytes_outside(self) -> int:
+        """The bytes on disk of all tensors that are written and are no weight of a linear to compress."""
         compressed = {f"{name}.weight" for name in self.chosen}
         named = {**self.model.state_dict(), **{name: self.weights.stored(name) for name in self.weights.unused}}
         return sum(
-            itemsize * t.numel() + entry_bytes(name)
+            self.written_dtype.itemsize * t.numel() + entry_bytes(name)
             for name, t in named.items()
             if name in self.weights and name not in compressed
         )
@@ -225,9 +225,14 @@ class Run:
             return 0
         size = self.dense_memory
         if self.plan.needs_fisher:
-            linears = [weight_matrix(self.model.get_submodule(name)) for name in self.chosen]
+            linears = [weight_matrix(self.linear(name)) for name in self.chosen]
             size += 4 * (sum(W.numel() for W in linears) + max(W.numel() for W in linears))
         return size
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """Of the weights written."""
+        return self.plan.dtype or self.source.dtype
 
     @property
     def dense_memory(self) -> int:
@@ -525,7 +530,7 @@ class Run:
         record = self.partial.records[1 + number]
         stored = StoredTensors([self.partial.folder / name for name in record["files"]])
         for linear in record["linears"]:
-            module = self.model.get_submodule(linear["name"])
+            module = self.linear(linear["name"])
             weight = f"{linear['name']}.weight"
             names = [name for name in stored if name == weight or name.startswith(f"{weight}.")]
             parts = {name.removeprefix(weight).removeprefix("."): stored[name] for name in names}
@@ -555,7 +560,7 @@ class Run:
 
     def measure_without_inputs(self, exact: bool) -> Footprint:
         """What a run holds in memory that needs no inputs."""
-        linears = [self.model.get_submodule(name) for name in self.chosen]
+        linears = [self.linear(name) for name in self.chosen]
         return without_inputs(self.base, linears, self._sizes(self._largest), self.plan, self.device.type, exact)
 
     @property
@@ -583,7 +588,7 @@ class Run:
     def _sizes(self, block: nn.Module) -> dict[str, int]:
         outside = dict(parameters_outside(self.model, self.blocks))
         stored = self.source.dtype.itemsize
-        written = (self.plan.dtype or self.source.dtype).itemsize
+        written = self.written_dtype.itemsize
         largest = max((tensor.numel() for tensor in outside.values()), default=0)
         inside = [tensor.numel() for tensor in block.state_dict().values()]
         return {

@@ -161,9 +161,8 @@ def _choices(search: Search, ids_NS: Tensor, recipe: Recipe, attempt: Attempt) -
 
 def dense_bytes(run: Run) -> int:
     """The size of the files of the dense model in the dtype that a run writes."""
-    itemsize = (run.plan.dtype or run.source.dtype).itemsize
     weights = sum(weight_matrix(run.linear(name)).numel() for name in run.chosen)
-    return run.bytes_outside(itemsize) + itemsize * weights
+    return run.bytes_outside() + run.written_dtype.itemsize * weights
 
 
 def _owl(
@@ -189,7 +188,7 @@ def _within(
 ) -> dict[str, Choice]:
     """What reaches the target of a recipe."""
     run = search.run
-    itemsize = (run.plan.dtype or run.source.dtype).itemsize
+    itemsize = run.written_dtype.itemsize
     dense = dense_bytes(run)
     outside = dense - itemsize * sum(weights.values())
     target = None if recipe.target_size is None else parse_target(recipe.target_size).of(dense)

@@ -35,7 +35,9 @@ def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
         from secateur.evaluate.gate import TEXT, Baseline, Tolerances, gate, write_baseline
         from secateur.evaluate.gate_report import markdown
         from secateur.evaluate.run import Runner
+        from secateur.formats.paths import check_named
 
+        check_named(baseline, "the name of a baseline")
         file, beside = Path(baseline), None if reference is None else str(reference)
         if request.config.getoption("--secateur-write"):
             kept, runner = TEXT, Runner()

@@ -21,11 +21,33 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from typer.core import TyperCommand
 
 from secateur._version import __version__
 from secateur.errors import Interrupted, ReportedError, SecateurError, UsageError, one_line
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command that refuses empty values, which a shell makes of variables that are not set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        before = list(args)
+        rest = super().parse_args(ctx, args)
+        given = self.make_parser(ctx).parse_args(args=before)[0]
+        for parameter in self.params:
+            values = given.get(parameter.name)
+            if parameter.name != "prompt" and "" in (values if isinstance(values, list | tuple) else [values]):
+                name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.opts[0].upper()
+                raise UsageError(f"{name} is empty: give a value, or leave it out (the current folder is called '.')")
+        return rest
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **{"cls": _Command, **options})
+
+
+app = _App(
     name="secateur",
     help="Prune and quantize Hugging Face causal language models without training, and write smaller checkpoints that load.",
     no_args_is_help=True,
@@ -48,7 +70,9 @@ Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens run at a time (default: by the memory).", min=1)]
 MaxMemory = Annotated[str | None, typer.Option(help="Of the host that may be in use, such as 8GiB.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder if it exists and secateur wrote it.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Compare the files' SHA-256 with the manifest before they are opened.")
@@ -212,8 +236,8 @@ def compress(
     from secateur.pipeline.goals import is_open
 
     first = os.environ.get("RANK", "0") == "0"
-    if plot is not None:
-        check_plot(plot)
+    if plot is not None and first:
+        check_plot(plot, out)
     with _Display(quiet or not first) as display:
         report = run(
             model,
@@ -230,15 +254,18 @@ def compress(
         )
     if not first:
         return
-    if plot is not None:
-        plot_choices(report.linears, plot)
     if as_json:
         _print_json(
             {**dataclasses.asdict(report), "out": str(report.out), "sparsity": report.sparsity, "bits": report.bits}
         )
-    if quiet:
-        return
-    if is_open(recipe):
+    if not quiet:
+        _tell_report(report, out, is_open(recipe))
+    if plot is not None:
+        plot_choices(report.linears, plot)
+
+
+def _tell_report(report: Any, out: Path, searched: bool) -> None:
+    if searched:
         _print_choices(report.linears)
     for note in report.notes[:5]:
         _say(f"note: {note}")
@@ -491,6 +518,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure the perplexity of MODEL and its scores in tasks, and how far it is from a reference."""
+    _check_files({"--json": json_file})
     from secateur.evaluate.run import Runner
     from secateur.evaluate.run import evaluate as run
     from secateur.evaluate.text import Text
@@ -510,13 +538,15 @@ def evaluate(
         progress=_counter(quiet),
         task_progress=_counter(quiet, "task request"),
     )
-    if json_file is not None:
-        _write_json(result.to_dict(), json_file)
-    if quiet or str(json_file) == "-":
-        return
+    if not quiet and str(json_file) != "-":
+        _print_evaluation(result, model, reference, f"{windows} windows of {seq_len} tokens of {data}", stride)
+    _write_json(result.to_dict(), json_file)
+
+
+def _print_evaluation(result: Any, model: str, reference: str | None, text: str, stride: int | None) -> None:
     quality, size, dense = result.quality, result.size, result.reference_size
     overlap = f", {stride} apart" if stride is not None else ""
-    table = Table(title=f"{windows} windows of {seq_len} tokens of {escape(data)}{overlap}", title_justify="left")
+    table = Table(title=f"{escape(text)}{overlap}", title_justify="left")
     table.add_column("")
     table.add_column(escape(model), justify="right")
     rows: list[tuple[str, str, str]] = [
@@ -627,6 +657,7 @@ def gate(
         raise UsageError("--write compares with nothing: leave out the limits and --json, --junit and --markdown")
     if overwrite and not write:
         raise UsageError("--overwrite replaces a baseline, which only --write writes: leave it out")
+    _check_files({"--json": json_file, "--junit": junit_file, "--markdown": markdown_file})
     if write:
         found = write_baseline(
             model,
@@ -653,12 +684,6 @@ def gate(
         cache=reference_cache,
         progress=_counter(quiet),
     )
-    if json_file is not None:
-        _write_json(result.to_dict(), json_file)
-    if junit_file is not None:
-        _write_text("--junit", junit(result), junit_file)
-    if markdown_file is not None:
-        _write_text("--markdown", markdown(result) + "\n", markdown_file, append=True)
     if not quiet and str(json_file) != "-":
         table = Table(title=f"{escape(model)} against {escape(str(baseline))}", title_justify="left")
         for heading in ("", "now", "baseline", "change", f"{result.confidence:.0%} interval", "verdict"):
@@ -671,6 +696,11 @@ def gate(
         for check in result.checks:
             if check.verdict != "ok":
                 _say(f"{check.verdict}: {check.name} {check.words}")
+    _write_json(result.to_dict(), json_file)
+    if junit_file is not None:
+        _write_text("--junit", junit(result), junit_file)
+    if markdown_file is not None:
+        _write_text("--markdown", markdown(result) + "\n", markdown_file, append=True)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -713,6 +743,7 @@ def sweep(
     from secateur.evaluate.text import Text
     from secateur.pipeline.recipe_spec import parse_recipes
 
+    _check_files({"--json": json_file}, out)
     text = {"source": calibration, "samples": samples, "seq_len": calibration_seq_len}
     asked = [
         (name, _override(recipe, {"calibration": _override(recipe.calibration, text)}))
@@ -734,8 +765,6 @@ def sweep(
             overwrite=overwrite,
             progress=display,
         )
-    if json_file is not None:
-        _write_json(dataclasses.asdict(result), json_file)
     failed = [point for point in result.points if point.failure is not None]
     if not quiet and str(json_file) != "-":
         table = Table()
@@ -760,6 +789,7 @@ def sweep(
         _say(f"failed: {point.name}: {point.failure}")
     if not quiet:
         _say(f"the report is {out / 'index.html'}")
+    _write_json(dataclasses.asdict(result), json_file)
     if failed:
         raise typer.Exit(1)
 
@@ -865,14 +895,14 @@ def verify(
     """Say what is broken in the folder OUT, and where; the exit code is 1 if anything is."""
     from secateur.pipeline.verify import examine
 
+    _check_files({"--json": json_file})
     found = examine(out, trust_remote_code=trust_remote_code)
-    if json_file is not None:
-        _write_json({"folder": str(out), "sound": not found.problems, **dataclasses.asdict(found)}, json_file)
     if str(json_file) != "-":
         for problem in found.problems:
             _say(f"{problem}")
         if not found.problems and not quiet:
             _say(f"{out} is sound: {found.files} files, {found.linears} linears")
+    _write_json({"folder": str(out), "sound": not found.problems, **dataclasses.asdict(found)}, json_file)
     if found.problems:
         raise typer.Exit(1)
 
@@ -899,7 +929,6 @@ def bench(
 ) -> None:
     """Time the packed linears of MODEL, against dense ones and against the machine's memory."""
     from secateur.evaluate.bench import bench as run
-    from secateur.evaluate.bench import describe
     from secateur.evaluate.bench_plot import check_plot, plot
 
     counts = tokens.split(",")
@@ -907,6 +936,7 @@ def bench(
         raise UsageError(f"--tokens {tokens!r} is not understood: give whole numbers, such as 1,16")
     if plot_file is not None:
         check_plot(plot_file)
+    _check_files({"--json": json_file})
 
     def tell(done: int, total: int) -> None:
         if not quiet and err.is_terminal:
@@ -922,12 +952,16 @@ def bench(
         trust_remote_code=trust_remote_code,
         progress=tell,
     )
-    if json_file is not None:
-        _write_json(found.to_dict(), json_file)
+    if not quiet and str(json_file) != "-":
+        _print_bench(found, model)
+    _write_json(found.to_dict(), json_file)
     if plot_file is not None:
         plot(found, plot_file)
-    if quiet or str(json_file) == "-":
-        return
+
+
+def _print_bench(found: Any, model: str) -> None:
+    from secateur.evaluate.bench import describe
+
     out = Console(emoji=False, highlight=False)
     out.print(escape(f"{model} in {found.dtype} on {found.device}"), soft_wrap=True)
     # A table for each layout, and no lines: so the figures fit into eighty columns.
@@ -981,7 +1015,9 @@ def export(
     """Write the same weights in another form."""
     from secateur.pipeline.export import export as run
 
-    run(model, out, to, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    notes = run(model, out, to, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    for note in notes if not quiet else ():
+        _say(f"note: {note}")
     if not quiet:
         _say(f"{model} is written as {to} to {out}")
 
@@ -1049,7 +1085,18 @@ def _print_json(value: Any) -> None:
     print(_plain_json(value))
 
 
-def _write_json(value: Any, file: Path) -> None:
+def _check_files(files: dict[str, Path | None], out: Path | None = None) -> None:
+    """Raise UsageError when a file that an option names cannot be written, see `check_file`."""
+    from secateur.formats.paths import check_file
+
+    for option, file in files.items():
+        if file is not None:
+            check_file(option, file, out)
+
+
+def _write_json(value: Any, file: Path | None) -> None:
+    if file is None:
+        return
     if str(file) == "-":
         _print_json(value)
     else:

@@ -36,6 +36,8 @@ class Calibration:
     text_field: str = "text"
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("the source of the calibration text is empty: name one, such as self or docs")
         for name in ("samples", "seq_len"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -357,7 +357,10 @@ def test_backends_that_cannot_be_used(folder, fails):
         (["--tokens", ""], "--tokens '' is not understood"),
         (["--tokens", "0"], "--tokens 0: there must be at least one number, and all at least 1"),
         (["--plot", "figures.pdf"], "--plot figures.pdf: the file must end in .png or .svg"),
-        (["--plot", "/no/such/folder/a.png"], "--plot /no/such/folder/a.png: there is no folder /no/such/folder"),
+        (
+            ["--plot", "/no/such/folder/a.png"],
+            "--plot /no/such/folder/a.png cannot be written: there is no folder /no/such/folder",
+        ),
         (["--json", "/no/such/folder/a.json"], "--json /no/such/folder/a.json cannot be written: "),
     ],
     ids=" ".join,

@@ -617,8 +617,8 @@ def test_what_is_unclear_is_said_and_passes(says, checkpoint, baseline, tmp_path
 @pytest.mark.parametrize("option", ["--json", "--junit", "--markdown"])
 def test_a_report_that_cannot_be_written(fails, written, tmp_path, option):
     file = tmp_path / "no" / "file"
-    assert (
-        fails(2, "--baseline", written, option, file) == f"{option} {file} cannot be written: No such file or directory"
+    assert fails(2, "--baseline", written, option, file) == (
+        f"{option} {file} cannot be written: there is no folder {file.parent}"
     )
 
 

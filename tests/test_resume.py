@@ -213,12 +213,13 @@ def test_overwriting_keeps_the_old_folder_until_the_end(sharded, recipe, whole, 
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    writer.write_manifest(out, {})
     stop_after(2)
     with pytest.raises(StopError):
         secateur.compress(str(sharded), out, recipe(), overwrite=True)
     stop_after(None)
     assert left(tmp_path) == ["out", "out.partial"]
-    assert left(out) == ["old"]
+    assert left(out) == ["old", "secateur.json"]
     with pytest.raises(UsageError, match="out exists already"):
         secateur.compress(str(sharded), out, recipe(), resume=True)
     secateur.compress(str(sharded), out, recipe(), resume=True, overwrite=True)

@@ -381,7 +381,8 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(says, model_of, text, 
     ("change", "message"),
     [
         ({"--recipes": "wandaa:0.5"}, "character 1 in"),
-        ({"--recipes": ""}, "character 1 in"),
+        ({"--recipes": ""}, "--recipes is empty"),
+        ({"--recipes": " "}, "character 2 in"),
         ({"--windows": 0}, "--windows"),
         ({"--windows": 100000}, "give more text, or lower --windows"),
         ({"--data": "missing.txt"}, "missing.txt"),
@@ -407,9 +408,26 @@ def test_a_report_that_exists_is_not_overwritten(asked, tmp_path):
     (out / "mine").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
         sweep(asked("magnitude:0.5"), out)
+    with pytest.raises(UsageError, match="is not replaced: secateur did not write mine, which would be lost"):
+        sweep(asked("magnitude:0.5"), out, overwrite=True)
     assert (out / "mine").read_text() == "mine"
-    sweep(asked("magnitude:0.5"), out, overwrite=True)
-    assert not (out / "mine").exists()
+
+
+@pytest.mark.parametrize("keep_models", [False, True])
+def test_a_report_is_replaced(keep_models, asked, tmp_path):
+    out = tmp_path / "report"
+    sweep(asked("magnitude:0.5", keep_models=keep_models), out)
+    with pytest.raises(UsageError, match="give --overwrite to replace it"):
+        sweep(asked("rtn:4"), out)
+    if keep_models:  # what somebody put into a model's folder is not lost either
+        (model,) = (out / "models").iterdir()
+        (model / "adapter").write_text("mine")
+        with pytest.raises(UsageError, match=f"did not write models/{model.name}/adapter, which would be lost"):
+            sweep(asked("rtn:4"), out, overwrite=True)
+        (model / "adapter").unlink()
+    sweep(asked("rtn:4"), out, overwrite=True)
+    assert [point.name for point in SweepResult.read(out / "sweep.json").points] == ["rtn:4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 def test_a_model_without_a_tokenizer(own_model, asked, tmp_path):

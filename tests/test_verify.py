@@ -221,7 +221,22 @@ def test_a_manifest_that_is_none(content, own):
 
 
 @pytest.mark.parametrize(
-    "name", ["../config.json", "/etc/hostname", "..", ".", "", "a/b", "a\\b", "c:x", "a\0", "\ud800", MANIFEST_NAME]
+    "name",
+    [
+        "../config.json",
+        "/etc/hostname",
+        "..",
+        ".",
+        "",
+        "a//b",
+        "a/",
+        "a/../../b",
+        "a\\b",
+        "c:x",
+        "a\0",
+        "\ud800",
+        MANIFEST_NAME,
+    ],
 )
 def test_a_manifest_that_names_something_outside(name, own):
     folder = own("bitmap")

@@ -503,7 +503,7 @@ def test_the_model_writes_its_own_text_once(cache, own_model, tmp_path, monkeypa
 @pytest.mark.parametrize("max_memory", [None, "100GiB"])
 def test_the_model_is_hashed_once(max_memory, cache, own_model, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr(source_module, "sha256_of", lambda files: (hashed.append(files), sha256_of(files))[1])
+    monkeypatch.setattr(source_module, "sha256_of", lambda *files: (hashed.append(files), sha256_of(*files))[1])
     source, wanted = str(own_model("llama")), secateur.Recipe("wanda", 0.5, calibration=SELF)
     secateur.compress(source, tmp_path / "out", wanted, max_memory=max_memory)
     assert len(hashed) == 1

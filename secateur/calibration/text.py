@@ -59,6 +59,8 @@ def read_text(
         UsageError: there is no such text, it cannot be read as text, or it is empty.
         SecateurError: the hub cannot be reached.
     """
+    if not spec:
+        raise UsageError("the name of a text is empty: name one, such as docs")
     path = os.path.expanduser(spec)
     name, *rest = path.split(":")
     if os.path.isfile(path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import UsageError
 from secateur.evaluate.bench import Bench, describe
+from secateur.formats.paths import check_file
 
 _SUFFIXES = (".png", ".svg")
 _DENSE_COLOUR, _PACKED_COLOUR = "#b0b0b0", "#3a7d44"
@@ -18,12 +20,11 @@ def check_matplotlib(what: str) -> None:
         raise UsageError(f"{what} needs matplotlib, which is not installed: pip install 'secateur[bench]'")
 
 
-def check_plot(file: Path) -> None:
-    """Raise UsageError when a chart cannot be written to a file of that name, or not without matplotlib."""
+def check_plot(file: Path, out: Path | None = None) -> None:
+    """Raise UsageError when a chart cannot be written to such a file, or not without matplotlib; `out`: see `check_file`."""
     if file.suffix not in _SUFFIXES:
         raise UsageError(f"--plot {file}: the file must end in {' or '.join(_SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise UsageError(f"--plot {file}: there is no folder {file.parent}")
+    check_file("--plot", file, out)
     check_matplotlib("--plot")
 
 
@@ -68,6 +69,11 @@ def plot(bench: Bench, file: Path) -> None:
         axes.margins(x=0.25)  # room for the notes
         axes.set_xlabel(f"milliseconds of a call with {T} token{'' if T == 1 else 's'}")
         axes.legend()
+    save_plot(figure, file)
+
+
+def save_plot(figure: Any, file: Path) -> None:
+    """Write a chart of matplotlib. Raises UsageError when the file cannot be written."""
     try:
         figure.savefig(file)
     except OSError as error:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from secateur.evaluate.bench_plot import check_plot
+from secateur.evaluate.bench_plot import check_plot, save_plot
 from secateur.pipeline.report import LinearReport
 
 # Dark where much is left, light where little is; figures stand in the cells of models of so few blocks.
@@ -18,8 +18,7 @@ def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
     """Write a heat map of the sparsity and one of the bits per weight of every linear.
 
     Raises:
-        UsageError: the file has another ending than .png or .svg, its folder is missing, or matplotlib is.
-        OSError: the file cannot be written.
+        UsageError: the file has another ending than .png or .svg, cannot be written, or matplotlib is missing.
     """
     check_plot(file)
     # Not pyplot, which would keep figures for the whole process and may look for a screen.
@@ -47,7 +46,7 @@ def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
                 axes.text(
                     x, y, said, ha="center", va="center", fontsize="x-small", color="#808080" if said == "–" else "w"
                 )
-    figure.savefig(file)
+    save_plot(figure, file)
 
 
 def by_block(

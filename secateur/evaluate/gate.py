@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from secateur.evaluate.run import Evaluation, Runner, evaluate
 from secateur.evaluate.text import Text
 from secateur.evaluate.uncertainty import fewest_windows, interval, p_of_rise
 from secateur.formats.manifest import MANIFEST_NAME
+from secateur.formats.paths import check_whole
 from secateur.formats.reader import read_json
 from secateur.formats.writer import write_whole
 
@@ -143,7 +146,9 @@ class Baseline:
             UsageError: there is none.
             CheckpointError: it is damaged, or of a layout that this version does not know.
         """
-        if not file.is_file():
+        if os.path.isdir(file):
+            raise UsageError(f"there is no baseline {file}, which is a folder: name the file of figures")
+        if not os.path.isfile(file):
             raise UsageError(
                 f"there is no baseline {file}: make one by `secateur gate MODEL --write --baseline {file}`"
             )
@@ -300,9 +305,13 @@ def write_baseline(
     `recipe`, `versions`, `device`, `dtype`, `date`.
 
     Raises:
-        UsageError: there is such a file already, it cannot be written, or the text has too few windows.
+        UsageError: there is such a file already, and it is none of ours or not to be replaced; it cannot be written; or the
+            text has too few windows.
         SecateurError: see `evaluate`; or the perplexity is beyond a float.
     """
+    check_whole("--baseline", file)
+    if file.exists() and not _looks_written(file):
+        raise UsageError(f"{file} exists already and is no baseline, which would be lost: choose another name")
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists already: choose another name, or give --overwrite")
     if text.stride not in (None, text.seq_len):
@@ -314,8 +323,6 @@ def write_baseline(
         raise UsageError(
             f"{text.windows} windows cannot tell a change from chance: give --windows {fewest} at least, better 16"
         )
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"--baseline {file} cannot be written: there is no folder {file.absolute().parent}")
     found = evaluate(model, reference, text, runner=runner, cache=cache, progress=progress)
     content = figures_of(found, runner)
     text_of_file = json.dumps(content, indent=1) + "\n"
@@ -324,6 +331,12 @@ def write_baseline(
     except OSError as error:
         raise UsageError(f"--baseline {file} cannot be written: {error.strerror or error}") from error
     return found
+
+
+def _looks_written(file: Path) -> bool:
+    """Whether a file is a baseline, maybe a damaged one, or empty."""
+    with file.open("rb") as stream:
+        return re.match(rb'\s*\Z|\s*\{\s*"layout"', stream.read(100)) is not None
 
 
 def figures_of(found: Evaluation, runner: Runner) -> dict[str, Any]:

@@ -5,14 +5,17 @@ K: windows, S: tokens of one window, P: predictions of one window, T: tokens kep
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.calibration.tokens import hash_of
@@ -29,7 +32,8 @@ from secateur.evaluate.perplexity import (
     scored_predictions,
 )
 from secateur.formats.manifest import hash_of_values
-from secateur.formats.writer import write_whole
+from secateur.formats.paths import check_named, drop_empty
+from secateur.formats.writer import save_tensors, write_whole
 
 _LAYOUT = 1
 # Of each distribution, unless somebody says otherwise: most of the divergence is known from them, in 8 kB.
@@ -90,6 +94,20 @@ class KeptReference:
         return Window(count, self.vocabulary, rows)
 
 
+def _check_cache(cache: Path) -> None:
+    """Raise UsageError when nothing can be written to a cache, before models are loaded; what is made to try is removed."""
+    made = [folder for folder in (cache, *cache.parents) if not os.path.lexists(folder)]
+    try:
+        if os.path.exists(cache) and not cache.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        cache.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(dir=cache))
+    except OSError as error:
+        raise UsageError(f"{cache} cannot be written: {error.strerror or error}") from error
+    finally:
+        drop_empty(made)
+
+
 @torch.no_grad()
 def keep_reference(
     cache: Path,
@@ -115,6 +133,7 @@ def keep_reference(
     Raises:
         UsageError: the windows do not suit the model, or the cache cannot be written.
     """
+    check_named(cache, "--reference-cache")
     K, S = ids_KS.shape
     whole = {
         **identity,
@@ -126,8 +145,9 @@ def keep_reference(
     folder = cache / hash_of_values(whole)[:32]
     about = folder / "reference.json"
     scored = scored_predictions(K, S, stride)
-    missing = {k for k in range(K) if not about.exists() or not _file(folder, k).exists()}
+    missing = {k for k in range(K) if not os.path.exists(about) or not os.path.exists(_file(folder, k))}
     if missing:
+        _check_cache(cache)
         model = load()
         check_fits(model, ids_KS)
         model.eval()
@@ -176,4 +196,4 @@ def _keep(file: Path, window: Window, tokens: int | None, where: str) -> None:
         pieces.append({name: tensor.cpu() for name, tensor in piece.items()})
     kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     check_finite(kept["loss"], "the reference's loss", where)
-    write_whole(file, lambda part: save_file(kept, part))
+    write_whole(file, lambda part: save_tensors(kept, part))

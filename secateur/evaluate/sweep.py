@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor
 
 from secateur._version import __version__
@@ -30,19 +31,30 @@ from secateur.evaluate.report import write_report
 from secateur.evaluate.run import Runner, Size, bits_per_byte, size_of
 from secateur.evaluate.sweep_result import LinearPoint, Measured, Point, SweepResult
 from secateur.evaluate.text import Text, scored_bytes
-from secateur.formats.writer import check_free, put_in_place, write_whole
+from secateur.formats.paths import (
+    SWEEP_FILES,
+    SWEEP_MODELS,
+    SWEEP_RESULT,
+    Inputs,
+    check_apart,
+    check_free,
+    drop_empty,
+    make_parents,
+    place_of,
+)
+from secateur.formats.writer import put_in_place, write_whole
 from secateur.pipeline.compress import compress
 from secateur.pipeline.load import open_device
 from secateur.pipeline.memory import limit_memory
-from secateur.pipeline.partial import LOCK_NAME, first_difference, lock_folder
+from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.plan import plan
 from secateur.pipeline.report import Progress, forget_peak
 from secateur.pipeline.shared import Shared
 from secateur.recipe import Recipe
 
-_RESULT = "sweep.json"
 _SHARED = "shared"
-_MODELS = "models"
+# What a sweep puts into its folder; what is not quite written yet has the number of a process in its name.
+_OWN = re.compile(rf"{LOCK_NAME}|{_SHARED}|{SWEEP_MODELS}|(?:{'|'.join(map(re.escape, SWEEP_FILES))})(?:\.\d+\.part)?")
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Sweep:
 
 def sweep(
     asked: Sweep,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -86,7 +98,7 @@ def sweep(
         out: the folder to make.
         resume: whether to go on with a sweep that was interrupted, if there is one: its points are taken over if they are asked
             for again.
-        overwrite: whether `out` may be replaced, and an unfinished sweep be begun again.
+        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, and an unfinished sweep be begun again.
         progress: told of every step.
 
     Raises:
@@ -99,21 +111,28 @@ def sweep(
     for _, recipe in asked.recipes:
         plan(recipe)
     asked = dataclasses.replace(asked, max_memory=limit_memory(asked.max_memory))
-    out = Path(os.path.abspath(out))
-    check_free(out, overwrite)
-    with _partial(out, resume, overwrite) as folder:
+    out, inputs = place_of(out), _inputs(asked)
+    check_free(out, overwrite, inputs)
+    with _partial(out, resume, overwrite, inputs) as (folder, lock):
         result = _SweepRun(asked, folder, progress).run()
         progress(Progress("writing the report"))
         write_report(result, folder)
         shutil.rmtree(folder / _SHARED, ignore_errors=True)
-        (folder / LOCK_NAME).unlink()
-        check_free(out, overwrite)  # another run may have made it meanwhile
+        unlock(lock)  # first: Windows removes no open file
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        check_free(out, overwrite, inputs)  # another run may have made it meanwhile
         put_in_place(folder, out)
     return result
 
 
+def _inputs(asked: Sweep) -> Inputs:
+    """What a sweep reads."""
+    texts = {f"the calibration text of {name}": recipe.calibration.source for name, recipe in asked.recipes}
+    return {"MODEL": asked.model, "the text of --data": asked.text.data, **texts}
+
+
 @contextmanager
-def _partial(out: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
+def _partial(out: Path, resume: bool, overwrite: bool, inputs: Inputs) -> Iterator[tuple[Path, FileLock]]:
     """The folder of an unfinished sweep, for this process alone. Where the block fails it stays, if the sweep had begun.
 
     Raises:
@@ -121,17 +140,19 @@ def _partial(out: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
         SecateurError: it cannot be written.
     """
     folder = out.with_name(f"{out.name}.partial")
-    result = folder / _RESULT
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        if not result.exists():
-            raise UsageError(f"{folder} stands in the way and is no sweep: move it, or give --overwrite to remove it")
-        if not resume:
+    result = folder / SWEEP_RESULT
+    if os.path.lexists(folder):
+        check_partial(folder, _OWN, (LOCK_NAME, SWEEP_RESULT), "sweep")
+        check_apart(folder, inputs)
+        if result.exists() and not overwrite and not resume:
             raise UsageError(
                 f"{folder} holds a sweep that was interrupted: give --resume to go on with it, or --overwrite to begin again"
             )
+    parents = make_parents(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
+        drop_empty(parents)
         raise UsageError(f"{folder} cannot be created: {error.strerror or error}") from error
     lock = lock_folder(folder)
     try:
@@ -141,12 +162,13 @@ def _partial(out: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
                     shutil.rmtree(path)
                 elif path.name != LOCK_NAME:
                     path.unlink()
-        yield folder
+        yield folder, lock
     except BaseException as error:
         left = f"what is done is kept in {folder}: run again with --resume to go on"
         if not result.exists():
             left = "nothing is left behind"
             shutil.rmtree(folder, ignore_errors=True)
+            drop_empty(parents)
         if isinstance(error, Interrupted):
             error.left = left
         if isinstance(error, OSError):
@@ -155,7 +177,7 @@ def _partial(out: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
             raise SecateurError(f"{error}; {left}") from error
         raise
     finally:
-        os.close(lock)
+        unlock(lock)
 
 
 class _SweepRun:
@@ -190,7 +212,7 @@ class _SweepRun:
         folders = set()
         for number, (name, recipe) in enumerate(self.asked.recipes, 1):
             key = _key(name, recipe.to_dict())
-            folder = self.folder / _MODELS / f"{_plain(name)}-{key}"
+            folder = self.folder / SWEEP_MODELS / f"{_plain(name)}-{key}"
             folders.add(folder)
             point = waiting.pop(key, None)
             if point is None or (self.asked.keep_models and not folder.exists()):
@@ -200,10 +222,10 @@ class _SweepRun:
             self._keep(result, waiting)
         self._keep(result, {})
         # Of recipes that were asked for in an earlier run and no more, too.
-        for folder in set((self.folder / _MODELS).glob("*")) - folders:
+        for folder in set((self.folder / SWEEP_MODELS).glob("*")) - folders:
             shutil.rmtree(folder)
         if not self.asked.keep_models:
-            shutil.rmtree(self.folder / _MODELS, ignore_errors=True)
+            shutil.rmtree(self.folder / SWEEP_MODELS, ignore_errors=True)
         return result
 
     def _read_calibration(self) -> None:
@@ -232,7 +254,7 @@ class _SweepRun:
 
     def _before(self) -> SweepResult | None:
         """What the sweep to go on with has found, if there is one."""
-        file = self.folder / _RESULT
+        file = self.folder / SWEEP_RESULT
         if not file.exists():
             return None
         before, same = SweepResult.read(file), self._identity()
@@ -331,7 +353,7 @@ class _SweepRun:
     def _keep(self, result: SweepResult, waiting: dict[str, Point]) -> None:
         """Have on disk what is done, and what an earlier run has done and nobody has asked for again so far."""
         text = dataclasses.replace(result, points=(*result.points, *waiting.values())).to_json()
-        write_whole(self.folder / _RESULT, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(self.folder / SWEEP_RESULT, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _key(name: str, asked: dict[str, Any]) -> str:

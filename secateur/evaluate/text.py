@@ -34,6 +34,8 @@ class Text:
     text_field: str = "text"
 
     def __post_init__(self) -> None:
+        if not self.data:
+            raise UsageError("--data is empty: name a text, such as docs")
         if self.data == "self":
             raise UsageError("--data self would let the model judge its own words: give a text, or docs")
         if self.stride is not None and not 1 <= self.stride <= self.seq_len:

@@ -11,6 +11,7 @@ from typing import Any
 
 from secateur.errors import CheckpointError
 
+LEADS_OUT = "is a link that leads out of the folder: put the file itself there"
 # The one folder within a model's that transformers reads.
 _TEMPLATES = "additional_chat_templates"
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
@@ -19,6 +20,11 @@ _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 def is_plain_name(name: Any) -> bool:
     """Whether a name that stands in a file can only mean a file of the same folder."""
     return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+
+
+def is_inner_name(name: Any) -> bool:
+    """Whether a name that stands in a file can only mean a file of the same folder, or of a folder in it: `a/b`."""
+    return isinstance(name, str) and all(map(is_plain_name, name.split("/")))
 
 
 def unsafe_entries(folder: Path) -> Iterator[tuple[str, str]]:
@@ -32,16 +38,21 @@ def unsafe_entries(folder: Path) -> Iterator[tuple[str, str]]:
     for place in (home, home / _TEMPLATES):
         for path in sorted(place.iterdir()) if place.is_dir() else ():
             name = path.relative_to(home).as_posix()
-            target = Path(os.path.realpath(path))
-            if home not in target.parents and not _is_blob(target, home):
-                yield name, "is a link that leads out of the folder: put the file itself there"
+            if leads_out(path, home):
+                yield name, LEADS_OUT
                 continue
             try:
-                mode = target.stat().st_mode
+                mode = path.stat().st_mode
             except OSError:
                 continue  # nothing that could be opened
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 yield name, "is neither a file nor a folder: take it away"
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether an entry of a folder is, in the end, something outside of it that is not of Hugging Face's cache."""
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return home not in target.parents and not _is_blob(target, home)
 
 
 def _is_blob(target: Path, home: Path) -> bool:

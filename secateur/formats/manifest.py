@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, SecateurError
-from secateur.formats.folder import is_plain_name, unsafe_entries
+from secateur.formats.folder import LEADS_OUT, is_inner_name, leads_out, unsafe_entries
 from secateur.formats.reader import parse_json, read_limited
 
 MANIFEST_NAME = "secateur.json"
@@ -63,11 +63,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_of(paths: Iterable[Path]) -> dict[str, str]:
-    """The SHA-256 of several files by their names: as many at a time as there are cores, as hashing releases the GIL."""
-    paths = list(paths)
+def sha256_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files of a folder by their names: as many at a time as there are cores, as hashing releases the GIL."""
+    names = list(names)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {path.name: digest for path, digest in zip(paths, pool.map(sha256, paths), strict=True)}
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -103,14 +103,16 @@ def check_files(folder: Path) -> Iterator[Problem]:
         return
     wanted = {}
     for name, digest in files.items():
-        if not is_plain_name(name) or name == MANIFEST_NAME:
+        if not is_inner_name(name) or name == MANIFEST_NAME:
             yield Problem(MANIFEST_NAME, f"names {name!r}, which is not the name of another file in this folder")
+        elif name not in unsafe and leads_out(folder / name, folder):
+            yield Problem(name, LEADS_OUT)
         elif name not in unsafe:
             wanted[name] = digest
     there = [name for name in wanted if (folder / name).is_file()]
     yield from (Problem(name, f"is missing: {MANIFEST_NAME} names it") for name in wanted if name not in there)
     try:
-        digests = sha256_of(folder / name for name in there)
+        digests = sha256_of(folder, there)
     except OSError as error:
         yield Problem(str(error.filename or folder), f"cannot be read: {error.strerror or error}")
         return

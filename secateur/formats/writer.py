@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
 from secateur.formats.manifest import MANIFEST_NAME, seal, sha256_of
+from secateur.formats.paths import Inputs, check_free, current_umask, drop_empty, make_parents, place_of
 from secateur.formats.reader import INDEX_NAME, SINGLE_NAME
 
 # Tensors wait in memory until this much is there, so that small models make one file and large ones stay within bounds.
@@ -25,27 +26,26 @@ SHARD_BYTES = 256 * 2**20
 
 
 @contextmanager
-def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def staged_folder(out: str | Path, overwrite: bool, inputs: Inputs | None = None) -> Iterator[Path]:
     """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not.
 
     Raises:
-        UsageError: `out` exists and may not be overwritten, or cannot be created.
+        UsageError: `out` exists and may not be overwritten (see `check_free`), or cannot be created.
         SecateurError: the disk is full.
     """
-    out = Path(os.path.abspath(out))
-    check_free(out, overwrite)
+    out = place_of(out)
+    check_free(out, overwrite, inputs)
+    parents = make_parents(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        staging = Path(tempfile.mkdtemp(prefix=_beside(out, "partial"), dir=out.parent))
     except OSError as error:
+        drop_empty(parents)
         raise UsageError(f"{out} cannot be created: {error.strerror or error}") from error
     try:
         # mkdtemp made it for this user alone; a model folder is like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
+        staging.chmod(0o777 & ~current_umask())
         yield staging
-        check_free(out, overwrite)  # another run may have made it meanwhile
+        check_free(out, overwrite, inputs)  # another run may have made it meanwhile
         put_in_place(staging, out)
     except (OSError, SafetensorError) as error:
         reason = why_not_written(error)
@@ -56,6 +56,12 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        drop_empty(parents)
+
+
+def _beside(out: Path, what: str) -> str:
+    """How a temporary neighbour of a folder is called; it is no longer than file systems take."""
+    return f".{out.name[:40]}.{what}-"
 
 
 def why_not_written(error: OSError | SafetensorError) -> str | None:
@@ -65,21 +71,13 @@ def why_not_written(error: OSError | SafetensorError) -> str | None:
     return str(error) if isinstance(error, SafetensorError) else None
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise UsageError when `out` stands in the way."""
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists already: choose another folder, or give --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder: choose another name")
-
-
 def put_in_place(staging: Path, out: Path) -> None:
     """Rename `staging` to `out`; wherever this stops, one of the two folders stands under the name."""
     if not out.exists():
         staging.rename(out)
         sync(out.parent)
         return
-    retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    retired = Path(tempfile.mkdtemp(prefix=_beside(out, "old"), dir=out.parent))
     try:
         out.rename(retired / out.name)
         staging.rename(out)
@@ -102,11 +100,23 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk itself, where a power cut does not reach them."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs only what may be written
+    except PermissionError:
+        if folder:
+            return  # and opens no folders at all
+        raise
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with the permissions of any other: safetensors makes it for this user alone."""
+    save_file(tensors, file, metadata=metadata)
+    file.chmod(0o666 & ~current_umask())
 
 
 class ShardWriter:
@@ -135,7 +145,7 @@ class ShardWriter:
         """Write what waits."""
         if self._pending:
             name = f"shard-{self._next:05d}"
-            save_file(self._pending, self.folder / name, metadata={"format": "pt"})
+            save_tensors(self._pending, self.folder / name, {"format": "pt"})
             sync(self.folder / name)
             self.files[name] = (self.folder / name).stat().st_size
             self._next += 1
@@ -169,7 +179,7 @@ def assemble(parts: Mapping[str, int], come_from: Path, folder: Path, shard_byte
                 os.replace(come_from / group[0], target)
             else:
                 tensors = {name: tensor for part in group for name, tensor in load_file(come_from / part).items()}
-                save_file(tensors, target.with_suffix(".new"), metadata={"format": "pt"})
+                save_tensors(tensors, target.with_suffix(".new"), {"format": "pt"})
                 del tensors
                 sync(target.with_suffix(".new"))
                 os.replace(target.with_suffix(".new"), target)
@@ -203,7 +213,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `secateur.json`: what the caller says, the SHA-256 of every other file of the folder, and its own."""
-    files = sha256_of(p for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_NAME)
-    content = {**manifest, "files": files}
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    content = {**manifest, "files": sha256_of(folder, (name for name in names if name != MANIFEST_NAME))}
     content.pop("sha256", None)
     (folder / MANIFEST_NAME).write_bytes(seal(content))

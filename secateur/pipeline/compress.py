@@ -59,7 +59,7 @@ def compress(
             library then gives back what is freed at once, from here on in this process.
         resume: whether to go on with a run that was interrupted, if there is one. The result has the same bytes.
         verify: whether to check the new checkpoint before it gets its name.
-        overwrite: whether `out` may be replaced, and an unfinished run be begun again.
+        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, and an unfinished run be begun again.
         trust_remote_code: whether code that comes with the model may run.
         progress: told of every step, in the first process.
         shared: what other runs on the same model have found, the open model included.
@@ -68,11 +68,12 @@ def compress(
         SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
     """
     started = time.monotonic()
+    inputs = {"MODEL": model, "the calibration text": recipe.calibration.source}
     resolved, searching = plan(recipe), 0.0
     limit = limit_memory(max_memory)
     with (
         open_ranks(open_device, device) as ranks,
-        partial_folder(Path(out), overwrite, resume, ranks) as partial,
+        partial_folder(out, overwrite, resume, ranks, inputs) as partial,
         torch.no_grad(),
     ):
         progress = progress if ranks.first else lambda _: None
@@ -147,7 +148,7 @@ def put_together(run: Run, report: Report) -> Path:
         absent = set(run.names) - run.chosen
         quantization = quantization_config(generalise(run.entries, run.prefix, absent))
     save_config(run.source.config, folder, run.written_dtype, quantization)
-    run.source.write_companions(folder)
+    report.notes = [*report.notes, *run.source.write_companions(folder)]
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     write_manifest(folder, _manifest(run, report))
     return folder

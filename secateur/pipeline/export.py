@@ -28,7 +28,7 @@ def export(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> list[str]:
     """Write a model as another folder.
 
     Args:
@@ -37,9 +37,12 @@ def export(
         to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
             codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `spqr`: for the package spqr_quant.
-        overwrite: whether `out` may be replaced.
+        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
         trust_remote_code: whether code that comes with the model may run.
         progress: told the name of each packed linear.
+
+    Returns:
+        What a user should know of it.
 
     Raises:
         SecateurError: the model cannot be read or written in this form, the form is unknown or the folder cannot be written.
@@ -47,7 +50,7 @@ def export(
     if to not in FORMS:
         raise UsageError(f"--to {to!r} is not known: it can be {', '.join(FORMS)}")
     form: Form = FORMS[to]()
-    with staged_folder(Path(out), overwrite) as folder, torch.no_grad():
+    with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
         source = open_source(model, trust_remote_code)
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
@@ -77,15 +80,18 @@ def export(
         writer.flush()
         assemble(writer.files, folder, folder)
         save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, prefix, linears))
-        source.write_companions(folder)
-        write_manifest(folder, _manifest(source, to, weights.unused))
+        notes = source.write_companions(folder)
+        write_manifest(folder, _manifest(source, to, weights.unused, notes))
+    return notes
 
 
-def _manifest(source: Source, to: str, unused: list[str]) -> dict[str, Any]:
+def _manifest(source: Source, to: str, unused: list[str], notes: list[str]) -> dict[str, Any]:
     """How the weights came about, if the source knows, and that they were exported."""
     known = {}
     if source.folder is not None and (source.folder / MANIFEST_NAME).exists():
         known = read_json(source.folder / MANIFEST_NAME)
         known.pop("files", None)
     exported = {"to": to, "from": source.name, "sha256": source.hashes, "secateur": __version__}
-    return {**known, "unused": unused, "exported": exported}
+    said = known.get("notes")
+    notes = [*(said if isinstance(said, list) else []), *notes]
+    return {**known, **({"notes": notes} if notes else {}), "unused": unused, "exported": exported}

@@ -5,6 +5,7 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -17,6 +18,8 @@ import torch
 
 from secateur.calibration.effects import LABELS
 from secateur.calibration.stats import Level
+from secateur.errors import UsageError
+from secateur.formats.paths import check_named
 from secateur.formats.writer import SHARD_BYTES
 from secateur.pipeline.compress import put_together
 from secateur.pipeline.goals import is_open, parse_target
@@ -95,16 +98,21 @@ def forecast(
     """
     resolved = plan(recipe)
     limit = limit_memory(max_memory)
-    place = Path(out).absolute()
-    while not place.is_dir():
-        place = place.parent
+    check_named(out, "--out")
     ranks = Ranks(open_device(device))
+    place = Path(out).absolute()
+    while not os.path.isdir(place):
+        place = place.parent
+    try:
+        scratch_folder = tempfile.TemporaryDirectory(prefix=".secateur-plan-", dir=place)
+    except OSError as error:
+        raise UsageError(f"{place} cannot be written: {error.strerror or error}") from error
 
     def say(step: Progress) -> None:
         if step.linear is None:  # linears are nobody's concern here
             progress(step)
 
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".secateur-plan-", dir=place) as folder:
+    with torch.no_grad(), scratch_folder as folder:
         progress(Progress("opening the model"))
         began = time.perf_counter()
         source = open_source(model, trust_remote_code)

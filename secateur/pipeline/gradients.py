@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.calibration.fisher import fisher
 from secateur.formats.reader import StoredTensors
-from secateur.formats.writer import sync
+from secateur.formats.writer import save_tensors, sync
 from secateur.pipeline.ranks import Ranks
 
 
@@ -45,7 +44,7 @@ class KeptFisher:
             self.ranks.add(mean_OI)
         if self.ranks.first:
             new = self.file.with_suffix(".new")
-            save_file(means, new)
+            save_tensors(means, new)
             sync(new)
             new.rename(self.file)
 

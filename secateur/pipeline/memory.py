@@ -44,7 +44,7 @@ _M_MMAP_THRESHOLD = -3
 
 def return_freed() -> None:
     """Have the C library give memory back when it is freed, at some cost in time. It keeps pieces of up to 32 MiB otherwise."""
-    with suppress(OSError, AttributeError):  # only glibc has this
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has this
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import re
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from secateur.errors import CheckpointError, Interrupted, SecateurError, UsageError
 from secateur.formats.manifest import MANIFEST_NAME, sha256
+from secateur.formats.paths import Inputs, check_apart, check_free, drop_empty, make_parents, place_of
 from secateur.formats.reader import parse_json
-from secateur.formats.writer import assemble, check_free, put_in_place, sync, why_not_written
+from secateur.formats.writer import assemble, put_in_place, sync, why_not_written
 from secateur.pipeline.ranks import Ranks
 
 JOURNAL_NAME = "journal.json"
@@ -43,13 +44,15 @@ class Partial:
         complete: whether the run had ended, but for its cleaning up, when it was interrupted.
     """
 
-    def __init__(self, out: Path, ranks: Ranks) -> None:
-        self.out = Path(os.path.abspath(out))
+    def __init__(self, out: str | Path, ranks: Ranks, inputs: Inputs | None = None) -> None:
+        self.out = place_of(out)
         self.folder = self.out.with_name(f"{self.out.name}.partial")
         self.ranks = ranks
+        self.inputs = inputs or {}
         self.complete = False
         self._journal: dict[str, Any] = {}
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
+        self._parents: list[Path] = []
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -88,20 +91,16 @@ class Partial:
 
     def _open(self, overwrite: bool, resume: bool) -> None:
         journal = self.folder / JOURNAL_NAME
-        begun = parse_json(journal.read_bytes(), journal) if journal.exists() else {}
+        begun = parse_json(journal.read_bytes(), journal) if os.path.exists(journal) else {}
         finished = begun.get("finished")
         placed = finished is not None and (self.out / MANIFEST_NAME).is_file()
         if resume and placed and sha256(self.out / MANIFEST_NAME) == finished:
             self._journal, self.complete = begun, True
             return
-        check_free(self.out, overwrite)
-        if self.folder.exists():
-            foreign = sorted(path.name for path in self.folder.iterdir() if not _OWN.fullmatch(path.name))
-            if foreign and not overwrite:
-                raise UsageError(
-                    f"{self.folder} stands in the way and holds {foreign[0]}, which is of no run of `compress`: move it, or "
-                    "give --overwrite to remove it"
-                )
+        check_free(self.out, overwrite, self.inputs)
+        if os.path.lexists(self.folder):
+            check_partial(self.folder, _OWN, (LOCK_NAME, JOURNAL_NAME), "run of `compress`")
+            check_apart(self.folder, self.inputs)
             self._take_lock()
             self._journal = begun if resume else {}
             if resume and begun:
@@ -113,9 +112,11 @@ class Partial:
                 )
             self._release()
             shutil.rmtree(self.folder)
+        self._parents = make_parents(self.folder)
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir()
         except OSError as error:
+            drop_empty(self._parents)
             raise UsageError(f"{self.folder} cannot be created: {error.strerror or error}") from error
         self._take_lock()
 
@@ -124,7 +125,7 @@ class Partial:
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            unlock(self._lock)
             self._lock = None
 
     def begin(self, identity: dict[str, Any]) -> None:
@@ -237,10 +238,10 @@ class Partial:
     def finish(self, overwrite: bool) -> None:
         """Give the new checkpoint its name, and remove the rest."""
         folder = self.folder / "out"
-        for file in folder.iterdir():
-            sync(file)
+        for path in folder.rglob("*"):
+            sync(path)
         sync(folder)
-        check_free(self.out, overwrite)  # another run may have made it meanwhile
+        check_free(self.out, overwrite, self.inputs)  # another run may have made it meanwhile
         self._journal["finished"] = sha256(folder / MANIFEST_NAME)
         self._write()
         put_in_place(folder, self.out)
@@ -271,18 +272,21 @@ class Partial:
             return f"{what} kept in {self.folder}: run again with --resume to go on"
         if self.ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
+            drop_empty(self._parents)
         return "nothing is left behind"
 
 
 @contextmanager
-def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> Iterator[Partial]:
+def partial_folder(
+    out: str | Path, overwrite: bool, resume: bool, ranks: Ranks, inputs: Inputs | None = None
+) -> Iterator[Partial]:
     """The folder of an unfinished run. Where the block fails it stays, if there is something to go on from.
 
     Raises:
         UsageError: see `Partial.open`.
         SecateurError: the disk is full, or what was raised inside, each with what is left.
     """
-    partial = Partial(out, ranks)
+    partial = Partial(out, ranks, inputs)
     partial.open(overwrite, resume)
     try:
         yield partial
@@ -298,21 +302,53 @@ def partial_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         raise
 
 
-def lock_folder(folder: Path) -> int:
-    """Have a folder for this process alone: closing the handle ends that, as the end of the process does, however it ends.
+def check_partial(folder: Path, own: re.Pattern[str], known_by: tuple[str, ...], what: str) -> None:
+    """Raise UsageError when the folder of an unfinished run is something else, which nobody asked to have removed.
+
+    Args:
+        folder: is there.
+        own: names of what a run puts into it.
+        known_by: one of them it has, unless it is empty.
+        what: the run is of.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UsageError(f"{folder} stands in the way: {error.strerror or error}; move it") from error
+    foreign = [name for name in names if not own.fullmatch(name)]
+    if not foreign and not set(names) & set(known_by):
+        foreign = names
+    if foreign:
+        raise UsageError(f"{folder} stands in the way and holds {foreign[0]}, which is of no {what}: move it")
+
+
+# A lock that nobody refers to is released.
+_held: set[FileLock] = set()
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Have a folder for this process alone, until the lock is released or the process ends, however it ends.
 
     Raises:
-        UsageError: another process has it.
+        UsageError: another process has it, or it cannot be written.
     """
-    lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
+        lock.acquire()
+        _held.add(lock)
+    except Timeout as error:
         raise UsageError(
             f"{folder} is being written by another process: wait for it, or choose another folder"
         ) from error
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return lock
+
+
+def unlock(lock: FileLock) -> None:
+    """Let others have the folder of a lock; again, for nothing."""
+    lock.release()
+    _held.discard(lock)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,6 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor
 
 from secateur.calibration.stats import InputStats, Level
@@ -103,6 +103,10 @@ def peak_memory() -> int:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return psutil.Process().memory_info().peak_wset
+        import resource  # which Windows has not
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -303,7 +303,7 @@ class Run:
         for record in self.partial.records:
             for linear in record["linears"]:
                 self._count(Solution.of_record(linear, {}))
-            self.notes += record["notes"]
+            self.notes += (note for note in record["notes"] if note not in self.notes)
 
     def _count(self, solution: Solution) -> None:
         self.reports.append(solution.report)
@@ -338,7 +338,7 @@ class Run:
         """Have what was written since the last record on the disk, and say so in the journal."""
         self.writer.flush()
         files, self.writer.files = self.writer.files, {}
-        content = {"linears": [solution.record() for solution in self.solutions], "notes": self.new_notes}
+        content = {"linears": [solution.record() for solution in self.solutions], "notes": [*self.new_notes]}
         self.partial.record(files, content, hidden)
 
     def end_block(self, number: int, outputs: HiddenStates | None) -> None:

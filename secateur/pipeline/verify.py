@@ -6,6 +6,7 @@ O: output features, I: input features.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from secateur.formats.layout import all_finite, widened
 from secateur.formats.manifest import MANIFEST_NAME, Problem, check_files
 from secateur.formats.pack_quantized import PackQuantized
 from secateur.formats.packed import DecodedWeights
+from secateur.formats.paths import check_named
 from secateur.formats.reader import (
     INDEX_NAME,
     StoredTensors,
@@ -76,8 +78,9 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> list[Probl
 
 def examine(folder: str | Path, *, trust_remote_code: bool = False) -> Verification:
     """The same, and how much was looked at. Raises UsageError when there is no such folder."""
+    check_named(folder, "OUT")
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"no such folder: {folder}")
     run = _Run(folder, trust_remote_code)
     with torch.no_grad():

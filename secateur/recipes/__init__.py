@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import UsageError, did_you_mean
+from secateur.formats.paths import check_named
 from secateur.recipe import Recipe
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -54,6 +55,7 @@ def find_recipe(given: str) -> Recipe:
     Raises:
         UsageError: there is neither, or the file holds no recipe.
     """
+    check_named(given, "--recipe")
     path = Path(given)
     if os.path.isfile(path):  # no error for a name that is too long for a file
         return Recipe.read(path)

@@ -70,6 +70,10 @@ Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens run at a time (default: by the memory).", min=1)]
 MaxMemory = Annotated[str | None, typer.Option(help="Of the host that may be in use, such as 8GiB.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Begin each window with BOS, where the tokenizer adds one (default: --bos)."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output folder if it exists and secateur wrote it.")
 ]
@@ -142,6 +146,7 @@ def _recipe(
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of whatever is drawn.")] = None,
+    bos: Bos = None,
     format: Annotated[str | None, typer.Option(help="auto, dense, bitmap or nm.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written: auto, bfloat16, float16, float32.")] = None,
     recipe: Annotated[
@@ -184,6 +189,7 @@ def _recipe(
         "ignore": tuple(ignore) if ignore else None,
     }
     text = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed, "text_field": text_field}
+    text["bos"] = bos
     return _override(base, {**given, "calibration": _override(base.calibration, text)})
 
 
@@ -496,6 +502,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next (default: --seq-len, no overlap).", min=1)
     ] = None,
+    bos: Bos = None,
     by_block: Annotated[
         bool, typer.Option("--by-block", help="Compare the outputs of all blocks with the reference's.")
     ] = False,
@@ -526,7 +533,7 @@ def evaluate(
     result = run(
         model,
         reference,
-        Text(data, seq_len, windows, stride, text_field),
+        Text(data, seq_len, windows, stride, text_field, bos is not False),
         runner=Runner(dtype, device, batch_tokens, trust_remote_code),
         cache=reference_cache,
         cache_tokens=cache_tokens or None,
@@ -544,9 +551,12 @@ def evaluate(
 
 
 def _print_evaluation(result: Any, model: str, reference: str | None, text: str, stride: int | None) -> None:
+    from secateur.evaluate.text import with_bos
+
     quality, size, dense = result.quality, result.size, result.reference_size
     overlap = f", {stride} apart" if stride is not None else ""
-    table = Table(title=f"{escape(text)}{overlap}", title_justify="left")
+    title = f"{escape(text)}{overlap}, {with_bos(result.text['bos'])}"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column(escape(model), justify="right")
     rows: list[tuple[str, str, str]] = [
@@ -609,6 +619,13 @@ def gate(
     text_field: Annotated[str | None, typer.Option(help="Where the text of a row stands.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a window (--write: 512).", min=2)] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows (--write: 16).", min=1)] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin each window with BOS, where the tokenizer adds one (default: as the baseline; --write: --bos).",
+        ),
+    ] = None,
     max_perplexity_rise: Annotated[str | None, typer.Option(help="Over the baseline's (default: 1%).")] = None,
     max_size_rise: Annotated[
         str | None, typer.Option(help="Of the weight files, over the baseline's (default: 0.5%).")
@@ -642,8 +659,9 @@ def gate(
     from secateur.evaluate.gate import gate as run
     from secateur.evaluate.gate_report import figures, junit, markdown
     from secateur.evaluate.run import Runner
+    from secateur.evaluate.text import with_bos
 
-    named = {"data": data, "text_field": text_field, "seq_len": seq_len, "windows": windows}
+    named = {"data": data, "text_field": text_field, "seq_len": seq_len, "windows": windows, "bos": bos}
     text: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     limits: dict[str, Any] = {
         "perplexity_rise": _share("--max-perplexity-rise", max_perplexity_rise),
@@ -671,7 +689,8 @@ def gate(
         )
         if not quiet:
             quality = found.quality
-            _say(f"{baseline}: perplexity {quality.perplexity:.3f}{_between(quality.perplexity_interval, '.3f')}")
+            figure = f"perplexity {quality.perplexity:.3f}{_between(quality.perplexity_interval, '.3f')}"
+            _say(f"{baseline}: {figure}, on windows {with_bos(found.text['bos'])}")
         return
     kept = Baseline.read(baseline)
     result = run(
@@ -685,7 +704,8 @@ def gate(
         progress=_counter(quiet),
     )
     if not quiet and str(json_file) != "-":
-        table = Table(title=f"{escape(model)} against {escape(str(baseline))}", title_justify="left")
+        title = f"{escape(model)} against {escape(str(baseline))}, {with_bos(result.evaluation.text['bos'])}"
+        table = Table(title=title, title_justify="left")
         for heading in ("", "now", "baseline", "change", f"{result.confidence:.0%} interval", "verdict"):
             table.add_column(heading, justify="left" if heading in ("", "verdict") else "right")
         for check in result.checks:
@@ -721,6 +741,14 @@ def sweep(
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
     windows: Annotated[int, typer.Option(help="How many windows.", min=1)] = 12,
     stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.", min=1)] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin each window with BOS, where the tokenizer adds one, to calibrate (default: as the recipes) and to "
+            "measure (default: --bos).",
+        ),
+    ] = None,
     cache_tokens: CacheTokens = 1024,
     batch_tokens: EvalBatch = None,
     dtype: EvalDtype = "float32",
@@ -744,7 +772,7 @@ def sweep(
     from secateur.pipeline.recipe_spec import parse_recipes
 
     _check_files({"--json": json_file}, out)
-    text = {"source": calibration, "samples": samples, "seq_len": calibration_seq_len}
+    text = {"source": calibration, "samples": samples, "seq_len": calibration_seq_len, "bos": bos}
     asked = [
         (name, _override(recipe, {"calibration": _override(recipe.calibration, text)}))
         for name, recipe in parse_recipes(recipes)
@@ -754,7 +782,7 @@ def sweep(
             Sweep(
                 model,
                 asked,
-                Text(data, seq_len, windows, stride, text_field),
+                Text(data, seq_len, windows, stride, text_field, bos is not False),
                 Runner(dtype, device, batch_tokens, trust_remote_code),
                 cache_tokens or None,
                 max_memory,

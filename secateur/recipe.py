@@ -27,6 +27,8 @@ class Calibration:
             what the model's positions allow.
         seed: of whatever is drawn.
         text_field: where the text of a JSON line or table row stands.
+        bos: whether every window begins with the token that the tokenizer puts before a text, where it puts one; and every
+            window of text that the model writes begins as that text does.
     """
 
     source: str = "self"
@@ -34,6 +36,7 @@ class Calibration:
     seq_len: int | None = None
     seed: int = 0
     text_field: str = "text"
+    bos: bool = True
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -199,6 +202,9 @@ class Recipe:
             raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
         if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
             content = content["recipe"]
+            # A run of a version that knew nothing of `bos` is repeated as it was.
+            if isinstance(content.get("calibration"), dict):
+                content["calibration"].setdefault("bos", False)
         return cls.from_dict(content)
 
 

@@ -450,7 +450,7 @@ def test_write_then_compare(says, checkpoint, text, tmp_path):
     content = json.loads(file.read_text(), parse_constant=pytest.fail)
     perplexity = content["metrics"]["perplexity"]
     low, high = perplexity["interval"]
-    assert err == f"{file}: perplexity {perplexity['value']:.3f} ({low:.3f} to {high:.3f})\n"
+    assert err == f"{file}: perplexity {perplexity['value']:.3f} ({low:.3f} to {high:.3f}), on windows with BOS\n"
     assert content["text"]["stride"] is None
     assert content["per_window"]["predictions"] == [SEQ_LEN - 1] * WINDOWS
     assert content["recipe"]["sparsity"] == 0.5
@@ -500,7 +500,7 @@ def test_write_with_limits(fails, tmp_path, options):
     ("options", "code", "message"),
     [
         (["--windows", 4], 2, "4 windows cannot tell a change from chance: give --windows 5 at least, better 16"),
-        (["--seq-len", 64, "--windows", 100000], 2, "and 6400000 are needed (100000 windows of 64): give more text"),
+        (["--seq-len", 64, "--windows", 100000], 2, "and 6300001 are needed (100000 windows of 64): give more text"),
         (["--data", "/nowhere.txt"], 2, "no such file: /nowhere.txt"),
         (["--data", "self"], 2, "--data self would let the model judge its own words"),
         (["--dtype", "float31"], 2, "--dtype 'float31' is not known"),
@@ -623,7 +623,7 @@ def test_a_report_that_cannot_be_written(fails, written, tmp_path, option):
 
 
 def result_of(*checks, model="a model", baseline="baseline.json", notes=()):
-    evaluation = SimpleNamespace(seconds=1.5)
+    evaluation = SimpleNamespace(seconds=1.5, text={"bos": True})
     return GateResult(model, baseline, checks, notes, 0.95, evaluation)
 
 

@@ -56,7 +56,8 @@ def reference(source, wanted, groups, prefix, dtype=torch.float32):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     documents = read_text(wanted.calibration.source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids_NS = windows(documents, tokenizer, SEQ_LEN, SAMPLES, seed=wanted.calibration.seed, what="it")
+    seed, bos = wanted.calibration.seed, wanted.calibration.bos
+    ids_NS = windows(documents, tokenizer, SEQ_LEN, SAMPLES, seed=seed, bos=bos, what="it")
     pattern = parse_pattern(wanted.pattern, wanted.sparsity)
     weights, errors = {}, {}
     for block in range(model.config.num_hidden_layers):
@@ -379,7 +380,7 @@ def ids_of_words(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     ids_NS = torch.randint(2, VOCABULARY - 1, (SAMPLES, SEQ_LEN), generator=generator)
     ids_NS[5, 17] = VOCABULARY - 1
-    monkeypatch.setattr(run_module, "calibration_ids", lambda source, settings, *_: (ids_NS, settings))
+    monkeypatch.setattr(run_module, "calibration_ids", lambda source, settings, *_: (ids_NS, settings, []))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 4 * SEQ_LEN, None])
@@ -475,7 +476,7 @@ SELF = secateur.Calibration(samples=5, seq_len=20)
 
 def sampled(source, settings=SELF):
     said = []
-    ids_NS, settings = calibration_ids(open_source(str(source)), settings, torch.device("cpu"), said.append)
+    ids_NS, *_ = calibration_ids(open_source(str(source)), settings, torch.device("cpu"), said.append)
     return ids_NS, said
 
 

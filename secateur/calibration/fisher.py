@@ -5,14 +5,17 @@ N: windows, S: tokens of one window, P: predictions of one window, S − 1, V: v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.calibration.tokens import is_one_of
 from secateur.errors import SecateurError, UsageError
+
+_NOT_SCORED = -100  # no token
 
 
 def fisher(
@@ -20,6 +23,7 @@ def fisher(
     ids_NS: Tensor,
     wanted: Iterable[str],
     progress: Callable[[int, int], None] | None = None,
+    bos: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """The mean over windows of the squared gradient of a window's loss, for every weight of some linears.
 
@@ -31,6 +35,7 @@ def fisher(
         ids_NS: the windows, of at least 2 tokens each.
         wanted: names of linears in the model.
         progress: called with (windows done, windows in total) after each window.
+        bos: tokens that texts begin with: no text leads up to them, and they are not predicted.
 
     Returns:
         fisher_OI of each linear by name: float32, on the CPU.
@@ -52,9 +57,10 @@ def fisher(
             linear.weight.requires_grad_(True).grad = None
             handles.append(linear.weight.register_post_accumulate_grad_hook(_adder(name, sums[name])))
         for n, ids_S in enumerate(ids_NS.to(model.device)):
+            target_P = ids_S[1:].masked_fill(is_one_of(ids_S[1:], bos), _NOT_SCORED)
             with torch.enable_grad():
                 logits_PV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1]
-                nn.functional.cross_entropy(logits_PV.float(), ids_S[1:]).backward()
+                nn.functional.cross_entropy(logits_PV.float(), target_P, ignore_index=_NOT_SCORED).backward()
             if progress is not None:
                 progress(n + 1, N)
     finally:

@@ -22,19 +22,22 @@ BATCH_TEXTS = 128
 @torch.no_grad()
 def sample_windows(
     model: Any,
-    start: int,
+    start: list[int],
     samples: int,
     seq_len: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    bos: bool = True,
 ) -> Tensor:
     """Sample texts token by token from the model's own distribution, and lay them end to end into windows.
 
     Args:
         model: a causal language model in evaluation mode.
-        start: the token every text begins with.
+        start: the tokens every text begins with.
         samples, seq_len: N and S.
         seed: of the draws.
+        bos: whether each window begins as a text does: the last text in it is then cut. Otherwise the next window goes on
+            with it.
         progress: called with (tokens written, tokens in total).
 
     Returns:
@@ -44,7 +47,7 @@ def sample_windows(
         SecateurError: the model's predictions are not finite.
     """
     length = min(TEXT_TOKENS, seq_len)
-    texts = -(-samples * seq_len // length)
+    texts = samples * -(-seq_len // length) if bos else -(-samples * seq_len // length)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = []
     for done in range(0, texts, BATCH_TEXTS):
@@ -54,16 +57,21 @@ def sample_windows(
             progress(done * length + count * step, texts * length)
 
         batches.append(_sample_batch(model, start, count, length, generator, report))
-    return torch.cat(batches).reshape(-1)[: samples * seq_len].view(samples, seq_len)
+    ids_T = torch.cat(batches).reshape(-1)
+    if bos:
+        return ids_T.view(samples, -1)[:, :seq_len].contiguous()
+    return ids_T[: samples * seq_len].view(samples, seq_len)
 
 
 def _sample_batch(
-    model: Any, start: int, count: int, length: int, generator: torch.Generator, report: Callable[[int], None]
+    model: Any, start: list[int], count: int, length: int, generator: torch.Generator, report: Callable[[int], None]
 ) -> Tensor:
-    ids_BL = torch.full((count, length), start, dtype=torch.int64, device=model.device)
-    cache = None
-    for step in range(1, length):
-        out = model(input_ids=ids_BL[:, step - 1 : step], past_key_values=cache, use_cache=True)
+    ids_BL = torch.zeros((count, length), dtype=torch.int64, device=model.device)
+    ids_BL[:, : len(start)] = torch.tensor(start[:length], device=model.device)
+    cache, read = None, 0
+    for step in range(len(start), length):
+        out = model(input_ids=ids_BL[:, read:step], past_key_values=cache, use_cache=True)
+        read = step
         cache = out.past_key_values
         p_BV = out.logits[:, -1].float().softmax(-1)
         if not torch.isfinite(p_BV).all():

@@ -6,7 +6,7 @@ K: windows, S: tokens of one window, N: tokens of all documents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,27 @@ from torch import Tensor
 
 from secateur.errors import UsageError
 
+# What a tokenizer is tried on. More than one: a small vocabulary may have no token for the first.
+_PROBES = ("a", "0", "\n")
 # Where a long document is cut to tokenise only its beginning, so many tokens before the cut are not trusted: what a
 # tokenizer makes of a word, or of a run of spaces or digits, depends on where it ends.
 _MARGIN = 1024
 _CHARS_PER_TOKEN = 8
 _LEAST_CHARS = 1 << 16
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text by itself; none for many.
+
+    Found by what it does: its flags tell neither of all tokenizers nor the truth of some.
+    """
+    for probe in _PROBES:
+        plain = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = tokenizer_ids(tokenizer, probe)
+        for at in range(len(whole) - len(plain) + 1) if plain else ():
+            if whole[at : at + len(plain)] == plain:
+                return whole[:at]
+    return []
 
 
 def windows(
@@ -29,6 +45,7 @@ def windows(
     *,
     seed: int | None = None,
     stride: int | None = None,
+    bos: bool = False,
     what: str,
     count_flag: str = "--samples",
 ) -> Tensor:
@@ -42,36 +59,79 @@ def windows(
         seq_len, count: S and K.
         seed: None takes the first K windows; otherwise K are drawn from all windows, and stay in the order of the text.
         stride: by how many tokens each window begins after the one before, where they overlap; without a seed only.
+        bos: whether each window begins with what the tokenizer puts before a text, and S tokens with it, see `cut`.
+            Otherwise only documents do, and most windows begin in the middle of one.
         what: what the user calls this text, and `count_flag`, the flag that sets K, for the error's sake.
 
     Returns:
         ids_KS: int64, on the CPU.
 
     Raises:
-        UsageError: there is too little text.
+        UsageError: there is too little text, or a window has no room for any.
     """
     if seq_len < 1 or count < 1:
         raise UsageError(f"{count} windows of {seq_len} tokens cannot be had: {count_flag} and --seq-len start at 1")
-    step = stride or seq_len
+    begin = bos_ids(tokenizer) if bos else []
+    check_room(seq_len, begin)
+    text_len = seq_len - len(begin)
+    step = min(stride or text_len, text_len)
+    # A window takes the beginning of a document for its own, where the two meet.
     needed = seq_len + step * (count - 1)
+    enough = needed + len(begin) * (count - 1)
     ids: list[int] = []
     for document in documents:
         if seed is not None:
             ids += tokenizer_ids(tokenizer, document)
             continue
-        ids += _first_ids(tokenizer, document, needed - len(ids))
-        if len(ids) >= needed:
+        ids += _first_ids(tokenizer, document, enough - len(ids))
+        if len(ids) >= enough:
             break
-    if len(ids) < needed:
+    found = cut(ids, begin, seq_len, step)
+    if len(found) < count:
         raise UsageError(
-            f"{what} gives {len(ids)} tokens, and {needed} are needed ({count} windows of {seq_len}): "
+            f"{what} gives {len(ids)} tokens, and {max(needed, len(ids) + 1)} are needed ({count} windows of {seq_len}): "
             f"give more text, or lower {count_flag} or --seq-len"
         )
     if seed is None:
-        return torch.tensor(ids[:needed]).unfold(0, seq_len, step).clone()
-    total = len(ids) // seq_len
-    drawn_K = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return torch.tensor(ids[: total * seq_len]).view(total, seq_len)[drawn_K]
+        return torch.tensor(found[:count])
+    drawn_K = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return torch.tensor([found[k] for k in drawn_K.tolist()])
+
+
+def cut(ids: list[int], begin: list[int], seq_len: int, step: int | None = None) -> list[list[int]]:
+    """All whole windows of `seq_len` tokens in a run of tokens, each with `begin` before its text.
+
+    Where a window would begin with the beginning of a document, it takes that for its own: no window begins twice.
+
+    Args:
+        ids: the tokens, with `begin` before each document.
+        begin: the tokens that every window begins with; may be none.
+        step: from the text of a window to that of the next; None: no window has text of another.
+    """
+    text_len = seq_len - len(begin)
+    found: list[list[int]] = []
+    at = 0
+    while True:
+        if begin and ids[at : at + len(begin)] == begin:
+            at += len(begin)
+        if at + text_len > len(ids):
+            return found
+        found.append(begin + ids[at : at + text_len])
+        at += step or text_len
+
+
+def check_room(seq_len: int, begin: list[int]) -> None:
+    """Raise UsageError where a window has no room for text behind the tokens that it begins with."""
+    if seq_len <= len(begin):
+        raise UsageError(
+            f"--seq-len {seq_len} leaves no room for text behind what the tokenizer begins a text with: give "
+            f"{len(begin) + 1} at least, or --no-bos"
+        )
+
+
+def is_one_of(ids: Tensor, some: Sequence[int]) -> Tensor:
+    """Which tokens are among some."""
+    return torch.isin(ids, torch.tensor(some, dtype=ids.dtype, device=ids.device))
 
 
 def hash_of(ids_KS: Tensor) -> str:

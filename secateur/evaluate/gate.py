@@ -23,7 +23,7 @@ import transformers
 from secateur._version import __version__
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.evaluate.run import Evaluation, Runner, evaluate
-from secateur.evaluate.text import Text
+from secateur.evaluate.text import Text, with_bos
 from secateur.evaluate.uncertainty import fewest_windows, interval, p_of_rise
 from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.paths import check_whole
@@ -176,6 +176,7 @@ class Baseline:
         return (
             all(isinstance(value, str) for value in texts)
             and all(type(count) is int for count in counts)
+            and type(self.text.bos) is bool
             and self.text.stride in (None, self.text.seq_len)
             and {"loss", "predictions"} <= windows.keys()
             and all(len(values) == self.text.windows for values in windows.values())
@@ -188,7 +189,9 @@ class Baseline:
     @property
     def text(self) -> Text:
         """Which windows of which text it was measured on."""
-        return Text(**{field.name: self.content["text"][field.name] for field in dataclasses.fields(Text)})
+        # Before there was `bos`, windows did not begin with it.
+        said = {"bos": False, **self.content["text"]}
+        return Text(**{field.name: said[field.name] for field in dataclasses.fields(Text)})
 
     @property
     def per_window(self) -> dict[str, list[float]]:
@@ -236,8 +239,8 @@ def gate(
     """
     file, wanted = baseline.file, baseline.text
     for name, given in (text or {}).items():
-        # Where a text lies differs between machines; whether it is the same its tokens tell.
-        if name in ("data", "text_field"):
+        # Where a text lies differs between machines, and what BOS is between tokenizers; whether it is the same tokens tell.
+        if name in ("data", "text_field", "bos"):
             wanted = dataclasses.replace(wanted, **{name: given})
         elif given != getattr(wanted, name):
             raise UsageError(
@@ -260,6 +263,11 @@ def gate(
 
     def same_text(sha256: str) -> None:
         if sha256 != baseline.content["text"]["sha256"]:
+            if wanted.bos != baseline.text.bos:
+                raise UsageError(
+                    f"baseline {file} was measured on windows {with_bos(baseline.text.bos)}: leave "
+                    f"{'--bos' if wanted.bos else '--no-bos'} out, or write another baseline"
+                )
             why = " (it comes with Python, and each version has its own)" if wanted.data == "docs" else ""
             raise UsageError(
                 f"baseline {file} was measured on another text, or with another tokenizer, than --data {wanted.data} gives "

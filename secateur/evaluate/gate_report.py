@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from secateur.evaluate.gate import FAILED, UNCLEAR, Check, GateResult
+from secateur.evaluate.text import with_bos
 
 _MARKS = {"ok": "✅", FAILED: "❌", UNCLEAR: "⚠️"}
 
@@ -27,7 +28,7 @@ def markdown(result: GateResult) -> str:
     lines = [
         f"### secateur gate: {state}",
         "",
-        f"`{result.model}` against `{result.baseline}`",
+        f"`{result.model}` against `{result.baseline}`, on windows {with_bos(result.evaluation.text['bos'])}",
         "",
         f"| | figure | now | baseline | change | {result.confidence:.0%} interval | |",
         "|---|---|---|---|---|---|---|",

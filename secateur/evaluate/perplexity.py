@@ -6,13 +6,14 @@ K: windows, S: tokens of one window, P: predictions of one window, S−1, B: pre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from secateur.calibration.tokens import is_one_of
 from secateur.errors import SecateurError, UsageError
 from secateur.evaluate.distributions import Window, divergence, predict
 from secateur.evaluate.uncertainty import interval
@@ -42,7 +43,8 @@ _BATCH_TOKENS, _BATCH_LOGITS = 8192, 2**30
 
 @dataclass(frozen=True)
 class Scores:
-    """Every prediction: `[K, P]`, float32 on the CPU, NaN where windows overlap and an earlier one has scored it.
+    """Every prediction: `[K, P]`, float32 on the CPU; NaN where windows overlap and an earlier one has scored it, and where a
+    text begins.
 
     Attributes:
         loss_KP: −log-probability of the token that comes next, in nats.
@@ -60,6 +62,17 @@ class Scores:
     def count_K(self) -> Tensor:
         """How many predictions each window scored."""
         return (~self.loss_KP.isnan()).sum(1)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether windows overlap: the first predictions of some are not scored, as they are in the first window."""
+        first_K = (~self.loss_KP.isnan()).int().argmax(1)
+        return bool((first_K > first_K[0]).any())
+
+    def of_text(self, ids_KS: Tensor, bos: Sequence[int]) -> Scores:
+        """Without the predictions of tokens that texts begin with: nothing leads up to them."""
+        begins_KP = is_one_of(ids_KS[:, 1:], bos)
+        return Scores(*(values_KP.masked_fill(begins_KP, math.nan) for values_KP in self.given().values()))
 
     def windows(self) -> dict[str, list[float]]:
         """The mean of each figure over each window."""
@@ -87,7 +100,8 @@ class Quality:
     Attributes:
         perplexity: exp(loss); infinite where that is beyond a float.
         loss: mean negative log-likelihood of the next token, in nats.
-        tokens: how many predictions were scored; windows · (seq_len − 1) where windows do not overlap.
+        tokens: how many predictions were scored; windows · (seq_len − 1) where windows do not overlap and no text begins
+            within one.
         windows, seq_len: the text.
         kl: mean KL(reference ‖ model) of the next-token distributions, in nats a token.
         agreement: share of predictions whose most likely token is the reference's.
@@ -115,9 +129,8 @@ class Quality:
         count_K = scores.count_K
         mean = {name: values_KP.double().nanmean().item() for name, values_KP in scores.given().items()}
         # Windows that overlap hang together: drawing them again would make intervals too narrow.
-        overlap = int(count_K.min()) < scores.loss_KP.shape[1]
         ends = {
-            name: None if overlap else interval(values_KP.double().nansum(1), count_K)
+            name: None if scores.overlap else interval(values_KP.double().nansum(1), count_K)
             for name, values_KP in scores.given().items()
             if name != "reference_loss"
         }
@@ -152,6 +165,7 @@ def measure(
     reference: Any = None,
     *,
     stride: int | None = None,
+    bos: Sequence[int] = (),
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
@@ -166,6 +180,7 @@ def measure(
         reference: another one with the same tokens, or what is kept of its predictions.
         stride: by how many tokens a window begins after the one before, where they overlap; each token is then scored once,
             in the first window that has it. None: they do not overlap.
+        bos: the tokens that each window begins with, if it does; they are never scored, wherever they stand.
         batch_tokens: run at a time, in whole windows, one at least; None takes one on a CPU, and elsewhere 8192 tokens, or
             fewer where the vocabulary is so large that their logits would fill gigabytes.
         progress: called with (windows done, windows in total).
@@ -195,21 +210,22 @@ def measure(
                     f"the model has {window.vocabulary} tokens and the reference {beside.vocabulary}: "
                     "they can only be compared if they share their tokenizer"
                 )
-            found.append(_score(window, beside, place_of(k, ids_KS, stride)))
+            found.append(_score(window, beside, place_of(k, ids_KS, stride, bos)))
 
     for some in batches(K, S, batch_tokens, model):
         score(some)
         if progress is not None:
             progress(len(found), K)
     columns = zip(*found, strict=True)
-    return Quality.of(Scores(*(padded(list(column), S - 1) for column in columns)))
+    return Quality.of(Scores(*(padded(list(column), S - 1) for column in columns)).of_text(ids_KS, bos))
 
 
-def place_of(k: int, ids_KS: Tensor, stride: int | None) -> str:
+def place_of(k: int, ids_KS: Tensor, stride: int | None, bos: Sequence[int]) -> str:
     """A window, for the error's sake."""
     K, S = ids_KS.shape
-    begin = k * (stride or S)
-    return f"window {k + 1} of {K} (tokens {begin} to {begin + S - 1})"
+    text_len = S - len(bos)
+    begin = k * min(stride or text_len, text_len)
+    return f"window {k + 1} of {K} (tokens {begin} to {begin + text_len - 1})"
 
 
 def batches(K: int, S: int, batch_tokens: int | None, model: Any) -> list[slice]:

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,21 @@ class KeptReference:
     see `Distributions`.
     """
 
-    def __init__(self, folder: Path, tokens: int | None, vocabulary: int, scored: list[int], seq_len: int) -> None:
+    def __init__(
+        self, folder: Path, tokens: int | None, vocabulary: int, scored: list[int], ids_KS: Tensor, bos: Sequence[int]
+    ) -> None:
         self.folder = folder
         self.tokens = tokens
         self.vocabulary = vocabulary
         self.scored = scored
-        self.seq_len = seq_len
+        self.ids_KS = ids_KS
+        self.bos = bos
 
     def quality(self) -> Quality:
         """How well the reference itself predicts the text."""
         losses = [self._window(k, count).rows(slice(None)).loss_B for k, count in enumerate(self.scored)]
-        return Quality.of(Scores(padded(losses, self.seq_len - 1)))
+        scores = Scores(padded(losses, self.ids_KS.shape[1] - 1))
+        return Quality.of(scores.of_text(self.ids_KS, self.bos))
 
     def windows(self, start: int, ids_WS: Tensor, scored: list[int]) -> list[Window]:
         """What was predicted in the windows from number `start` on.
@@ -116,6 +120,7 @@ def keep_reference(
     ids_KS: Tensor,
     *,
     stride: int | None = None,
+    bos: Sequence[int] = (),
     tokens: int | None = KEPT_TOKENS,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -126,7 +131,7 @@ def keep_reference(
         cache: a folder for any number of models and texts; made if need be.
         identity: tells the model and how it is run, in values that JSON holds.
         load: loads the model, if it has to run.
-        ids_KS, stride, batch_tokens, progress: see `measure`.
+        ids_KS, stride, bos, batch_tokens, progress: see `measure`.
         tokens: how many of the likeliest tokens of each distribution are kept, the others as one; None keeps all, in 4·V bytes
             a prediction.
 
@@ -140,6 +145,7 @@ def keep_reference(
         "layout": _LAYOUT,
         "text": hash_of(ids_KS),
         "windows": [K, S, stride or S],
+        "bos": list(bos),
         "tokens": tokens,
     }
     folder = cache / hash_of_values(whole)[:32]
@@ -156,7 +162,7 @@ def keep_reference(
             # A function, so that no logits are left when those of the next batch are computed.
             found = predict(model, ids_KS[some], scored[some])
             for k, window in zip(range(K)[some], found, strict=True):
-                _keep(_file(folder, k), window, tokens, place_of(k, ids_KS, stride))
+                _keep(_file(folder, k), window, tokens, place_of(k, ids_KS, stride, bos))
             content = json.dumps({**whole, "vocabulary": found[0].vocabulary}, indent=1)
             write_whole(about, lambda part: part.write_text(content, encoding="utf-8"))
 
@@ -177,7 +183,7 @@ def keep_reference(
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{about} cannot be read: remove its folder, to have it made again") from error
     kept = None if tokens is None or tokens >= vocabulary else tokens
-    return KeptReference(folder, kept, vocabulary, scored, S)
+    return KeptReference(folder, kept, vocabulary, scored, ids_KS, bos)
 
 
 def _file(folder: Path, k: int) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 from secateur.evaluate.report_data import script_data
 from secateur.evaluate.report_points import QUALITIES, SIZES, Entry, entries, frontier_of, size_unit
 from secateur.evaluate.sweep_result import Measured, Point, SweepResult
+from secateur.evaluate.text import with_bos
 from secateur.recipe import Recipe
 
 # In the order in which they are joined.
@@ -169,7 +170,7 @@ def _facts(result: SweepResult) -> str:
     facts = {
         "Parameters": f"{result.parameters:,}",
         "Text": f"{text['data']}: {text['windows']} windows × {text['seq_len']} tokens, stride {text['stride']}, "
-        f"{text['tokens']:,} tokens, SHA-256 {str(text['sha256'])[:12]}…",
+        f"{with_bos(text.get('bos', False))}, {text['tokens']:,} tokens, SHA-256 {str(text['sha256'])[:12]}…",
         "Machine": ", ".join(f"{key} {value}" for key, value in result.machine.items()),
         "Version": f"secateur {result.secateur}",
     }

@@ -48,7 +48,8 @@ class Evaluation:
     """The figures of `eval`.
 
     Attributes:
-        text: what was measured on, with `sha256` of the tokens, and `bytes` that the scored ones stand for.
+        text: what was measured on, with `sha256` of the tokens, and `bytes` that the scored ones stand for. `bos` is whether
+            windows did begin with it.
         bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be compared.
         blocks: where the error is made, if that was asked for.
         seconds: it took.
@@ -117,6 +118,7 @@ class Runner:
         tokens: int | None,
         *,
         stride: int | None = None,
+        bos: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> KeptReference:
         """What a model predicts, from the cache if it is there, see `keep_reference`."""
@@ -132,6 +134,7 @@ class Runner:
             lambda: self.load(source),
             ids_KS,
             stride=stride,
+            bos=bos,
             tokens=tokens,
             batch_tokens=self.batch_tokens,
             progress=progress,
@@ -180,14 +183,14 @@ def evaluate(
         raise UsageError(f"{'--by-block' if by_block else '--reference-cache'} needs a --reference to compare with")
     source = runner.open(model, verify)
     tokenizer = source.tokenizer()
-    ids_KS = text.cut(tokenizer)
+    ids_KS, bos = text.cut(tokenizer), text.bos_ids(tokenizer)
     sha256 = hash_of(ids_KS)
     accept(sha256)
     other = runner.open(reference) if reference is not None else None
     beside: KeptReference | None = None
     dense: Any = None
     if other is not None and cache is not None:
-        beside = runner.keep(other, ids_KS, cache, cache_tokens, stride=text.stride, progress=progress)
+        beside = runner.keep(other, ids_KS, cache, cache_tokens, stride=text.stride, bos=bos, progress=progress)
     loaded = runner.load(source)
     if other is not None and (beside is None or by_block or tasks):
         dense = runner.load(other)
@@ -207,14 +210,15 @@ def evaluate(
         ids_KS,
         dense if beside is None else beside,
         stride=text.stride,
+        bos=bos,
         batch_tokens=runner.batch_tokens,
         progress=progress,
     )
-    size = scored_bytes(tokenizer, ids_KS, text.stride)
+    size = scored_bytes(tokenizer, ids_KS, text.stride, bos)
     return Evaluation(
         model=model,
         reference=reference,
-        text={**dataclasses.asdict(text), "sha256": sha256, "bytes": size},
+        text={**dataclasses.asdict(text), "bos": bool(bos), "sha256": sha256, "bytes": size},
         quality=quality,
         bits_per_byte=bits_per_byte(quality, size),
         size=size_of(source),

@@ -190,7 +190,8 @@ class _SweepRun:
         self.size = size_of(self.source)
         tokenizer = self.source.tokenizer()
         self.ids_KS: Tensor = asked.text.cut(tokenizer)
-        self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride)
+        self.bos = asked.text.bos_ids(tokenizer)
+        self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride, self.bos)
         self.shared = Shared(self.source, folder / _SHARED)
         self.shared.folder.mkdir(exist_ok=True)
 
@@ -241,7 +242,13 @@ class _SweepRun:
         return {
             "secateur": __version__,
             "source": self.source.hashes,
-            "text": {**text, "sha256": hash_of(self.ids_KS), "tokens": self.ids_KS.numel(), "bytes": self.bytes},
+            "text": {
+                **text,
+                "bos": bool(self.bos),
+                "sha256": hash_of(self.ids_KS),
+                "tokens": self.ids_KS.numel(),
+                "bytes": self.bytes,
+            },
             "machine": {
                 "device": runner.device,
                 "dtype": runner.dtype,
@@ -277,6 +284,7 @@ class _SweepRun:
             self.folder / _SHARED / "reference",
             self.asked.cache_tokens,
             stride=self.asked.text.stride,
+            bos=self.bos,
         )
         if before is not None:
             return kept, before.dense
@@ -320,6 +328,7 @@ class _SweepRun:
                 self.ids_KS,
                 self.reference,
                 stride=self.asked.text.stride,
+                bos=self.bos,
                 batch_tokens=self.asked.runner.batch_tokens,
             )
             measured = self._measured(size_of(source), quality, time.monotonic() - began)

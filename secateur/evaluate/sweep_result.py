@@ -85,8 +85,8 @@ class SweepResult:
         secateur: the version.
         model: what was compressed, as the user named it.
         parameters: of the model.
-        text: what it was evaluated on: `data`, `text_field`, `seq_len`, `stride`, `windows`, `sha256` (of the tokens),
-            `tokens`, and `bytes` that the scored ones stand for.
+        text: what it was evaluated on: `data`, `text_field`, `seq_len`, `stride`, `windows`, `bos` (whether windows begin
+            with it), `sha256` (of the tokens), `tokens`, and `bytes` that the scored ones stand for.
         machine: `device`, `threads`, `dtype`, and the versions of torch and transformers.
         date: it began, as YYYY-MM-DD.
         dense: the model as it is.

@@ -5,15 +5,19 @@ K: windows, S: tokens of one window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from secateur.calibration.text import read_text
-from secateur.calibration.tokens import windows
+from secateur.calibration.tokens import bos_ids, windows
 from secateur.errors import UsageError
 from secateur.evaluate.perplexity import scored_predictions
+
+# Tokens before a window that its first word is read behind.
+_CONTEXT = 16
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Text:
         data, text_field: see `read_text`; `wikitext2` and `c4` give their held-out split.
         seq_len: tokens of a window.
         windows: how many.
-        stride: by how many tokens each begins after the one before; None: by `seq_len`, and they do not overlap.
+        stride: by how many tokens each begins after the one before; None: they do not overlap.
+        bos: whether each begins with the token that the tokenizer puts before a text, where it puts one.
     """
 
     data: str = "docs"
@@ -32,6 +37,7 @@ class Text:
     windows: int = 12
     stride: int | None = None
     text_field: str = "text"
+    bos: bool = True
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -51,21 +57,39 @@ class Text:
             self.seq_len,
             self.windows,
             stride=self.stride,
+            bos=self.bos,
             what=f"--data {self.data}",
             count_flag="--windows",
         )
 
+    def bos_ids(self, tokenizer: Any) -> list[int]:
+        """What `cut` begins each window with: what the tokenizer puts before a text, if anything."""
+        return bos_ids(tokenizer) if self.bos else []
 
-def scored_bytes(tokenizer: Any, ids_KS: Tensor, stride: int | None) -> int:
-    """How many bytes of UTF-8 the scored tokens stand for.
+
+def scored_bytes(tokenizer: Any, ids_KS: Tensor, stride: int | None, bos: Sequence[int] = ()) -> int:
+    """How many bytes of UTF-8 the scored tokens stand for; `bos` is as in `measure`.
 
     A character of which a window's edge cuts off a part is counted as three bytes.
     """
 
     def size(ids: list[int]) -> int:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        of_text = [id for id in ids if id not in bos]
+        text = tokenizer.decode(of_text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.encode("utf-8", "replace"))
 
     K, S = ids_KS.shape
     counts = scored_predictions(K, S, stride)
-    return sum(size(ids) - size(ids[: S - count]) for ids, count in zip(ids_KS.tolist(), counts, strict=True))
+    total = 0
+    before: list[int] = []
+    for ids, count in zip(ids_KS.tolist(), counts, strict=True):
+        # Of text alone: what its first word stands for depends on whether there is any before it.
+        context = ids[: S - count] if S - count > len(bos) else before[-_CONTEXT:]
+        total += size(context + ids[S - count :]) - size(context)
+        before = ids if bos else []
+    return total
+
+
+def with_bos(bos: bool) -> str:
+    """How windows begin, in words."""
+    return f"{'with' if bos else 'without'} BOS"

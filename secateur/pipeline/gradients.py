@@ -35,10 +35,14 @@ class KeptFisher:
         """Whether the file was written."""
         return bool(self.ranks.share(self.file.exists()))
 
-    def gather(self, model: Any, ids_NS: Tensor, names: Sequence[str], say: Callable[[str], None]) -> None:
+    def gather(
+        self, model: Any, ids_NS: Tensor, names: Sequence[str], say: Callable[[str], None], bos: Sequence[int] = ()
+    ) -> None:
         """Compute it for linears of a model and write it; each process computes gradients on its part of the windows."""
         own_NS = self.ranks.mine(ids_NS)
-        means = fisher(model, own_NS, names, lambda done, total: say(f"computing gradients: {done} of {total} windows"))
+        means = fisher(
+            model, own_NS, names, lambda done, total: say(f"computing gradients: {done} of {total} windows"), bos
+        )
         for mean_OI in means.values():
             mean_OI.mul_(len(own_NS) / len(ids_NS))
             self.ranks.add(mean_OI)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from secateur.calibration.effects import Effects, gather_effects
 from secateur.calibration.stats import InputStats, Level
+from secateur.calibration.tokens import cut
 from secateur.formats.writer import entry_bytes
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.report import Progress
@@ -147,9 +149,8 @@ class Search:
     def _effects(self, ids_NS: Tensor) -> Effects:
         run = self.run
         length = min(_WINDOW, ids_NS.shape[1])
-        pieces_NS = (
-            ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)[:, : ids_NS.shape[1] // length * length].reshape(-1, length)
-        )
+        others_NS = ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)
+        pieces_NS = torch.tensor([piece for ids in others_NS.tolist() for piece in cut(ids, run.bos_ids, length)])
         held_NS = pieces_NS[: max(1, TOKENS // length)]
         run.progress(Progress("computing gradients"))
         return gather_effects(

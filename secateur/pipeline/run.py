@@ -89,6 +89,8 @@ class Run:
     # Of the block that is being solved.
     solutions: list[Solution] = field(default_factory=list)
     new_notes: list[str] = field(default_factory=list)
+    # What the tokenizer puts before a text, where calibration windows begin with it.
+    bos_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.ranks.device)
@@ -186,10 +188,11 @@ class Run:
         said, tensors = None, []
         if self.ranks.first:
             ids_NS, settings = self.calibration_windows()
-            said, tensors = asdict(settings), [ids_NS]
+            said, tensors = [asdict(settings), self.bos_ids], [ids_NS]
         said, (ids_NS,) = self.ranks.share_with_tensors(said, tensors)
-        self.recipe = replace(self.recipe, calibration=Calibration(**said))
+        self.recipe, self.bos_ids = replace(self.recipe, calibration=Calibration(**said[0])), said[1]
         self.calibration.update(samples=ids_NS.shape[0], seq_len=ids_NS.shape[1], tokens=ids_NS.numel())
+        self.calibration["bos"] = bool(self.bos_ids)
         if self.plan.needs_fisher:
             self.calibration["fisher"] = True
         return ids_NS
@@ -198,8 +201,10 @@ class Run:
         """The windows of all processes and the calibration with its numbers filled in; for the first process."""
         wanted, say = self.recipe.calibration, lambda s: self.progress(Progress(s))
         if self.shared is None:
-            return calibration_ids(self.source, wanted, self.device, say)
-        return self.shared.calibration_ids(wanted, self.device, say)
+            ids_NS, settings, self.bos_ids = calibration_ids(self.source, wanted, self.device, say)
+        else:
+            ids_NS, settings, self.bos_ids = self.shared.calibration_ids(wanted, self.device, say)
+        return ids_NS, settings
 
     def linear(self, name: str) -> Linear:
         """The linear of that name."""
@@ -279,7 +284,8 @@ class Run:
         self.fisher = None
         if self.plan.needs_fisher:
             assert ids_NS is not None
-            file = self.partial.fisher_file if self.shared is None else self.shared.fisher_file(ids_NS, self.chosen)
+            shared, begin = self.shared, self.bos_ids
+            file = self.partial.fisher_file if shared is None else shared.fisher_file(ids_NS, begin, self.chosen)
             self.fisher = KeptFisher(file, self.ranks)
 
     def gather_fisher(self, ids_NS: Tensor) -> None:
@@ -290,7 +296,7 @@ class Run:
         with self.clock("opening"):
             model = self.load_whole()
         with self.clock("gradients"):
-            self.fisher.gather(model, ids_NS, sorted(self.chosen), lambda s: self.progress(Progress(s)))
+            self.fisher.gather(model, ids_NS, sorted(self.chosen), lambda s: self.progress(Progress(s)), self.bos_ids)
 
     def load_whole(self) -> Any:
         """The dense model, checked."""

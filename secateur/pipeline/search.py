@@ -232,7 +232,7 @@ def _within_rise(
     assert recipe.max_perplexity_rise is not None
     limit = math.log1p(parse_rise(recipe.max_perplexity_rise))
     model = run.load_whole()
-    dense_loss = measure(model, held_NS).loss
+    dense_loss = measure(model, held_NS, bos=run.bos_ids).loss
     del model
     best, least, allowed = None, math.inf, limit
     made: list[dict[str, Choice]] = []
@@ -247,7 +247,7 @@ def _within_rise(
         folder = search.folder / "attempt"
         attempt(replace(recipe, linears=linears), folder)
         model = load_source(open_source(str(folder)), torch.float32, run.device)
-        risen = measure(model, held_NS).loss - dense_loss
+        risen = measure(model, held_NS, bos=run.bos_ids).loss - dense_loss
         del model
         shutil.rmtree(folder)
         run.progress(Progress(f"model {number}: perplexity {math.expm1(risen):+.2%} on text that it was not made with"))
@@ -290,7 +290,7 @@ def _unseen(run: Run, ids_NS: Tensor) -> Tensor:
     wanted = replace(run.recipe.calibration, samples=len(ids_NS) + count)
     purpose = f"--max-perplexity-rise measures on {count} windows besides those of --samples"
     try:
-        more_NS, _ = calibration_ids(run.source, wanted, run.device, lambda step: run.progress(Progress(step)))
+        more_NS, *_ = calibration_ids(run.source, wanted, run.device, lambda step: run.progress(Progress(step)))
     except UsageError as error:
         raise UsageError(f"{purpose}: {error}") from error
     seen = {tuple(row) for row in ids_NS.tolist()}

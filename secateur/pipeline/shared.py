@@ -33,17 +33,17 @@ class Shared:
 
     source: Source
     folder: Path
-    _windows: dict[Calibration, tuple[Tensor, Calibration]] = field(default_factory=dict)
+    _windows: dict[Calibration, tuple[Tensor, Calibration, list[int]]] = field(default_factory=dict)
 
     def calibration_ids(
         self, wanted: Calibration, device: torch.device, say: Callable[[str], None]
-    ) -> tuple[Tensor, Calibration]:
+    ) -> tuple[Tensor, Calibration, list[int]]:
         """The same as the function of that name, for the open model."""
         if wanted not in self._windows:
             self._windows[wanted] = calibration_ids(self.source, wanted, device, say)
         return self._windows[wanted]
 
-    def fisher_file(self, ids_NS: Tensor, names: Iterable[str]) -> Path:
+    def fisher_file(self, ids_NS: Tensor, begin: list[int], names: Iterable[str]) -> Path:
         """Where the squared gradients of linears on these windows are kept."""
-        key = hash_of_values([hash_of(ids_NS), sorted(names)])
+        key = hash_of_values([hash_of(ids_NS), begin, sorted(names)])
         return self.folder / f"fisher-{key[:32]}.safetensors"

@@ -74,7 +74,7 @@ def _app(
 
 def _recipe(
     prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda, sparsegpt or alps.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Share of the weights to remove: 50% or 0.5.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
     refine: Annotated[str | None, typer.Option(help="Improve the mask: dsnot.")] = None,
     reconstruct: Annotated[
@@ -84,7 +84,7 @@ def _recipe(
         str | None, typer.Option(help="How a total is shared between linears: uniform, owl or search.")
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Find sparsities and bits for this size: 0.35x of the dense model, or 100MB.")
+        str | None, typer.Option(help="Find sparsities and bits for this size: 35% of the dense model, or 100MB.")
     ] = None,
     max_perplexity_rise: Annotated[
         str | None, typer.Option(help="Find the smallest size at which perplexity rises by this at most, such as 3%.")
@@ -101,13 +101,15 @@ def _recipe(
     order: Annotated[
         str | None, typer.Option(help="In which columns are rounded: natural, activation or permuted.")
     ] = None,
-    damping: Annotated[float | None, typer.Option(help="Share of the Gram matrix's mean diagonal added to it.")] = None,
-    outlier_share: Annotated[float | None, typer.Option(help="Of the weights, kept in 16 bits.")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Added to the Gram matrix's diagonal: so many times its mean.")
+    ] = None,
+    outlier_share: Annotated[str | None, typer.Option(help="Of the weights, kept in 16 bits: 1% or 0.01.")] = None,
     outlier_threshold: Annotated[float | None, typer.Option(help="Error from which a weight is an outlier.")] = None,
     scale_bits: Annotated[int | None, typer.Option(help="Of quantized scales and zero points.")] = None,
     tile_rows: Annotated[int | None, typer.Option(help="Rows that share the grid of their scales.")] = None,
     sensitivity: Annotated[str | None, typer.Option(help="What a weight counts: fisher or hessian.")] = None,
-    sensitive_share: Annotated[float | None, typer.Option(help="Kept in 16 bits for their sensitivity.")] = None,
+    sensitive_share: Annotated[str | None, typer.Option(help="Kept in 16 bits for their sensitivity.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Glob of linears to compress; repeatable.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Glob of linears to leave alone; repeatable.")] = None,
     calibration: Annotated[
@@ -616,11 +618,11 @@ def gate(
     named = {"data": data, "text_field": text_field, "seq_len": seq_len, "windows": windows}
     text: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     limits: dict[str, Any] = {
-        "perplexity_rise": _share("--max-perplexity-rise", max_perplexity_rise),
-        "size_rise": _share("--max-size-rise", max_size_rise),
+        "perplexity_rise": max_perplexity_rise,
+        "size_rise": max_size_rise,
         "max_kl": max_kl,
-        "min_agreement": _share("--min-agreement", min_agreement),
-        "confidence": _share("--confidence", confidence),
+        "min_agreement": min_agreement,
+        "confidence": confidence,
     }
     limits = {name: value for name, value in limits.items() if value is not None}
     if write and (limits or json_file or junit_file or markdown_file):
@@ -646,7 +648,7 @@ def gate(
     result = run(
         model,
         kept,
-        Tolerances(**limits),
+        Tolerances.of(**limits),
         reference=reference,
         text=text,
         runner=Runner(dtype or kept.dtype, device, batch_tokens, trust_remote_code),
@@ -762,16 +764,6 @@ def sweep(
         _say(f"the report is {out / 'index.html'}")
     if failed:
         raise typer.Exit(1)
-
-
-def _share(option: str, text: str | None) -> float | None:
-    """A number such as 0.01 or 1%."""
-    if text is None:
-        return None
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a share: write it like 1% or 0.01") from error
 
 
 def _counter(quiet: bool, what: str = "window") -> Callable[[int, int], None]:

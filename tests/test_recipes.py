@@ -186,7 +186,7 @@ def test_they_are_listed(says, monkeypatch):
     assert (code, err) == (0, "")
     for name in NAMES:
         found = built_in(name)
-        assert re.search(rf"^ {name}  ", table, re.MULTILINE)
+        assert re.search(rf"^{name} ", table, re.MULTILINE)
         assert found.good_for in table
         assert found.costs in table
 

@@ -23,6 +23,7 @@ from rich.progress import Progress as Bar
 
 from secateur._version import __version__
 from secateur.errors import Interrupted, ReportedError, SecateurError, UsageError, one_line
+from secateur.output import write_any_text
 from secateur.tables import Column, print_table
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by a signal.",
 )
 # No emoji: `:M:` in a message is not to become a picture.
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -1054,6 +1056,7 @@ def run(command: Callable[[], object]) -> int:
 
 def main() -> None:
     """The command `secateur`."""
+    write_any_text()
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -23,9 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`secateur_gate(model, baseline, …)` fails the test if the model is worse than its baseline.
 
-    It takes `reference`, and the limits that `secateur.evaluate.gate.Tolerances` has, by name. With `--secateur-write` it
-    writes the baseline instead, on `text` (a `secateur.evaluate.text.Text`), or on what the old one was measured on. It
-    returns the `secateur.evaluate.run.Evaluation` of the model.
+    It takes `reference`, and the limits that `secateur.evaluate.gate.Tolerances` has, by name; shares as numbers below 1 or as
+    text like `1%`. With `--secateur-write` it writes the baseline instead, on `text` (a `secateur.evaluate.text.Text`), or on
+    what the old one was measured on. It returns the `secateur.evaluate.run.Evaluation` of the model.
     """
 
     def check(
@@ -47,7 +47,7 @@ def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
                     kept, runner = old.text, Runner(dtype=old.dtype)
             return write_baseline(str(model), file, text or kept, reference=beside, runner=runner, overwrite=True)
         wanted = vars(text) if text is not None else None
-        result = gate(str(model), Baseline.read(file), Tolerances(**limits), reference=beside, text=wanted)
+        result = gate(str(model), Baseline.read(file), Tolerances.of(**limits), reference=beside, text=wanted)
         if not result.passed:
             pytest.fail(markdown(result), pytrace=False)
         return result.evaluation

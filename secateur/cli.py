@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from typer.core import TyperCommand
 
 from secateur._version import __version__
 from secateur.errors import Interrupted, ReportedError, SecateurError, UsageError, one_line
+from secateur.output import write_any_text
+from secateur.tables import Column, print_table
 
 
 class _Command(TyperCommand):
@@ -54,9 +55,11 @@ app = _App(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by a signal.",
 )
 # No emoji: `:M:` in a message is not to become a picture.
 err = Console(stderr=True, highlight=False, emoji=False)
+screen = Console(highlight=False, emoji=False)
 _debug = False
 
 
@@ -102,7 +105,7 @@ def _app(
 
 def _recipe(
     prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda, sparsegpt or alps.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Share of the weights to remove: 50% or 0.5.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
     refine: Annotated[str | None, typer.Option(help="Improve the mask: dsnot.")] = None,
     reconstruct: Annotated[
@@ -112,7 +115,7 @@ def _recipe(
         str | None, typer.Option(help="How a total is shared between linears: uniform, owl or search.")
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Find sparsities and bits for this size: 0.35x of the dense model, or 100MB.")
+        str | None, typer.Option(help="Find sparsities and bits for this size: 35% of the dense model, or 100MB.")
     ] = None,
     max_perplexity_rise: Annotated[
         str | None, typer.Option(help="Find the smallest size at which perplexity rises by this at most, such as 3%.")
@@ -129,13 +132,15 @@ def _recipe(
     order: Annotated[
         str | None, typer.Option(help="In which columns are rounded: natural, activation or permuted.")
     ] = None,
-    damping: Annotated[float | None, typer.Option(help="Share of the Gram matrix's mean diagonal added to it.")] = None,
-    outlier_share: Annotated[float | None, typer.Option(help="Of the weights, kept in 16 bits.")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Added to the Gram matrix's diagonal: so many times its mean.")
+    ] = None,
+    outlier_share: Annotated[str | None, typer.Option(help="Of the weights, kept in 16 bits: 1% or 0.01.")] = None,
     outlier_threshold: Annotated[float | None, typer.Option(help="Error from which a weight is an outlier.")] = None,
     scale_bits: Annotated[int | None, typer.Option(help="Of quantized scales and zero points.")] = None,
     tile_rows: Annotated[int | None, typer.Option(help="Rows that share the grid of their scales.")] = None,
     sensitivity: Annotated[str | None, typer.Option(help="What a weight counts: fisher or hessian.")] = None,
-    sensitive_share: Annotated[float | None, typer.Option(help="Kept in 16 bits for their sensitivity.")] = None,
+    sensitive_share: Annotated[str | None, typer.Option(help="Kept in 16 bits for their sensitivity.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Glob of linears to compress; repeatable.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Glob of linears to leave alone; repeatable.")] = None,
     calibration: Annotated[
@@ -289,15 +294,13 @@ def _print_choices(linears: Sequence[Any]) -> None:
     """Show what was chosen: a row for each block, a column for each linear of a block."""
     from secateur.evaluate.choice_plot import by_block
 
-    rows, columns, cells = by_block(linears)
-    table = Table(title="removed, and bits per weight, of each linear", box=None)
-    table.add_column("block", justify="right")
-    for name in columns:
-        table.add_column(escape(name.rpartition(".")[2]), justify="right")
-    for row in rows:
-        found = [cells.get((row, column)) for column in columns]
-        table.add_row(row, *("–" if each is None else f"{each.sparsity:.0%} {each.bits:.1f}" for each in found))
-    err.print(table)
+    blocks, names, cells = by_block(linears)
+    rows = []
+    for block in blocks:
+        found = [cells.get((block, name)) for name in names]
+        rows.append([block, *("–" if each is None else f"{each.sparsity:.0%} {each.bits:.1f}" for each in found)])
+    columns = [Column("block"), *(Column(name.rpartition(".")[2]) for name in names)]
+    print_table(err, columns, rows, title="removed, and bits per weight, of each linear", lines=False)
 
 
 @app.command("plan")
@@ -331,31 +334,25 @@ def forecast(
     if as_json:
         _print_json({**dataclasses.asdict(found), "total_seconds": found.total_seconds})
         return
-    out_of = Console(emoji=False, highlight=False)
-    out_of.print(escape(f"{model}, {found.blocks} blocks"), soft_wrap=True)
-    table = Table(box=None)
-    table.add_column("")
-    table.add_column("needed", justify="right")
-    table.add_column("free now", justify="right")
-    table.add_row("memory", _size(found.host), _size(found.free_memory))
+    rows: list[list[str] | None] = [["memory", _size(found.host), _size(found.free_memory)]]
     if found.device:
-        table.add_row(f"memory of {escape(device)}", _size(found.device), "")
-    table.add_row("disk, new checkpoint", _size(found.disk), _size(found.free_disk))
-    table.add_row("disk, until the end", _size(found.scratch), "")
-    table.add_section()
+        rows.append([f"memory of {device}", _size(found.device), ""])
+    rows.append(["disk, new checkpoint", _size(found.disk), _size(found.free_disk)])
+    rows += [["disk, until the end", _size(found.scratch), ""], None]
     for phase, seconds in found.seconds.items():
         if seconds >= 0.01 * found.total_seconds:
-            table.add_row(f"time, {phase}", _duration(seconds), "")
-    table.add_row("time in all", _duration(found.total_seconds), "")
-    out_of.print(table)
+            rows.append([f"time, {phase}", _duration(seconds), ""])
+    rows.append(["time in all", _duration(found.total_seconds), ""])
+    columns = [Column("", right=False), Column("needed"), Column("free now")]
+    print_table(screen, columns, rows, title=f"{model}, {found.blocks} blocks", lines=False)
     if max_memory is None and not found.device:
         note = "memory is what has to be there; --max-memory holds a run to it, and without it freed memory is kept for later"
-        out_of.print(note, soft_wrap=True)
+        screen.print(note, soft_wrap=True)
     settings = found.settings
     if settings is not None:
         waits = {"device": "in memory", "host": "in the host's memory", "file": "in a file"}[settings.hidden]
         again = "pause while a linear is solved" if settings.pause else "begin a block again for every group of linears"
-        out_of.print(f"batches of {settings.batch_tokens} tokens {again}; hidden states wait {waits}", soft_wrap=True)
+        screen.print(f"batches of {settings.batch_tokens} tokens {again}; hidden states wait {waits}", soft_wrap=True)
 
 
 @app.command()
@@ -378,11 +375,9 @@ def recipes(
     if name is not None:
         print(found[0].text, end="")
         return
-    table = Table("recipe", "good for, and what it costs", box=None)
-    table.columns[0].no_wrap = True
-    for each in found:
-        table.add_row(each.name, escape(f"{each.good_for}\n{each.costs}\n"))
-    Console(emoji=False, highlight=False).print(table)
+    columns = [Column("recipe", right=False), Column("good for, and what it costs", right=False)]
+    rows = [[each.name, f"{each.good_for}\n{each.costs}\n"] for each in found]
+    print_table(screen, columns, rows, lines=False)
 
 
 def _duration(seconds: float) -> str:
@@ -555,10 +550,8 @@ def _print_evaluation(result: Any, model: str, reference: str | None, text: str,
 
     quality, size, dense = result.quality, result.size, result.reference_size
     overlap = f", {stride} apart" if stride is not None else ""
-    title = f"{escape(text)}{overlap}, {with_bos(result.text['bos'])}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column(escape(model), justify="right")
+    title = f"{text}{overlap}, {with_bos(result.text['bos'])}"
+    columns = [Column("", right=False), Column(model)]
     rows: list[tuple[str, str, str]] = [
         (
             "perplexity",
@@ -570,28 +563,22 @@ def _print_evaluation(result: Any, model: str, reference: str | None, text: str,
         ("bits per weight", f"{size.bits_per_weight:.2f}", f"{dense.bits_per_weight:.2f}" if dense else ""),
     ]
     if quality.kl is not None and quality.agreement is not None:
-        table.add_column(escape(reference or ""), justify="right")
+        columns.append(Column(reference or ""))
         rows.append(("KL divergence, nats per token", f"{quality.kl:.4f}{_between(quality.kl_interval, '.4f')}", ""))
         agreement = _between(quality.agreement_interval, ".2%")
         rows.append(("same most likely token", f"{quality.agreement:.2%}{agreement}", ""))
-    for row in rows:
-        table.add_row(*(row if reference else row[:2]))
-    out = Console(emoji=False)
-    out.print(table)
+    print_table(screen, columns, [row[: len(columns)] for row in rows], title=title)
     if result.blocks is not None:
-        _print_blocks(out, result.blocks)
+        _print_blocks(result.blocks)
     if result.tasks:
-        _print_tasks(out, result.tasks, model, reference)
+        _print_tasks(result.tasks, model, reference)
 
 
-def _print_tasks(out: Console, scores: Sequence[Any], model: str, reference: str | None) -> None:
-    # No lines: so the figures fit into eighty columns.
-    table = Table(title="\ntasks, ± one standard error", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for heading in (model, reference, "difference") if reference is not None else (model,):
-        table.add_column(escape(heading), justify="right", overflow="fold", min_width=16)
-    told = None
+def _print_tasks(scores: Sequence[Any], model: str, reference: str | None) -> None:
+    columns = [Column("task", right=False), Column("metric", right=False), Column(model)]
+    if reference is not None:
+        columns += [Column(reference), Column("difference")]
+    rows, told = [], None
     for score in scores:
         shots = f", {score.few_shot}-shot" if score.few_shot else ""
         task = f"{score.task}{shots}, {score.samples} samples" if score.task != told else ""
@@ -601,8 +588,8 @@ def _print_tasks(out: Console, scores: Sequence[Any], model: str, reference: str
         if score.difference is not None:
             figures.append(f"{score.reference_value:.4f}{_error(score.reference_stderr)}")
             figures.append(f"{score.difference:+.4f}{_error(score.difference_stderr)}")
-        table.add_row(escape(task), escape(score.metric) + better, *figures)
-    out.print(table)
+        rows.append([task, score.metric + better, *figures])
+    print_table(screen, columns, rows, title="\ntasks, ± one standard error", lines=False)
 
 
 def _error(stderr: float | None) -> str:
@@ -664,11 +651,11 @@ def gate(
     named = {"data": data, "text_field": text_field, "seq_len": seq_len, "windows": windows, "bos": bos}
     text: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     limits: dict[str, Any] = {
-        "perplexity_rise": _share("--max-perplexity-rise", max_perplexity_rise),
-        "size_rise": _share("--max-size-rise", max_size_rise),
+        "perplexity_rise": max_perplexity_rise,
+        "size_rise": max_size_rise,
         "max_kl": max_kl,
-        "min_agreement": _share("--min-agreement", min_agreement),
-        "confidence": _share("--confidence", confidence),
+        "min_agreement": min_agreement,
+        "confidence": confidence,
     }
     limits = {name: value for name, value in limits.items() if value is not None}
     if write and (limits or json_file or junit_file or markdown_file):
@@ -696,7 +683,7 @@ def gate(
     result = run(
         model,
         kept,
-        Tolerances(**limits),
+        Tolerances.of(**limits),
         reference=reference,
         text=text,
         runner=Runner(dtype or kept.dtype, device, batch_tokens, trust_remote_code),
@@ -704,13 +691,11 @@ def gate(
         progress=_counter(quiet),
     )
     if not quiet and str(json_file) != "-":
-        title = f"{escape(model)} against {escape(str(baseline))}, {with_bos(result.evaluation.text['bos'])}"
-        table = Table(title=title, title_justify="left")
-        for heading in ("", "now", "baseline", "change", f"{result.confidence:.0%} interval", "verdict"):
-            table.add_column(heading, justify="left" if heading in ("", "verdict") else "right")
-        for check in result.checks:
-            table.add_row(check.name, *figures(check), check.verdict)
-        Console(emoji=False).print(table)
+        title = f"{model} against {baseline}, {with_bos(result.evaluation.text['bos'])}"
+        columns = [Column("", right=False), Column("now"), Column("baseline", spare=1), Column("change")]
+        columns += [Column(f"{result.confidence:.0%} interval", spare=2), Column("verdict", right=False)]
+        rows = [[check.name, *figures(check), check.verdict] for check in result.checks]
+        print_table(screen, columns, rows, title=title)
         for note in result.notes:
             _say(f"note: {note}")
         for check in result.checks:
@@ -795,24 +780,24 @@ def sweep(
         )
     failed = [point for point in result.points if point.failure is not None]
     if not quiet and str(json_file) != "-":
-        table = Table()
-        for heading in ("recipe", "size", "bits per weight", "perplexity", "KL", "agreement", "seconds"):
-            table.add_column(heading, justify="left" if heading == "recipe" else "right")
+        columns = [
+            Column("recipe", right=False),
+            Column("size"),
+            Column("bits per weight", spare=1),
+            Column("perplexity"),
+        ]
+        columns += [Column("KL"), Column("agreement", spare=2), Column("seconds", spare=3)]
+        rows = []
         for name, found, seconds in [
             ("dense", result.dense, 0.0),
             *((point.name, point.measured, point.seconds) for point in result.points),
         ]:
             if found is not None:
-                table.add_row(
-                    escape(name),
-                    _size(found.bytes),
-                    f"{found.bits_per_weight:.2f}",
-                    f"{found.perplexity:.3f}",
-                    f"{found.kl:.4f}" if found.kl is not None else "",
-                    f"{found.agreement:.2%}" if found.agreement is not None else "",
-                    f"{seconds + found.seconds:.1f}",
-                )
-        Console(emoji=False).print(table)
+                cells = [_size(found.bytes), f"{found.bits_per_weight:.2f}", f"{found.perplexity:.3f}"]
+                cells.append(f"{found.kl:.4f}" if found.kl is not None else "")
+                cells.append(f"{found.agreement:.2%}" if found.agreement is not None else "")
+                rows.append([name, *cells, f"{seconds + found.seconds:.1f}"])
+        print_table(screen, columns, rows)
     for point in failed:
         _say(f"failed: {point.name}: {point.failure}")
     if not quiet:
@@ -820,16 +805,6 @@ def sweep(
     _write_json(dataclasses.asdict(result), json_file)
     if failed:
         raise typer.Exit(1)
-
-
-def _share(option: str, text: str | None) -> float | None:
-    """A number such as 0.01 or 1%."""
-    if text is None:
-        return None
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a share: write it like 1% or 0.01") from error
 
 
 def _counter(quiet: bool, what: str = "window") -> Callable[[int, int], None]:
@@ -845,13 +820,11 @@ def _between(ends: tuple[float, float] | None, form: str) -> str:
     return f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else ""
 
 
-def _print_blocks(out: Console, blocks: Any) -> None:
-    table = Table(title="relative squared error of each block's output", title_justify="left", box=None)
-    for heading in ("block", "its own", "carried along"):
-        table.add_column(heading, justify="left" if heading == "block" else "right")
-    for block in blocks:
-        table.add_row(escape(block.name), f"{block.own:.2e}", f"{block.carried:.2e}")
-    out.print(table)
+def _print_blocks(blocks: Any) -> None:
+    columns = [Column("block", right=False), Column("its own"), Column("carried along")]
+    rows = [[block.name, f"{block.own:.2e}", f"{block.carried:.2e}"] for block in blocks]
+    title = "relative squared error of each block's output"
+    print_table(screen, columns, rows, title=title, lines=False, dotted=True)
 
 
 @app.command()
@@ -875,39 +848,23 @@ def inspect(
         _print_json({**dataclasses.asdict(found), **totals})
         return
     some_outliers = any(linear.outliers for linear in found.linears)
-    headings = [
-        "linear",
-        "shape",
-        "layout",
-        "sparsity",
-        *(["outliers"] if some_outliers else []),
-        "bits",
-        "bytes",
-        "error",
-    ]
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("linear", "layout") else "right")
+    columns = [Column("linear", right=False), Column("shape", spare=5), Column("layout", right=False, spare=1)]
+    columns += [Column("sparsity"), *([Column("outliers", spare=3)] if some_outliers else []), Column("bits")]
+    columns += [Column("bytes", spare=4), Column("error", spare=2)]
+    rows: list[list[str] | None] = []
     for linear in found.linears:
         error = "–" if math.isnan(linear.error) else f"{linear.error:.2e}"
         O, I = linear.shape
-        table.add_row(
-            escape(linear.name),
-            f"{O}×{I}",
-            linear.layout,
-            f"{linear.sparsity:.2%}",
-            *([f"{linear.outliers:.2%}"] if some_outliers else []),
-            f"{linear.bits:.2f}",
-            str(linear.bytes),
-            error,
-        )
-    table.add_section()
+        outliers = [f"{linear.outliers:.2%}"] if some_outliers else []
+        cells = [f"{O}×{I}", linear.layout, f"{linear.sparsity:.2%}", *outliers, f"{linear.bits:.2f}"]
+        rows.append([linear.name, *cells, str(linear.bytes), error])
+    rows.append(None)
     gap = [""] if some_outliers else []
     bits = 8 * found.linear_bytes / found.linear_weights
-    table.add_row("all linears", "", "", f"{found.sparsity:.2%}", *gap, f"{bits:.2f}", str(found.linear_bytes), "")
+    rows.append(["all linears", "", "", f"{found.sparsity:.2%}", *gap, f"{bits:.2f}", str(found.linear_bytes), ""])
     bits = 8 * found.weight_bytes / found.parameters
-    table.add_row("whole model, files", "", "", "", *gap, f"{bits:.2f}", str(found.weight_bytes), "")
-    Console(emoji=False).print(table)
+    rows.append(["whole model, files", "", "", "", *gap, f"{bits:.2f}", str(found.weight_bytes), ""])
+    print_table(screen, columns, rows, dotted=True)
 
 
 @app.command()
@@ -990,29 +947,35 @@ def bench(
 def _print_bench(found: Any, model: str) -> None:
     from secateur.evaluate.bench import describe
 
-    out = Console(emoji=False, highlight=False)
-    out.print(escape(f"{model} in {found.dtype} on {found.device}"), soft_wrap=True)
+    screen.print(escape(f"{model} in {found.dtype} on {found.device}"), soft_wrap=True)
     # A table for each layout, and no lines: so the figures fit into eighty columns.
+    columns = [
+        Column("shape"),
+        Column("linears", spare=3),
+        Column("backend", right=False),
+        Column("tokens"),
+        Column("ms"),
+    ]
+    columns += [Column("dense"), Column("faster"), Column("MB", spare=2), Column("GB/s", spare=1), Column("of copy")]
     for layout in dict.fromkeys(describe(case.layout) for case in found.cases):
-        table = Table(title=escape(f"\n{layout}"), title_justify="left", box=None, padding=(0, 1, 0, 0))
-        for heading in ("shape", "linears", "backend", "tokens", "ms", "dense", "faster", "MB", "GB/s", "of copy"):
-            table.add_column(heading, justify="left" if heading == "backend" else "right", no_wrap=True)
-        for case in found.cases:
-            if describe(case.layout) == layout:
-                table.add_row(
-                    "{}×{}".format(*case.shape),
-                    str(case.linears),
-                    case.backend,
-                    str(case.tokens),
-                    f"{1e3 * case.seconds:.3f}",
-                    f"{1e3 * case.dense_seconds:.3f}",
-                    f"{case.speed_up:.2f}×",
-                    f"{case.bytes / 1e6:.2f}",
-                    f"{case.bandwidth / 1e9:.1f}",
-                    f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
-                )
-        out.print(table)
-    out.print()
+        rows = [
+            [
+                "{}×{}".format(*case.shape),
+                str(case.linears),
+                case.backend,
+                str(case.tokens),
+                f"{1e3 * case.seconds:.3f}",
+                f"{1e3 * case.dense_seconds:.3f}",
+                f"{case.speed_up:.2f}×",
+                f"{case.bytes / 1e6:.2f}",
+                f"{case.bandwidth / 1e9:.1f}",
+                f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
+            ]
+            for case in found.cases
+            if describe(case.layout) == layout
+        ]
+        print_table(screen, columns, rows, title=f"\n{layout}", lines=False)
+    screen.print()
     threads_used = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     lines = [f"a copy moves {found.copy_bandwidth / 1e9:.1f} GB/s, read and written, with {threads_used}"]
     if any(case.cached for case in found.cases):
@@ -1027,7 +990,7 @@ def _print_bench(found: Any, model: str) -> None:
             f"({total.speed_up:.2f}×)"
         )
     for line in lines:
-        out.print(escape(line), soft_wrap=True)
+        screen.print(escape(line), soft_wrap=True)
 
 
 @app.command()
@@ -1167,6 +1130,7 @@ def run(command: Callable[[], object]) -> int:
 
 def main() -> None:
     """The command `secateur`."""
+    write_any_text()
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import reprlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +16,10 @@ from typing import Any, get_type_hints
 import yaml
 
 from secateur.errors import UsageError
+from secateur.shares import parse_share
+
+# Numbers that may also be given as text, such as 50%.
+_SHARES = ("sparsity", "outlier_share", "sensitive_share")
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,9 @@ class Calibration:
             raise UsageError("the source of the calibration text is empty: name one, such as self or docs")
         for name in ("samples", "seq_len"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: it must be at least 1")
+            least = 2 if name == "seq_len" else 1  # one token alone has no context
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}: it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,9 @@ class Quantization:
     sensitivity: str | None = None
     sensitive_share: float | None = None
 
+    def __post_init__(self) -> None:
+        _read_shares(self)
+
     def given(self) -> dict[str, Any]:
         """The options that are not left to the method."""
         return _given(self)
@@ -93,6 +102,9 @@ class Choice:
 
     sparsity: float | None = None
     bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _read_shares(self)
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,8 @@ class Recipe:
         quantization: its options.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
         allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
-        target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` of the dense model, or bytes in
-            words such as `100MB`.
+        target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
+            bytes in words such as `100MB`.
         max_perplexity_rise: the same for the smallest size at which perplexity rises by so much at most: `3%` or `0.03`.
         linears: what was chosen for each linear, by name: nothing is searched then.
     """
@@ -135,6 +147,12 @@ class Recipe:
     target_size: str | None = None
     max_perplexity_rise: str | None = None
     linears: dict[str, Choice] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _read_shares(self)
+        rise = self.max_perplexity_rise
+        if isinstance(rise, int | float):
+            object.__setattr__(self, "max_perplexity_rise", repr(rise))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""
@@ -192,10 +210,14 @@ class Recipe:
         """The recipe in a YAML (or JSON) file, or in the manifest of a checkpoint.
 
         Raises:
-            UsageError: the file cannot be read or holds no recipe.
+            UsageError: the file cannot be read or holds no recipe, or names a key twice.
         """
         try:
-            content = _parse(path.read_text(encoding="utf-8"))
+            content = _parse(_read_limited(path))
+        except RecursionError as error:
+            raise UsageError(f"recipe {path} is not a recipe: its brackets are nested too deep") from error
+        except _DuplicateKeyError as error:
+            raise UsageError(f"recipe {path} {error}: leave one of them out") from error
         except (OSError, ValueError) as error:
             raise UsageError(f"recipe {path} cannot be read: {error}") from error
         except yaml.YAMLError as error:
@@ -216,10 +238,29 @@ _FLOAT = re.compile(
 )
 _NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
 _ANY_WIDTH = 1 << 30  # lines are not folded
+# Of a manifest, which is JSON; and of YAML, of which a second reads a tenth as much.
+_MOST_BYTES, _MOST_YAML = 2**28, 2**20
+
+
+class _DuplicateKeyError(Exception):
+    """Says which key is there twice, of which only the last would count."""
+
+    def __init__(self, key: str, where: str = "") -> None:
+        super().__init__(f"has the key {reprlib.repr(key)} twice{where}")
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Not when values are made: `<<` has brought in others by then, which may be overridden.
+        node: Any = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise _DuplicateKeyError(key.value, f", in lines {lines[name]} and {line}")
+                lines[name] = line
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -235,12 +276,39 @@ for _tag, _pattern in _NUMBERS.items():
     _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
+def _read_limited(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, and a recipe {_MOST_BYTES} at most")
+    return path.read_text(encoding="utf-8")
+
+
 def _parse(text: str) -> Any:
     # A manifest is JSON, of which YAML does not read all: characters that JSON escapes as two, for one.
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        if len(text) > _MOST_YAML:
+            raise ValueError(
+                f"it has {len(text)} characters, and YAML may have {_MOST_YAML} at most; as JSON: {error}"
+            ) from error
         return yaml.load(text, Loader=_Loader)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _read_shares(options: Quantization | Choice | Recipe) -> None:
+    """Put numbers in the place of shares that were given as text."""
+    for name in _SHARES:
+        value = getattr(options, name, None)
+        if isinstance(value, str):
+            object.__setattr__(options, name, parse_share(value, f"--{name.replace('_', '-')}"))
 
 
 def _given(options: Quantization | Choice) -> dict[str, Any]:
@@ -270,16 +338,28 @@ def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
         if key not in hints:
             raise UsageError(f"the {what} has an unknown key {key!r}: it may have {', '.join(hints)}")
         if hints[key] == tuple[str, ...]:
-            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 raise UsageError(f"{key!r} of the {what} must be a list of patterns")
             value = tuple(value)
         elif key not in ("calibration", "quantization", "linears"):
             if hints[key] == float | None and type(value) is int:
                 value = float(value)
-            if (type(value) is bool and hints[key] not in (bool, bool | None)) or not isinstance(value, hints[key]):
-                raise UsageError(f"{key!r} of the {what} is {value!r}, which is not a {_plain(hints[key])}")
+            if key in _SHARES and isinstance(value, str):
+                value = parse_share(value, f"{key!r} of the {what}:")
+            taken = hints[key]
+            if key == "max_perplexity_rise":
+                taken = taken | float | int
+            if (type(value) is bool and taken not in (bool, bool | None)) or not isinstance(value, taken):
+                raise UsageError(f"{key!r} of the {what} is {_shown(value)}, which is not a {_plain(hints[key])}")
         checked[key] = value
     return checked
+
+
+def _shown(value: Any) -> str:
+    # A few lines of YAML can stand for lists of lists beyond any memory.
+    if isinstance(value, list | dict):
+        return "[…]" if isinstance(value, list) else "{…}"
+    return reprlib.repr(value)
 
 
 def _plain(hint: Any) -> str:

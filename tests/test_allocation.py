@@ -316,11 +316,15 @@ def test_a_run_that_made_models_and_computed_gradients_is_resumed(base, model_of
             "needs an unstructured mask: --pattern 2:4 removes",
         ),
         ({"quantize": "rtn", "allocation": "owl"}, "--allocation owl shares a sparsity, but no method is given"),
-        ({"prune": "wanda", "sparsity": 0.0, "allocation": "owl"}, "--sparsity 0 leaves nothing to share"),
+        ({"prune": "wanda", "sparsity": 0.0, "allocation": "owl"}, "--sparsity 0 removes nothing"),
         ({"allocation": "search"}, "no method is given"),
         ({"target_size": "small"}, "--target-size 'small' is not a size: write it like 0.35x"),
         ({"target_size": "1.2x"}, "--target-size 1.2x is not between 0 and 1 times"),
+        ({"target_size": "120%"}, "--target-size 120% is not between 0 and 1 times .* like 0.35x or 35%"),
+        ({"target_size": "x%"}, "--target-size 'x%' is not a share"),
         ({"target_size": "0"}, "--target-size 0 is no size to reach"),
+        ({"max_perplexity_rise": "3"}, "--max-perplexity-rise 3 is not clear without %: write 3%, or 0.03"),
+        ({"max_perplexity_rise": 1}, "--max-perplexity-rise 1 is not clear without %: write 1%, or 0.01"),
         ({"target_size": "0.5x", "max_perplexity_rise": "3%"}, "each say how small: give one of them"),
         ({"target_size": "0.5x", "prune": "wanda", "sparsity": 0.5}, "finds sparsity and bits .* leave --sparsity out"),
         ({"target_size": "0.5x", "quantize": "rtn", "quantization": Quantization(4)}, "leave --bits out"),
@@ -343,6 +347,7 @@ def test_a_goal_that_makes_no_sense(options, message):
 
 def test_words_for_goals():
     assert parse_target("0.35x").of(1000) == 350
+    assert parse_target("35%").of(1000) == parse_target(" 35 % ").of(1000) == 350
     assert parse_target("2kB").of(10**9) == 2000
     assert parse_rise("3%") == pytest.approx(0.03)
     assert parse_rise("0.03") == pytest.approx(0.03)
@@ -358,7 +363,10 @@ def test_choices_survive_files_and_are_checked(tmp_path, model_of, base):
     for content, message in (
         ({"linears": []}, "must be a mapping of names"),
         ({"linears": {"a": 3}}, "choice for a must be a mapping"),
-        ({"linears": {"a": {"sparsity": "x"}}}, "'sparsity' of the choice for a is 'x'"),
+        (
+            {"linears": {"a": {"sparsity": "x"}}},
+            "'sparsity' of the choice for a: 'x' is not a share: write it like 50%",
+        ),
         ({"linears": {"a": {"bit": 3}}}, "choice for a has an unknown key 'bit'"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -221,9 +221,9 @@ def test_an_empty_prompt(fails, own_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prune", "wanda", "--sparsity", "1.0"], r"sparsity 1 is outside \[0, 1\)"),
+        (["--prune", "wanda", "--sparsity", "100%"], r"sparsity 1 is outside \[0, 1\)"),
         (["--prune", "wanda", "--sparsity", "-0.1"], r"sparsity -0\.1 is outside \[0, 1\)"),
-        (["--prune", "wanda", "--sparsity", "nan"], r"sparsity nan is outside \[0, 1\)"),
+        (["--prune", "wanda", "--sparsity", "nan"], "--sparsity 'nan' is not a share: write it like 50% or 0.5"),
         (["--prune", "wanda", "--pattern", "5:4"], "pattern 5:4 is not possible: .* like 2:4"),
         (["--prune", "wanda", "--pattern", "2-4"], "pattern '2-4' is not understood: use N:M"),
         (["--prune", "wanda", "--pattern", "2:4", "--sparsity", "0.6"], "means a sparsity of 0.5, but .* says 0.6"),
@@ -457,7 +457,7 @@ def test_a_recipe_survives_yaml_and_json(recipe, tmp_path):
     ("content", "message"),
     [
         ("sparcity: 0.5", "the recipe has an unknown key 'sparcity': it may have prune, sparsity"),
-        ("sparsity: half", "'sparsity' of the recipe is 'half', which is not a number"),
+        ("sparsity: half", "'sparsity' of the recipe: 'half' is not a share: write it like 50% or 0.5"),
         ("sparsity: true", "'sparsity' of the recipe is True"),
         ("prune: 3", "'prune' of the recipe is 3, which is not a text"),
         ("targets: '*.mlp.*'", "'targets' of the recipe must be a list of patterns"),
@@ -529,7 +529,7 @@ def test_an_output_that_exists(says, fails, model_of, tmp_path):
 
 
 def test_debug_shows_where_it_went_wrong(says, model_of, tmp_path):
-    args = ("compress", model_of("llama"), tmp_path / "out", "--prune", "wanda", "--sparsity", "1.5", "--debug")
+    args = ("compress", model_of("llama"), tmp_path / "out", "--prune", "wanda", "--sparsity", "150%", "--debug")
     code, out, err = says(*args)
     assert (code, out) == (2, "")
     assert "Traceback" in err

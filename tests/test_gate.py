@@ -408,9 +408,9 @@ def test_too_few_windows_for_the_confidence(says, fails, checkpoint, written):
     ("options", "message"),
     [
         (["--max-perplexity-rise", "-1%"], "--max-perplexity-rise -0.01 is not a rise: give 0 or more, such as 1%"),
-        (["--max-perplexity-rise", "nan"], "--max-perplexity-rise nan is not a rise"),
-        (["--max-size-rise", "inf"], "--max-size-rise inf is not a rise"),
-        (["--max-size-rise", "little"], "--max-size-rise 'little' is not a share: write it like 1% or 0.01"),
+        (["--max-perplexity-rise", "nan"], "--max-perplexity-rise 'nan' is not a share"),
+        (["--max-size-rise", "inf"], "--max-size-rise 'inf' is not a share: write it like 50% or 0.5"),
+        (["--max-size-rise", "little"], "--max-size-rise 'little' is not a share: write it like 50% or 0.5"),
         (["--max-kl", "-1"], "--max-kl -1.0 is not a divergence"),
         (["--max-kl", "nan"], "--max-kl nan is not a divergence"),
         (["--min-agreement", "101%"], "--min-agreement 1.01 is not a share: give 0 to 1, or a percentage"),

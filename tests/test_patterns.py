@@ -95,7 +95,7 @@ def test_patterns_that_make_sense():
     assert parse_pattern("1:4", 0.75) == NM(1, 4)
     assert parse_pattern("16:32", None) == NM(16, 32)
     assert parse_pattern(None, 0.3) == Unstructured(0.3)
-    assert parse_pattern("unstructured", 0.0) == Unstructured(0.0)
+    assert parse_pattern("unstructured", 0.3) == Unstructured(0.3)
     assert NM(1, 4).sparsity == 0.75
     assert str(NM(4, 8)) == "4:8"
     assert str(Unstructured(0.5)) == "0.5 unstructured"

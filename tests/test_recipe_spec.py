@@ -40,7 +40,7 @@ def only(text):
         ("wanda:0.5", Recipe("wanda", 0.5)),
         ("wanda:50%", Recipe("wanda", 0.5)),
         ("magnitude:.25", Recipe("magnitude", 0.25)),
-        ("magnitude:0", Recipe("magnitude", 0.0)),
+        ("spqr(outlier_share=1%)", Recipe(quantize="spqr", quantization=Quantization(outlier_share=0.01))),
         ("sparsegpt:2:4", Recipe("sparsegpt", pattern="2:4")),
         ("sparsegpt:02:04", Recipe("sparsegpt", pattern="2:4")),
         ("wanda:12.5%+dsnot", Recipe("wanda", 0.125, refine="dsnot")),
@@ -78,7 +78,7 @@ def test_what_an_item_means(text, recipe):
         ("wanda: 30 % .. 50% / 10 %", [0.3, 0.4, 0.5]),
         ("wanda:10%..0.3", [0.1, 0.2, 0.3]),
         ("wanda:0.5..0.5", [0.5]),
-        ("wanda:0..0.9/0.3", [0.0, 0.3, 0.6, 0.9]),
+        ("wanda:0.3..0.9/30%", [0.3, 0.6, 0.9]),
     ],
 )
 def test_a_range_has_the_sparsities_that_are_written(text, shares):
@@ -88,7 +88,7 @@ def test_a_range_has_the_sparsities_that_are_written(text, shares):
 
 def test_the_names_of_a_range_are_short():
     assert names("wanda:30%..50%") == ["wanda:0.3", "wanda:0.4", "wanda:0.5"]
-    assert names("wanda:0..10%") == ["wanda:0", "wanda:0.1"]
+    assert names("wanda:.1..20%") == ["wanda:0.1", "wanda:0.2"]
     assert names("wanda:0.001%..0.003%/0.001%") == ["wanda:0.00001", "wanda:0.00002", "wanda:0.00003"]
 
 
@@ -216,7 +216,7 @@ def items(draw):
     if methods != "quantize":
         recipe["prune"] = draw(st.sampled_from(sorted(PRUNERS)))
         tokens += [recipe["prune"], ":"]
-        share = draw(st.integers(0, 9999))
+        share = draw(st.integers(1, 9999))
         kind = draw(st.sampled_from(["share", "percent", "pattern"]))
         if kind == "pattern":
             m = draw(st.integers(2, 32))
@@ -293,11 +293,17 @@ def test_an_items_name_is_the_same_recipe(item):
         ("wanda:▸", "a number, such as 0.5, 50% or 2:4, is missing at the end"),
         ("wanda:▸half", "a number, such as 0.5, 50% or 2:4, is wanted here, not 'half'"),
         ("wanda:▸-0.5", "is wanted here, not '-0.5'"),
-        ("wanda:▸1.5", "sparsity 1.5 is outside [0, 1): give the share of weights to remove, like 0.5"),
-        ("wanda:▸50", "sparsity 50 is outside [0, 1)"),
-        ("wanda:▸100%", "sparsity 1 is outside [0, 1)"),
-        ("wanda:▸0.5..1.5", "sparsity 1 is outside [0, 1)"),
-        ("wanda:▸" + "9" * 299, "sparsity 1e+299 is outside [0, 1)"),
+        ("wanda:▸1.5", "sparsity 1.5 is not clear without %: write 1.5%, or 0.015"),
+        ("wanda:▸50", "sparsity 50 is not clear without %: write 50%, or 0.5"),
+        ("wanda:▸100%", "sparsity 1 is outside [0, 1): give the share of weights to remove, like 0.5 or 50%"),
+        ("wanda:0.5..▸1.5", "sparsity 1.5 is not clear without %"),
+        ("wanda:▸50%..150%", "sparsity 1 is outside [0, 1)"),
+        ("wanda:0.1..0.7/▸20", "sparsity 20 is not clear without %: write 20%, or 0.2"),
+        ("wanda:▸" + "9" * 299, "sparsity 99999999999999999999… is not clear without %: write it like 50% or 0.5"),
+        ("▸wanda:0", "--sparsity 0 removes nothing: give the share of weights to remove, like 0.5 or 50%"),
+        ("▸wanda:0..0.3", "recipe 'wanda:0': --sparsity 0 removes nothing"),
+        ("spqr(outlier_share=▸1)", "--outlier-share 1 is not possible: give a share of the weights from 0 to 0.2"),
+        ("spqr(outlier_share=▸30%)", "--outlier-share 0.3 is not possible"),
         ("wanda:▸" + "9" * 5000, "what has 5000 characters is no name or number of a recipe"),
         ("wanda:▸4:2", "pattern 4:2 is not possible: N:M keeps N of every M weights, with 0 < N < M, like 2:4"),
         ("wanda:▸50%:4", "pattern '50%:4' is not understood: use N:M such as 2:4"),

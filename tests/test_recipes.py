@@ -10,9 +10,11 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import secateur
 from secateur.errors import UsageError
 from secateur.pipeline.plan import plan
-from secateur.recipe import Calibration, Quantization, Recipe
+from secateur.pipeline.recipe_spec import parse_recipes
+from secateur.recipe import Calibration, Choice, Quantization, Recipe
 from secateur.recipes import NAMES, built_in, find_recipe
 
 quickly = settings(max_examples=150, deadline=None)
@@ -26,7 +28,7 @@ def files(folder):
 # --- the file
 
 _number = st.floats(allow_nan=False)
-_count = st.integers(1, 2**63)
+_count = st.integers(2, 2**63)
 _flag = st.booleans()
 # Words that one reading of YAML or another takes for something else.
 _text = st.one_of(
@@ -184,7 +186,7 @@ def test_they_are_listed(says, monkeypatch):
     assert (code, err) == (0, "")
     for name in NAMES:
         found = built_in(name)
-        assert re.search(rf"^ {name}  ", table, re.MULTILINE)
+        assert re.search(rf"^{name} ", table, re.MULTILINE)
         assert found.good_for in table
         assert found.costs in table
 
@@ -254,3 +256,105 @@ def test_a_recipe_that_is_nowhere(name, words, says, model_of, tmp_path):
 def test_a_name_that_is_not_built_in(says):
     message = "error: built-in recipe 'spqr-4bits' is not known: did you mean 'spqr-4bit'?\n"
     assert says("recipes", "spqr-4bits") == (2, "", message)
+
+
+# --- files that nobody means
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "prune: wanda\nsparsity: 0.5\nprune: alps\n",
+            "has the key 'prune' twice, in lines 1 and 3: leave one of them out",
+        ),
+        ("quantization:\n  bits: 3\n  bits: 4\n", "has the key 'bits' twice, in lines 2 and 3: leave one of them out"),
+        ("{prune: wanda, prune: wanda}", "has the key 'prune' twice, in lines 1 and 1: leave one of them out"),
+        ('{"prune": "wanda", "sparsity": 0.5, "prune": "alps"}', "has the key 'prune' twice: leave one of them out"),
+        ('{"recipe": {"linears": {"a": {}, "a": {}}}}', "has the key 'a' twice: leave one of them out"),
+        ("[" * 20000, "is not a recipe: its brackets are nested too deep"),
+        ("targets: " + "[" * 20000, "is not a recipe: its brackets are nested too deep"),
+        ("{a: " * 20000, "is not a recipe: its brackets are nested too deep"),
+        ("- " * 20000, "is not a recipe: its brackets are nested too deep"),
+        (
+            "prune: wanda\n#" + "x" * 2**20,
+            "cannot be read: it has 1048590 characters, and YAML may have 1048576 at most",
+        ),
+    ],
+    ids=lambda text: text[:30],
+)
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_recipe_file_that_nobody_means(text, message, suffix, says, model_of, tmp_path):
+    path = tmp_path / f"r.{suffix}"
+    path.write_text(text)
+    for command in (
+        ["compress", model_of("llama"), tmp_path / "out", "--recipe"],
+        ["plan", model_of("llama"), "--recipe"],
+    ):
+        code, stdout, stderr = says(*command, path)
+        assert (code, stdout) == (2, "")
+        assert stderr.startswith(f"error: recipe {path} {message}")
+        assert stderr.count("\n") == 1
+    with pytest.raises(UsageError, match="--recipes, character 1"):
+        parse_recipes(str(path))
+
+
+def test_a_file_of_any_size_is_not_read(tmp_path):
+    path = tmp_path / "r.yaml"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UsageError, match="cannot be read: it has 1099511627776 bytes, and a recipe 268435456 at most"):
+        Recipe.read(path)
+
+
+def test_values_that_stand_for_many_are_not_written_out(tmp_path):
+    """Thirty lists, each of ten times the one before."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, "prune: *a29\n"]))
+    with pytest.raises(UsageError, match="unknown key 'a0'"):
+        Recipe.read(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("prune:\n  " + "\n  ".join([*lines, "a: *a29\n"]))
+    with pytest.raises(UsageError, match=r"'prune' of the recipe is \{…\}, which is not a text"):
+        Recipe.read(tmp_path / "r.yaml")
+
+
+def test_merged_keys_may_be_overridden(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "linears:\n  a: &a {sparsity: 0.5}\n  b: &b {<<: *a, bits: 4}\n  c: {<<: *b, sparsity: 0.25}\n"
+    )
+    found = Recipe.read(tmp_path / "r.yaml").linears
+    assert found == {"a": Choice(0.5), "b": Choice(0.5, 4), "c": Choice(0.25, 4)}
+
+
+# --- what scripts may give
+
+
+def test_a_script_names_a_recipe_in_any_way(model_of, tmp_path):
+    (tmp_path / "r.yaml").write_text("prune: magnitude\nsparsity: 50%\ntargets: ['*.q_proj']\n")
+    content = {"prune": "magnitude", "sparsity": "50%", "targets": ("*.q_proj",)}
+    wanted = Recipe("magnitude", 0.5, targets=("*.q_proj",)).to_dict()
+    given = [Recipe.read(tmp_path / "r.yaml"), content, tmp_path / "r.yaml", str(tmp_path / "r.yaml")]
+    for i, recipe in enumerate(given):
+        report = secateur.compress(str(model_of("llama")), tmp_path / f"out-{i}", recipe)
+        assert report.recipe == wanted
+    assert content == {"prune": "magnitude", "sparsity": "50%", "targets": ("*.q_proj",)}
+    report = secateur.compress(str(model_of("llama")), tmp_path / "named", "rtn-4bit")
+    assert report.recipe["quantize"] == "rtn"
+    assert secateur.forecast(str(model_of("llama")), "rtn-4bit", out=tmp_path).blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("spqr-4bits", "'spqr-4bits' is neither a file nor a built-in recipe: did you mean 'spqr-4bit'"),
+        ({"prun": "wanda"}, "the recipe has an unknown key 'prun'"),
+        ({"prune": "wanda", "quantization": {"bit": 4}}, "unknown key 'bit'"),
+        (3, "a recipe is a secateur.Recipe, a dict, the name of a built-in recipe or a file, not int"),
+        (None, "a recipe is a secateur.Recipe, .* not NoneType"),
+    ],
+)
+def test_a_script_that_names_none(recipe, message, model_of, tmp_path):
+    for run in (lambda: secateur.compress(str(model_of("llama")), tmp_path / "out", recipe),
+                lambda: secateur.forecast(str(model_of("llama")), recipe)):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            run()

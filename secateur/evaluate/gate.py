@@ -29,11 +29,18 @@ from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.paths import check_whole
 from secateur.formats.reader import read_json
 from secateur.formats.writer import write_whole
+from secateur.shares import parse_share
 
 LAYOUT = 1
 #: What a baseline is measured on, unless somebody says otherwise.
 TEXT = Text(seq_len=512, windows=16)
 OK, FAILED, UNCLEAR = "ok", "failed", "unclear"
+_SHARES = {
+    "perplexity_rise": "--max-perplexity-rise",
+    "size_rise": "--max-size-rise",
+    "min_agreement": "--min-agreement",
+    "confidence": "--confidence",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,14 @@ class Tolerances:
         # Of many windows only some signs are flipped: `p_of_rise` then never goes below 1.5e-5.
         if not 0.5 <= self.confidence <= 0.9999:
             raise UsageError(f"--confidence {self.confidence} cannot be had: give 50% to 99.99%")
+
+    @classmethod
+    def of(cls, **limits: Any) -> Tolerances:
+        """The tolerances that a person gave, shares as text (`1%` or `0.01`) or as numbers: see `parse_share`."""
+        for name, option in _SHARES.items():
+            if limits.get(name) is not None:
+                limits[name] = parse_share(limits[name], option)
+        return cls(**limits)
 
     @property
     def needs_reference(self) -> bool:

@@ -261,6 +261,8 @@ def generate(
         SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
     """
     check_backend(backend)
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature {temperature:g} is not possible: give 0 or more, such as 0.7")
     target = open_device(device)
     source = open_source(model, trust_remote_code, verify)
     tokenizer = source.tokenizer()

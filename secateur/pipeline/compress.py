@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from secateur.pipeline.source import open_source, save_config
 from secateur.pipeline.structure import generalise
 from secateur.pipeline.verify import verify as verify_folder
 from secateur.recipe import Recipe
+from secateur.recipes import as_recipe
 
 
 def compress(
     model: str,
     out: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
     device: str = "cpu",
     batch_tokens: int | None = None,
@@ -52,7 +53,7 @@ def compress(
         model: a Hugging Face folder, a hub id, a `.gguf` file or `demo`.
         out: the folder to make. Nothing stands under this name until the run has ended well; until then `OUT.partial` has
             what is done.
-        recipe: what to do.
+        recipe: what to do: a recipe, a dict as a recipe file would hold it, the name of a built-in recipe, or a recipe file.
         device: where blocks are run and solved.
         batch_tokens: how many tokens are run at a time; None chooses by the memory that is free, or `max_memory`.
         max_memory: the most memory of the host that each process may have in use, in bytes or in words such as `8GiB`. The C
@@ -68,6 +69,7 @@ def compress(
         SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
     """
     started = time.monotonic()
+    recipe = as_recipe(recipe)
     inputs = {"MODEL": model, "the calibration text": recipe.calibration.source}
     resolved, searching = plan(recipe), 0.0
     limit = limit_memory(max_memory)

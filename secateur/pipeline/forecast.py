@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -37,6 +38,7 @@ from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import weight_matrix
 from secateur.pipeline.verify import verify
 from secateur.recipe import Recipe
+from secateur.recipes import as_recipe
 
 # Batches that the first block is measured with; and how long it may take, in seconds, to be measured again with all warm.
 _BATCHES = 2
@@ -78,7 +80,7 @@ class Forecast:
 
 def forecast(
     model: str,
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
     out: str | Path = ".",
     device: str = "cpu",
@@ -96,6 +98,7 @@ def forecast(
     Raises:
         SecateurError: as `compress`; `UsageError` where nothing keeps to `max_memory`, too.
     """
+    recipe = as_recipe(recipe)
     resolved = plan(recipe)
     limit = limit_memory(max_memory)
     check_named(out, "--out")

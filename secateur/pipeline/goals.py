@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from secateur.errors import UsageError, did_you_mean
 from secateur.pipeline.sizes import parse_size
-from secateur.prune.patterns import Unstructured, parse_pattern
+from secateur.prune.patterns import Unstructured
 from secateur.recipe import Recipe
+from secateur.shares import parse_share
 
 ALLOCATIONS = ("uniform", "owl", "search")
 # What a target is reached with, where nothing else is said.
@@ -29,32 +30,33 @@ class Size:
 
 
 def parse_target(text: str) -> Size:
-    """The size behind `0.35x`, or bytes in words such as `100MB`.
+    """The size behind `0.35x`, `35%`, or bytes in words such as `100MB`.
 
     Raises:
         UsageError: it is neither, or not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*[x×]\s*", text)
-    if match:
-        share = float(match[1])
+    if match or text.rstrip().endswith("%"):
+        share = float(match[1]) if match else parse_share(text, "--target-size")
         if not 0 < share < 1:
-            raise UsageError(f"--target-size {text} is not between 0 and 1 times the dense model: give one like 0.35x")
+            raise UsageError(
+                f"--target-size {text} is not between 0 and 1 times the dense model: give one like 0.35x or 35%"
+            )
         return Size(share, None)
     try:
         size = parse_size(text, "--target-size")
     except UsageError as error:
         raise UsageError(
-            f"--target-size {text!r} is not a size: write it like 0.35x (of the dense model) or 100MB"
+            f"--target-size {text!r} is not a size: write it like 0.35x or 35% (of the dense model), or 100MB"
         ) from error
     if size <= 0:
-        raise UsageError(f"--target-size {text} is no size to reach: give one like 0.35x or 100MB")
+        raise UsageError(f"--target-size {text} is no size to reach: give one like 0.35x, 35% or 100MB")
     return Size(None, size)
 
 
 def parse_rise(text: str) -> float:
     """The share behind `3%` or `0.03`. Raises UsageError when it is none, or not positive."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
-    rise = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    rise = parse_share(text, "--max-perplexity-rise")
     if rise <= 0:
         raise UsageError(f"--max-perplexity-rise {text!r} is not a rise: write it like 3% or 0.03")
     return rise
@@ -95,8 +97,6 @@ def check_goals(recipe: Recipe) -> None:
                 f"--allocation {recipe.allocation} needs an unstructured mask: --pattern {recipe.pattern} removes the same "
                 "share of every linear"
             )
-        if recipe.prune and parse_pattern(recipe.pattern, recipe.sparsity).sparsity == 0:
-            raise UsageError("--sparsity 0 leaves nothing to share: give the share of all weights to remove, like 0.5")
 
 
 def _check_target(recipe: Recipe) -> None:

@@ -25,15 +25,35 @@ from secateur.pipeline.source import Source, open_source
 from secateur.pipeline.structure import build_skeleton
 from secateur.pipeline.weights import ModelWeights, materialise
 
+# What people call devices whose name is another.
+_DEVICE_NICKNAMES = {"cuda": ("gpu", "gpus", "nvidia", "rocm", "amd"), "mps": ("metal", "apple"), "cpu": ("host",)}
+
 
 def open_device(name: str | torch.device) -> torch.device:
     """The device of that name. Raises UsageError when there is none that can be computed on here."""
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        kind = str(name).partition(":")[0].lower()
+        meant = next((known for known, others in _DEVICE_NICKNAMES.items() if kind in others), None)
+        hint = f"did you mean {meant!r}? " if meant else ""
+        raise UsageError(f"--device {name} cannot be used here: {hint}here it can be {_device_names()}") from error
+    try:
         torch.empty(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise UsageError(f"--device {name} cannot be used here: {why}; here it can be {_device_names()}") from error
     return device
+
+
+def _device_names() -> str:
+    """What can be computed on here, in words."""
+    found = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        found += [accelerator.type] if count < 2 else [accelerator.type, f"{accelerator.type}:0 to {count - 1}"]
+    return " or ".join(found)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

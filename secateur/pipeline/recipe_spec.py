@@ -8,7 +8,7 @@
             | whole | whole ".." whole                                     of a quantizer: bits
     share   = digits with a point or without [ "%" ]
     option  = an option of the quantizer, "reconstruct" of a pruner, or "format" or "dtype"
-    value   = number | word
+    value   = number [ "%" ] | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 
 White space may stand between any two of these. A pruner needs an amount, a quantizer has a default, and a refiner has neither
@@ -35,6 +35,7 @@ from secateur.prune.patterns import Unstructured, parse_pattern
 from secateur.quant import QUANTIZERS
 from secateur.recipe import Recipe
 from secateur.recipes import NAMES, SUFFIXES, built_in
+from secateur.shares import exact_share
 
 _ROLES: dict[str, Mapping[str, Any]] = {"pruner": PRUNERS, "refiner": REFINERS, "quantizer": QUANTIZERS}
 # What a part may say about the whole recipe.
@@ -218,7 +219,7 @@ def _pruned(reader: _Reader, method: str) -> list[dict[str, Any]]:
         _, second = reader.need(_DECIMAL, "M of a pattern N:M")
         with reader.pointing(at):
             return [{"pattern": str(parse_pattern(f"{first}:{second}", None))}]
-    shares = [_fraction(first)]
+    shares = [_fraction(reader, at, first)]
     if reader.take(".."):
         to, last = _share(reader)
         by, step = _share(reader) if reader.take("/") else (to, _STEP)
@@ -232,13 +233,14 @@ def _share(reader: _Reader) -> tuple[int, str]:
     return at, digits + reader.take("%")
 
 
-def _fraction(share: str) -> Fraction:
-    """Exactly what is written: 0.1 three times is 0.3, which floats do not know."""
-    return Fraction(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+def _fraction(reader: _Reader, at: int, share: str) -> Fraction:
+    with reader.pointing(at):
+        return exact_share(share, "sparsity")
 
 
 def _range(reader: _Reader, at: int, first: str, to: int, last: str, by: int, step: str) -> list[Fraction]:
-    start, stop, stride = _fraction(first), _fraction(last), _fraction(step)
+    start, stop = _fraction(reader, at, first), _fraction(reader, to, last)
+    stride = _fraction(reader, by, step)
     if stop < start:
         raise reader.wrong(at, f"the range {first}..{last} goes down: give the smaller number first")
     if not stride:
@@ -299,7 +301,7 @@ def _options(reader: _Reader, method: str, role: str, common: dict[str, Any]) ->
         if name in given or name in common:
             raise reader.wrong(at, f"{name!r} is given twice")
         reader.need("=", f"'=' and what {name} is to be")
-        value_at, text = reader.need(re.compile(f"{_NUMBER.pattern}|{_WORD.pattern}"), f"what {name} is to be")
+        value_at, text = reader.need(re.compile(f"{_NUMBER.pattern}%?|{_WORD.pattern}"), f"what {name} is to be")
         if name in _COMMON or (role == "pruner" and name in _PRUNING):
             with reader.pointing(value_at):
                 common[name] = getattr(Recipe.from_dict({name: _value(text)}), name)

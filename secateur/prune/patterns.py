@@ -24,7 +24,7 @@ class Unstructured:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise UsageError(
-                f"sparsity {self.sparsity:g} is outside [0, 1): give the share of weights to remove, like 0.5"
+                f"sparsity {self.sparsity:g} is outside [0, 1): give the share of weights to remove, like 0.5 or 50%"
             )
 
     def pruned(self, count: int) -> int:
@@ -81,6 +81,8 @@ def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
     if pattern is None or pattern == "unstructured":
         if sparsity is None:
             raise UsageError("how much to prune is not said: give --sparsity (a share such as 0.5) or --pattern N:M")
+        if sparsity == 0:
+            raise UsageError("--sparsity 0 removes nothing: give the share of weights to remove, like 0.5 or 50%")
         return Unstructured(sparsity)
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern)
     if not match:

@@ -151,5 +151,5 @@ def check_share(option: str, share: float | None) -> None:
     """Raise UsageError unless so many of the weights can be outliers."""
     if share is not None and not 0 <= share <= MOST_OUTLIERS:
         raise UsageError(
-            f"--{option} {share:g} is not possible: give a share of the weights from 0 to {MOST_OUTLIERS}, like 0.01"
+            f"--{option} {share:g} is not possible: give a share of the weights from 0 to {MOST_OUTLIERS}, like 0.01 or 1%"
         )

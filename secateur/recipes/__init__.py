@@ -5,8 +5,10 @@ A file begins with two comments, which say what the recipe is good for and what 
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import UsageError, did_you_mean
 from secateur.formats.paths import check_named
@@ -47,6 +49,23 @@ def built_in(name: str) -> BuiltIn:
     about = _ABOUT.match(text)
     assert about is not None, f"{name} does not say what it is good for"
     return BuiltIn(name, Recipe.read(_FILES[name]), text, about[1], about[2])
+
+
+def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """The recipe that a script names: itself, its keys and values as a recipe file has them, or what `find_recipe` takes.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str | Path):
+        return find_recipe(str(given))
+    if isinstance(given, Mapping):
+        return Recipe.from_dict(dict(given))
+    raise UsageError(
+        f"a recipe is a secateur.Recipe, a dict, the name of a built-in recipe or a file, not {type(given).__name__}"
+    )
 
 
 def find_recipe(given: str) -> Recipe:

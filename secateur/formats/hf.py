@@ -132,7 +132,7 @@ class SecateurQuantizer(HfQuantizer):
             if not parts:
                 # It would be filled with noise and a warning; here it is an error.
                 raise CheckpointError(f"{name}.weight should be packed, says config.json, but its tensors are missing")
-            weights[name] = partial(PackedWeight(entry[0], parts, entry[1]).load, f"{name}.weight", self.stored)
+            weights[name] = partial(PackedWeight(entry[0], parts, entry[1]).read, f"{name}.weight", self.stored)
         if current_backend() != "dense" and weights:
             with torch.device("cpu"):  # transformers makes everything on the meta device here
                 replaced = replace_linears(model, weights, current_backend(), _main_device(device_map), model.dtype)

@@ -11,14 +11,33 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError
+from secateur.formats.packed import StoredForm
 from secateur.kernels.backends import choose
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed
 
 
+class PackedPlainLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
+    """In place of an `nn.Linear`, which it is to those that look for them: what puts adapters on linears, say."""
+
+    transposed = False
+
+
+class PackedConv1D(PackedLinear, Conv1D):
+    """In place of transformers' `Conv1D`."""
+
+    transposed = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.nf, self.nx = self.out_features, self.in_features
+
+    __repr__ = nn.Module.__repr__
+
+
 def replace_linears(
     model: nn.Module,
-    weights: Mapping[str, Callable[[], Packed]],
+    weights: Mapping[str, Callable[[], tuple[Packed, StoredForm]]],
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -30,7 +49,7 @@ def replace_linears(
 
     Args:
         model: to be changed.
-        weights: module name → what reads its weight.
+        weights: module name → what reads its weight, and how that is stored.
         backend: `auto` or a name.
         device: where most of the model will be.
         dtype: of the inputs.
@@ -46,7 +65,7 @@ def replace_linears(
     plain = [name for name in weights if type(model.get_submodule(name)) in (nn.Linear, Conv1D)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Reading is checking, which other threads do while this one waits for the first.
-        for name, weight in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
+        for name, (weight, form) in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
             module = model.get_submodule(name)
             transposed = isinstance(module, Conv1D)
             shape = module.get_parameter("weight").shape
@@ -57,8 +76,8 @@ def replace_linears(
                 )
             if choose(weight, backend, device, dtype).name == "dense":
                 continue
-            bias_O = module._parameters.get("bias")
-            packed = PackedLinear(weight, bias_O, backend, dtype, transposed)
+            cls = PackedConv1D if transposed else PackedPlainLinear
+            packed = cls(weight, module._parameters.get("bias"), backend, dtype, form)
             model.set_submodule(name, packed.train(module.training))
             replaced.append(name)
     return replaced

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.hf import attach_quantizer, current_backend
 from secateur.formats.layout import DTYPES
-from secateur.formats.packed import DecodedWeights
+from secateur.formats.packed import DecodedWeights, StoredForm
 from secateur.formats.packed_modules import packed_linears, replace_linears
 from secateur.formats.reader import StoredTensors
 from secateur.kernels.backends import AUTO, check_backend
@@ -76,13 +76,13 @@ def load(
     return load_source(source, dtype or source.dtype, target, backend=backend)
 
 
-def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], Packed]]:
+def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], tuple[Packed, StoredForm]]]:
     """What reads the packed weight of each module that has one, by the module's name."""
-    found: dict[str, Callable[[], Packed]] = {}
+    found: dict[str, Callable[[], tuple[Packed, StoredForm]]] = {}
     for name, _ in model.named_modules():
         packed = weights.packed(f"{name}.weight") if f"{name}.weight" in weights else None
         if packed is not None:
-            found[name] = partial(packed.load, f"{name}.weight", weights.stored_tensors)
+            found[name] = partial(packed.read, f"{name}.weight", weights.stored_tensors)
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +16,9 @@ from secateur.formats.packed import StoredForm
 from secateur.kernels.backends import choose
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed
+
+#: The device maps that share a model out between the devices that there are.
+SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class PackedPlainLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
@@ -81,6 +85,62 @@ def replace_linears(
             model.set_submodule(name, packed.train(module.training))
             replaced.append(name)
     return replaced
+
+
+def place_linears(model: Any) -> None:
+    """Make packed linears ready where the model's `hf_device_map` has them; without one, where the rest of the model is.
+
+    Where parts of a model are offloaded, packed weights stay in the CPU's memory and compute there: accelerate offloads
+    parameters, and they are none.
+
+    Raises:
+        UsageError: a backend cannot be used there.
+    """
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    several = len(set(places.values())) > 1
+    kept = []
+    for name, module in packed_linears(model):
+        parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+        place = next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")
+        if place == "disk":
+            kept.append(module.nbytes)
+        module.place(torch.device("cpu" if place == "disk" else place), fetch=several)
+    if kept:
+        warnings.warn(
+            f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in the CPU's memory: only what is dense goes to disk",
+            stacklevel=2,
+        )
+
+
+def main_device(device_map: Any) -> torch.device:
+    """Where most of a model computes, of what transformers takes as a `device_map`."""
+    if isinstance(device_map, dict):
+        places = list(device_map.values())
+        device_map = next((place for place in places if place not in ("cpu", "disk")), "cpu" if places else None)
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, str) and device_map in SHARED_OUT:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_map)
+
+
+def show_sizes(model: nn.Module) -> list[PackedLinear]:
+    """Let packed linears have a parameter, without memory, of their size: what shares a model out between devices counts those.
+
+    Returns:
+        The linears, for `hide_sizes`.
+    """
+    linears = [module for _, module in packed_linears(model)]
+    for linear in linears:
+        size = torch.empty(linear.nbytes, dtype=torch.uint8, device="meta")
+        linear.register_parameter("size", nn.Parameter(size, requires_grad=False))
+    return linears
+
+
+def hide_sizes(linears: Iterable[PackedLinear]) -> None:
+    """Take that away again."""
+    for linear in linears:
+        linear._parameters.pop("size", None)
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

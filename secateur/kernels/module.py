@@ -48,18 +48,18 @@ class PackedLinear(nn.Module):
         self.bias: nn.Parameter | None = bias_O
         self.prepared: Prepared | Packed = weight
         self._weight_dtype = weight.dtype
-        self._offloaded = False
+        self._fetch = False
         # What `prepared` was made of, where it does not give that back.
         self._source: Packed | None = None
 
-    def place(self, device: torch.device, offloaded: bool = False) -> None:
+    def place(self, device: torch.device, fetch: bool = False) -> None:
         """Make the weight ready on a device. Raises UsageError when its backend cannot be used there.
 
         Args:
             device: where.
-            offloaded: the model's inputs are elsewhere, and are brought there and back.
+            fetch: whether inputs that are elsewhere are brought there, and outputs back.
         """
-        self._offloaded = offloaded
+        self._fetch = fetch
         if isinstance(self.prepared, Prepared) and self.prepared.device == device:
             return
         weight = map_tensors(self.packed(), lambda tensor: tensor.to(device))
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.prepared, Prepared)
-        if not self._offloaded or x.device == self.prepared.device:
+        if not self._fetch or x.device == self.prepared.device:
             return linear(self.prepared, x, self.bias)
         bias_O = None if self.bias is None else self.bias.to(self.prepared.device)
         return linear(self.prepared, x.to(self.prepared.device), bias_O).to(x.device)
@@ -131,11 +131,11 @@ class PackedLinear(nn.Module):
         weight = self.prepared
         device = (weight.values_V if isinstance(weight, SparseWeight) else weight.codes_S).device
         try:
-            self.place(device, self._offloaded)
+            self.place(device, self._fetch)
         except UsageError as error:
             warnings.warn(f"{error}; until the model is loaded for another, backend 'torch' stands in", stacklevel=2)
             self.backend = "torch"
-            self.place(device, self._offloaded)
+            self.place(device, self._fetch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         twin: PackedLinear = type(self).__new__(type(self))
@@ -154,7 +154,7 @@ class PackedLinear(nn.Module):
         if isinstance(self.prepared, Prepared):
             probe = fn(torch.empty(0, device=self.prepared.device))
             if probe.device.type != "meta":
-                self.place(probe.device, self._offloaded and probe.device == self.prepared.device)
+                self.place(probe.device, self._fetch and probe.device == self.prepared.device)
         return self
 
     def extra_repr(self) -> str:

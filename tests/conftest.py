@@ -167,6 +167,17 @@ FAMILIES = {
 }
 
 
+# What makes a model of each layout.
+PACKED: dict[str, dict[str, Any]] = {
+    "bitmap": {"prune": "magnitude", "sparsity": 0.5},
+    "nm": {"prune": "magnitude", "pattern": "2:4"},
+    "packed-int": {"quantize": "rtn", "bits": 4, "group_size": 16},
+    "spqr": {"quantize": "spqr", "bits": 3, "group_size": 16, "outlier_share": 0.02},
+    "codebook": {"quantize": "squeezellm", "bits": 3},
+    "sparse-int": {"prune": "magnitude", "sparsity": 0.5, "quantize": "rtn", "bits": 4, "group_size": 16},
+}
+
+
 def pytest_configure() -> None:
     """One thread per operation: more only get in each other's way at these sizes."""
     torch.set_num_threads(1)
@@ -313,3 +324,26 @@ def own_model(model_of: MakeModel, tmp_path: Path) -> MakeModel:
 def family() -> dict[str, Family]:
     """All families by name."""
     return FAMILIES
+
+
+@pytest.fixture(scope="session")
+def packed_of(model_of: MakeModel, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """`packed_of("llama", "bitmap", torch.bfloat16)`: that family's tiny model, compressed. Not to be written to."""
+    made: dict[Any, Path] = {}
+
+    def make(family: str, layout: str, dtype: torch.dtype = torch.float32) -> Path:
+        key = (family, layout, dtype)
+        if key not in made:
+            options = dict(PACKED[layout])
+            quantize = {k: options.pop(k) for k in list(options) if k in ("bits", "group_size", "outlier_share")}
+            recipe = secateur.Recipe(
+                **options,
+                quantization=secateur.Quantization(**quantize),
+                calibration=secateur.Calibration(source=str(text_file), samples=8, seq_len=32),
+            )
+            out = tmp_path_factory.mktemp(family) / "packed"
+            secateur.compress(str(model_of(family, dtype=dtype)), out, recipe)
+            made[key] = out
+        return made[key]
+
+    return make

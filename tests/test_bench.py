@@ -25,7 +25,7 @@ from secateur.evaluate.bench import bench, describe
 from secateur.evaluate.bench_timing import cache_bytes, free_bytes, large_copy, time_in_turn
 from secateur.formats.bitmap import Bitmap
 from secateur.kernels import BACKENDS, cpu_backend
-from secateur.kernels.packed import PADDING, nbytes
+from secateur.kernels.packed import PADDING, SparseWeight, nbytes
 from secateur.kernels.triton_decode import TritonWeight
 
 CPU = torch.device("cpu")
@@ -218,7 +218,9 @@ def test_describe():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 def test_every_form_of_weight_is_counted():
     ten, four = torch.zeros(10, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
-    assert nbytes(TritonWeight((2, 8), {"values_V": ten, "zero": None}, {"BITS": 4}, order_I=four)) == 14
+    packed = SparseWeight((2, 8), ten, four, four)
+    # What is in both of its forms is in memory once.
+    assert nbytes(TritonWeight((2, 8), {"values_V": ten, "zero": None}, {"BITS": 4}, packed)) == 14
     sparse = SparseSemiStructuredTensorCUSPARSELT(torch.Size((32, 32)), ten, None, None, None, None)
     assert nbytes(sparse) == 10
     assert nbytes(ten) == 10

@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from secateur.codes import BITS, Outliers, Quantized, Table, TwoLevel, Uniform
 from secateur.errors import CheckpointError
-from secateur.formats import LAYOUTS, layout_from_config, quantized
+from secateur.formats import LAYOUTS, layout_from_config
 from secateur.formats.choose import layout_for
 from secateur.formats.codebook import Codebook
 from secateur.formats.packed_int import PackedInt
 from secateur.formats.sparse_int import SparseInt
 from secateur.formats.spqr import SpQRLayout
+from secateur.kernels import plain
 from secateur.kernels.bits import bytes_of, pack_bits, unpack_bits
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -481,7 +482,7 @@ def test_huge_groups_take_no_memory(kind, masked):
 def test_a_weight_that_is_unpacked_in_pieces_is_the_same(pieces, kind, masked, monkeypatch):
     """Wherever rows, tiles of rows and the lists of outliers are cut."""
     O, I = 13, 22
-    monkeypatch.setattr(quantized, "_WEIGHTS_AT_ONCE", -(-O // pieces) * I)
+    monkeypatch.setattr(plain, "_WEIGHTS_AT_ONCE", -(-O // pieces) * I)
     for tile_rows, order in ((2, False), (5, True), (100, False)):
         outliers = "" if kind == "packed-int" else "some"
         weight = make(
@@ -500,7 +501,7 @@ def test_a_weight_that_is_unpacked_in_pieces_is_the_same(pieces, kind, masked, m
 
 @pytest.mark.parametrize("row", [0, 7, 12])
 def test_a_value_beyond_the_dtype_is_found_in_every_piece(row, monkeypatch):
-    monkeypatch.setattr(quantized, "_WEIGHTS_AT_ONCE", 4 * 22)
+    monkeypatch.setattr(plain, "_WEIGHTS_AT_ONCE", 4 * 22)
     weight = make("codebook", 13, 22, bits=1, half=BF16, dtype=FP16)
     layout = layout_for(weight)
     parts = {**layout.pack(weight), "table": torch.ones(13, 2, dtype=BF16)}

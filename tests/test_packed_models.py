@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PACKED as RECIPES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -17,41 +18,16 @@ from secateur.kernels import cpu_backend
 from secateur.kernels.module import PackedLinear
 
 IDS_NS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(3))
-RECIPES = {
-    "bitmap": {"prune": "magnitude", "sparsity": 0.5},
-    "nm": {"prune": "magnitude", "pattern": "2:4"},
-    "packed-int": {"quantize": "rtn", "bits": 4, "group_size": 16},
-    "spqr": {"quantize": "spqr", "bits": 3, "group_size": 16, "outlier_share": 0.02},
-    "codebook": {"quantize": "squeezellm", "bits": 3},
-    "sparse-int": {"prune": "magnitude", "sparsity": 0.5, "quantize": "rtn", "bits": 4, "group_size": 16},
-}
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 BACKENDS = [pytest.param("cpu", marks=has_cpu), "torch"]
 # Llama; GPT-2, whose Conv1D are transposed; Qwen2, which has biases.
 MODELS = ["llama", "gpt2", "qwen2"]
 
 
-@pytest.fixture(scope="module")
-def folder(model_of, text_file, tmp_path_factory):
+@pytest.fixture
+def folder(packed_of):
     """`folder("llama", "bitmap", torch.bfloat16)`: a compressed folder. Not to be written to."""
-    made = {}
-
-    def make(family, layout, dtype=torch.float32):
-        key = (family, layout, dtype)
-        if key not in made:
-            options = dict(RECIPES[layout])
-            quantize = {k: options.pop(k) for k in list(options) if k in ("bits", "group_size", "outlier_share")}
-            recipe = secateur.Recipe(
-                **options,
-                quantization=secateur.Quantization(**quantize),
-                calibration=secateur.Calibration(source=str(text_file), samples=8, seq_len=32),
-            )
-            out = tmp_path_factory.mktemp(family) / "packed"
-            secateur.compress(str(model_of(family, dtype=dtype)), out, recipe)
-            made[key] = out
-        return made[key]
-
-    return make
+    return packed_of
 
 
 def logits(model):

@@ -15,6 +15,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 
 from secateur import kernels
 from secateur.errors import UsageError
+from secateur.formats.nm import NMBits
 from secateur.kernels import semi_structured
 from secateur.kernels.semi_structured import SemiStructured, TensorCoreWeight
 
@@ -95,6 +96,29 @@ def test_it_computes_what_the_dense_weight_does(library, O, I, T, dtype):
     assert_multiplies(kernels.linear(ready, x_TI), x_TI, W_OI)
     assert_multiplies(kernels.linear(ready, x_TI, bias_O), x_TI, W_OI, bias_O)
     assert len(library.calls) == 2
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("T", [0, 1, 9, 300])
+def test_gradients_and_the_weight_come_back_out_of_it(library, T, sparse, monkeypatch):
+    """Also where dense is faster, and the weight has stayed dense."""
+    monkeypatch.setattr(semi_structured, "_COLUMNS_AT_ONCE", 30)
+    if not sparse:
+        library.fastest = None
+    weight, W_OI = load_sparse(33, 68, dtype=BF16, pattern=TWO_OF_FOUR)
+    weight.values_V[5] = 0
+    W_OI = kernels.plain.dense_weight(weight)
+    ready = prepared(weight)
+    x_TI, bias_O = torch.randn(T, 68).to(BF16).requires_grad_(), torch.randn(33).to(BF16).requires_grad_()
+    grad_TO = torch.randn(T, 33).to(BF16)
+    kernels.linear(ready, x_TI, bias_O).backward(grad_TO)
+    assert_multiplies(x_TI.grad, grad_TO, W_OI.T)
+    torch.testing.assert_close(bias_O.grad, grad_TO.float().sum(0).to(BF16))
+    found = BACKEND.packed(ready.weight)
+    assert torch.equal(kernels.plain.dense_weight(found), W_OI)
+    # What is stored for it is what our own packing stores.
+    assert NMBits(2, 4).store(found).keys() == (wanted := NMBits(2, 4).pack(W_OI)).keys()
+    assert all(torch.equal(NMBits(2, 4).store(found)[part], wanted[part]) for part in wanted)
 
 
 def test_the_input_may_have_any_strides_and_dimensions(library):

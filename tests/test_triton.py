@@ -197,6 +197,30 @@ def test_what_it_cannot_do_it_says(monkeypatch):
     assert "triton is not installed" in refusal(weight, "cuda")
 
 
+@pytest.mark.parametrize("T", [1, 8, 9, 40])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: load_sparse(35, 300, dtype=BF16),
+        lambda: load_sparse(12, 64, pattern=(2, 4)),
+        lambda: load_coded("packed-int", 35, 70, group_size=16, order=True),
+        lambda: load_coded("spqr", 35, 70, bits=3, tile_rows=16, outliers="some", order=True),
+        lambda: load_coded("codebook", 35, 70, bits=3, outliers="some"),
+    ],
+)
+def test_gradients(make, T, monkeypatch):
+    monkeypatch.setattr("secateur.kernels.triton_linear._EXPANDED", 1 << 10)  # in several pieces
+    weight, W_OI = make()
+    dtype = weight.dtype
+    O, I = weight.shape
+    x_TI, bias_O = inputs(T, I, dtype).requires_grad_(), inputs(1, O, dtype)[0].requires_grad_()
+    grad_TO = inputs(T, O, dtype, seed=1)
+    linear(prepare(weight, "triton", dtype=dtype), x_TI, bias_O).backward(grad_TO)
+    for found, wanted in ((x_TI.grad, grad_TO.double() @ W_OI.double()), (bias_O.grad, grad_TO.double().sum(0))):
+        allowed = 8 * torch.finfo(dtype).eps * (grad_TO.double().abs() @ W_OI.double().abs()).max()
+        assert (found.double() - wanted).abs().max() <= allowed
+
+
 def test_it_is_there_where_triton_is_not():
     code = "import sys; sys.modules['triton'] = None; from secateur.kernels import BACKENDS; BACKENDS['triton']"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -319,7 +319,7 @@ def _copies(size: int, cold: int) -> int:
 def _copy(ready: Prepared, weight: Packed, dtype: torch.dtype) -> Prepared:
     """The same in memory of its own."""
     if isinstance(ready.weight, SparseWeight | CodedWeight) or type(ready.weight) is Tensor:
-        return map_tensors(ready, torch.clone)
+        return Prepared(ready.backend, map_tensors(ready.weight, torch.clone), ready.shape, ready.device)
     # A form of a backend's own, which may share nothing with the packed weight, or all.
     return prepare(map_tensors(weight, torch.clone), ready.backend.name, device=ready.device, dtype=dtype)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from secateur.formats.layout import check_parts, layout, read_shape
 from secateur.kernels.expand import compress_bitmap, count_rows, expand_bitmap
-from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded
+from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded, unpadded
 
 
 @layout
@@ -45,6 +45,14 @@ class Bitmap:
         if int(start_O1[-1]) != values.numel():
             raise ValueError(f"the bit mask has {int(start_O1[-1])} bits set but there are {values.numel()} values")
         return SparseWeight((len(bitmask_OB), I), padded(values), bitmask_OB.clone(), start_O1)
+
+    def store(self, weight: SparseWeight) -> dict[str, Tensor]:
+        return {
+            "compressed": unpadded(weight.values_V),
+            "bitmask": weight.bitmask_OB,
+            "shape": torch.tensor(weight.shape),
+            "row_offsets": weight.start_O1[:-1],
+        }
 
     def _check(self, tensors: Mapping[str, Tensor]) -> tuple[int, Tensor]:
         """I, and how many values each row has, once the parts are known to fit together."""

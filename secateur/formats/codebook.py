@@ -55,6 +55,9 @@ class Codebook(QuantizedLayout):
         check_finite(tensors, "table")
         return TableGrid(tensors["table"].clone())
 
+    def store_grid(self, grid: TableGrid) -> dict[str, Tensor]:
+        return {"table": grid.table_OC}
+
     def to_config(self) -> dict[str, Any]:
         return {"layout": self.name, "bits": self.bits, "dtype": str(self.dtype).removeprefix("torch.")}
 

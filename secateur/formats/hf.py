@@ -7,7 +7,7 @@ while the model loads. `save_pretrained` writes them packed again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -28,9 +30,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
+from secateur.formats.names import renamed, spellings
 from secateur.formats.packed import PackedWeight
-from secateur.formats.packed_modules import densify, packed_linears, replace_linears
-from secateur.formats.reader import StoredTensors, find_entry, parse_quantization_config
+from secateur.formats.packed_modules import (
+    PackedLinear,
+    densify,
+    hide_sizes,
+    main_device,
+    packed_linears,
+    place_linears,
+    replace_linears,
+    show_sizes,
+)
+from secateur.formats.reader import HeldTensors, StoredTensors, find_entry, parse_quantization_config
 from secateur.formats.sparse_int import CodedLayout
 from secateur.kernels.backends import AUTO, check_backend
 
@@ -114,15 +126,21 @@ class SecateurQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SecateurConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: list[CheckpointError] = []
-        self.stored: StoredTensors | None = None
+        #: The tensors in the files; after loading, only where a dense weight does not tell how it was quantized.
+        self.stored: Mapping[str, Tensor] | None = None
+        #: Names of packed weights in the files, by those that transformers gives them where they differ.
+        self.renamed: dict[str, str] | None = None
         self._all_replaced = False
+        self._all_packed = False
+        # While transformers asks how large they are.
+        self._sized: list[PackedLinear] = []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
     ) -> Any:
         if not checkpoint_files:
             return model
-        self.stored = StoredTensors([Path(file) for file in checkpoint_files])
+        stored = self.stored = StoredTensors([Path(file) for file in checkpoint_files])
         weights = {}
         for name, module in model.named_modules():
             entry = self._entry(model, name) if hasattr(module, "weight") else None
@@ -132,11 +150,13 @@ class SecateurQuantizer(HfQuantizer):
             if not parts:
                 # It would be filled with noise and a warning; here it is an error.
                 raise CheckpointError(f"{name}.weight should be packed, says config.json, but its tensors are missing")
-            weights[name] = partial(PackedWeight(entry[0], parts, entry[1]).load, f"{name}.weight", self.stored)
+            weights[name] = partial(PackedWeight(entry[0], parts, entry[1]).read, f"{name}.weight", stored)
         if current_backend() != "dense" and weights:
             with torch.device("cpu"):  # transformers makes everything on the meta device here
-                replaced = replace_linears(model, weights, current_backend(), _main_device(device_map), model.dtype)
-            self.stored.release()
+                replaced = replace_linears(model, weights, current_backend(), main_device(device_map), model.dtype)
+            stored.release()
+            if isinstance(device_map, str):
+                self._sized = show_sizes(model)
             self._all_replaced = len(replaced) == len(weights)
             if replaced:
                 ignored = rf"\.weight(\.({'|'.join(_PARTS)}))?$"
@@ -147,9 +167,15 @@ class SecateurQuantizer(HfQuantizer):
         return model
 
     def _entry(self, model: Any, module: str) -> tuple[Layout, bool] | None:
-        """What the config says about a module; `AutoModel` leaves the first part of the name out."""
+        """What the config, which goes by the names in the files, says about a module."""
         entries = self.quantization_config.entries
-        return find_entry(entries, module) or find_entry(entries, f"{model.base_model_prefix}.{module}")
+        names = (name.removesuffix(".weight") for name in self._stored_names(model, f"{module}.weight"))
+        return next((entry for name in names if (entry := find_entry(entries, name)) is not None), None)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        # transformers calls it once more when it has made a device map, for which alone it had to know sizes.
+        hide_sizes(self._sized)
+        self._sized = []
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self._all_replaced:
@@ -178,44 +204,87 @@ class SecateurQuantizer(HfQuantizer):
         # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
         if getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]
-        devices = {name: torch.device(place) for name, place in (getattr(model, "hf_device_map", None) or {}).items()}
-        for name, module in packed_linears(model):
-            parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
-            module.place(next((devices[parent] for parent in [*parents, ""] if parent in devices), model.device))
+        hide_sizes(self._sized)
+        self._sized = []
+        place_linears(model)
+        self._keep_grids(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.get_memory_footprint = partial(memory_footprint, module)
         return model
 
+    def _keep_grids(self, model: Any) -> None:
+        """Hold on to what is stored of quantized weights that are dense now, and let go of everything else."""
+        entries = {
+            name: self._entry(model, name.removesuffix(".weight"))
+            for name in model.state_dict()
+            if name.endswith(".weight")
+        }
+        dense = {name: entry[0] for name, entry in entries.items() if entry is not None}
+        self._all_packed = not dense
+        coded = [name for name, layout in dense.items() if isinstance(layout, CodedLayout)]
+        keys = [key for name in coded for key in self._stored_parts(model, name).values()]
+        self.stored = HeldTensors(self.stored, keys) if keys and isinstance(self.stored, StoredTensors) else None
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        state = {}
+        state, packed = {}, {}
         for name, tensor in model.state_dict().items():
             module, _, parameter = name.rpartition(".")
             entry = self._entry(model, module) if parameter == "weight" else None
             if entry is None:
                 state[name] = tensor
                 continue
-            layout, transposed = entry
-            if isinstance(layout, CodedLayout):
-                parts = self._unchanged_parts(model, name, tensor)
-            else:
-                W_OI = tensor.T if transposed else tensor
-                try:
-                    parts = layout.pack(W_OI.contiguous())
-                except ValueError as error:
-                    raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
-            state.update({f"{name}.{part}": packed for part, packed in parts.items()})
-        for module, _ in packed_linears(model):
-            # What computes packed cannot have changed.
-            parts = self._as_stored(model, f"{module}.weight")
-            state.update({f"{module}.weight.{part}": packed.clone() for part, packed in parts.items()})
+            if tensor.is_meta:
+                tensor = load_offloaded_parameter(model, name)
+            packed[name] = self._pack(model, name, tensor, *entry)
+        packed.update({f"{name}.weight": linear.parts() for name, linear in packed_linears(model)})
+        state.update({f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()})
+        self._name_in_config(model, packed)
         return state, {}
+
+    def _pack(self, model: Any, name: str, tensor: Tensor, layout: Layout, transposed: bool) -> dict[str, Tensor]:
+        """The parts of a dense weight."""
+        if isinstance(layout, CodedLayout):
+            return self._unchanged_parts(model, name, tensor)
+        W_OI = tensor.T if transposed else tensor
+        try:
+            return layout.pack(W_OI.contiguous())
+        except ValueError as error:
+            raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
+
+    def _name_in_config(self, model: Any, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Let the config tell the layout of each weight by its name in the model, and by what transformers saves it as.
+
+        That is one that older releases gave its module, for some models, unless the user asks for those of today.
+        """
+        names = list(packed)
+        saved = revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(names)})
+        spelled = [(name, name) for name in names] + [(names[int(i)], spelling) for spelling, i in saved.items()]
+        config = self.quantization_config
+        modules = dict(config.modules)
+        for name, spelling in spelled:
+            module, entry = spelling.removesuffix(".weight"), self._entry(model, name.removesuffix(".weight"))
+            if entry is not None and find_entry(config.entries, module) is None:
+                modules[module] = {**entry[0].to_config(), **({"transposed": True} if entry[1] else {})}
+        if modules != config.modules:
+            config.modules, config.entries = modules, parse_quantization_config(quantization_config(modules))
 
     def _stored_parts(self, model: Any, name: str) -> dict[str, str]:
         """The tensors in the files that a weight is stored as: part of its layout → name; none if there are no files."""
         stored = self.stored if self.stored is not None else {}
-        for spelling in _spellings(model, name):
+        for spelling in self._stored_names(model, name):
             parts = {part: f"{spelling}.{part}" for part in _PARTS if f"{spelling}.{part}" in stored}
             if parts:
                 return parts
         return {}
+
+    def _stored_names(self, model: Any, name: str) -> list[str]:
+        """The names that a weight of a model may have in its files: `AutoModel` leaves the first part of the name out."""
+        if self.renamed is None:
+            parts = (key.rpartition(".") for key in self.stored or ())
+            self.renamed = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
+        names = spellings(model, name)
+        return [*names, *(self.renamed[name] for name in names if name in self.renamed)]
 
     def _as_stored(self, model: Any, name: str) -> dict[str, Tensor]:
         """The parts of a weight as its files have them; none if there are no files.
@@ -246,27 +315,22 @@ class SecateurQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters can be trained on it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether a trainer takes it without adapters, be it to evaluate: what is not packed trains, and can be saved.
+
+        A compressed weight that is dense would train, too, and then no longer fit its layout.
+        """
+        return self._all_packed
 
 
-def _spellings(model: Any, name: str) -> tuple[str, str, str]:
-    """The names that a tensor or module of a model may have in its files: with the name of the base model and without."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
-
-
-def _main_device(device_map: Any) -> torch.device:
-    """Where most of a model will be, of what transformers takes as a `device_map`."""
-    if isinstance(device_map, dict):
-        device_map = next(iter(device_map.values()), None)
-    if device_map is None:
-        return torch.get_default_device()
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device_map)
-    except RuntimeError:  # "disk"
-        return torch.device("cpu")
+def memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """`model.get_memory_footprint`, with packed weights, which are no parameters."""
+    dense: int = type(model).get_memory_footprint(model, return_buffers)
+    return dense + sum(linear.nbytes for _, linear in packed_linears(model))
 
 
 def _is_ours(conversion: Any) -> bool:
@@ -284,11 +348,11 @@ class _ExpandConverter(WeightConverter):
 
 
 def attach_quantizer(model: Any, config: dict[str, Any], files: Sequence[Path]) -> None:
-    """Make a dense model that was loaded otherwise save itself packed, as `config` (a `quantization_config`) says.
+    """Make packed linears of a model that was loaded otherwise ready, and the model save itself packed.
 
     Args:
         model: the model.
-        config: a `quantization_config`.
+        config: a `quantization_config`, which says how.
         files: that its weights were read from.
     """
     model.hf_quantizer = SecateurQuantizer(SecateurConfig(**config))

@@ -44,6 +44,10 @@ class Layout(Protocol):
         """The weight as kernels compute on it, in memory of its own. Everything is checked as by `unpack`."""
         ...
 
+    def store(self, weight: Any) -> dict[str, Tensor]:
+        """The tensors that `load` made such a weight of, in numbers of any width (see `packed.StoredForm`)."""
+        ...
+
     def to_config(self) -> dict[str, Any]:
         """What `config.json` has to say about a weight in this layout."""
         ...

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.formats.layout import check_parts, layout, read_shape
 from secateur.kernels.expand import expand_bitmap
-from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded
+from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded, unpadded
 
 
 @layout
@@ -69,6 +69,10 @@ class NMBits:
         start_O1 = torch.arange(O + 1) * (I // self.m * self.n)
         values = padded(tensors["compressed"].reshape(-1))
         return SparseWeight((O, I), values, tensors["bitmask"].clone(), start_O1, (self.n, self.m))
+
+    def store(self, weight: SparseWeight) -> dict[str, Tensor]:
+        values_OK = unpadded(weight.values_V).view(weight.shape[0], -1)
+        return {"compressed": values_OK, "bitmask": weight.bitmask_OB, "shape": torch.tensor(weight.shape)}
 
     def _check(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """(O, I), once the parts are known to fit together."""

@@ -8,11 +8,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.formats.layout import Layout
 from secateur.kernels.packed import Packed
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """How the parts of a weight look in its file, so that the weight can be stored again without the file.
+
+    Attributes:
+        layout: its codec.
+        tensors: part of the layout → dtype and shape, which may be chosen in more than one way.
+    """
+
+    layout: Layout
+    tensors: dict[str, tuple[torch.dtype, torch.Size]]
+
+    def __call__(self, weight: Packed) -> dict[str, Tensor]:
+        """The parts, bit for bit as they were read."""
+        parts = self.layout.store(weight)
+        return {
+            part: parts[part].to(dtype).reshape(shape) for part, (dtype, shape) in self.tensors.items() if part in parts
+        }
 
 
 @dataclass(frozen=True)
@@ -39,8 +60,14 @@ class PackedWeight:
 
     def load(self, name: str, stored: Mapping[str, Tensor]) -> Packed:
         """The weight as kernels compute on it, `[O, I]`. Raises CheckpointError as `decode` does."""
+        return self.read(name, stored)[0]
+
+    def read(self, name: str, stored: Mapping[str, Tensor]) -> tuple[Packed, StoredForm]:
+        """The same, and how it is stored."""
+        tensors = {part: stored[key] for part, key in self.parts.items()}
+        form = StoredForm(self.layout, {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()})
         try:
-            return self.layout.load({part: stored[key] for part, key in self.parts.items()})
+            return self.layout.load(tensors), form
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be read from layout {self.layout.name!r}: {error}") from error
 

@@ -78,6 +78,12 @@ class PackedInt(QuantizedLayout):
             zero_Γ = unpack_stream(tensors["zero"], self.bits, total, "zero")
         return UniformGrid(self.group_size, tensors["scale"].clone(), zero_Γ)
 
+    def store_grid(self, grid: UniformGrid) -> dict[str, Tensor]:
+        parts = {"scale": grid.scale_Γ}
+        if grid.zero_Γ is not None:
+            parts["zero"] = pack_stream(grid.zero_Γ, self.bits)
+        return parts
+
     def to_config(self) -> dict[str, Any]:
         return {
             "layout": self.name,

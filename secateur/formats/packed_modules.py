@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,14 +12,36 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError
+from secateur.formats.packed import StoredForm
 from secateur.kernels.backends import choose
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed
 
+#: The device maps that share a model out between the devices that there are.
+SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+class PackedPlainLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
+    """In place of an `nn.Linear`, which it is to those that look for them: what puts adapters on linears, say."""
+
+    transposed = False
+
+
+class PackedConv1D(PackedLinear, Conv1D):
+    """In place of transformers' `Conv1D`."""
+
+    transposed = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.nf, self.nx = self.out_features, self.in_features
+
+    __repr__ = nn.Module.__repr__
+
 
 def replace_linears(
     model: nn.Module,
-    weights: Mapping[str, Callable[[], Packed]],
+    weights: Mapping[str, Callable[[], tuple[Packed, StoredForm]]],
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -30,7 +53,7 @@ def replace_linears(
 
     Args:
         model: to be changed.
-        weights: module name → what reads its weight.
+        weights: module name → what reads its weight, and how that is stored.
         backend: `auto` or a name.
         device: where most of the model will be.
         dtype: of the inputs.
@@ -46,7 +69,7 @@ def replace_linears(
     plain = [name for name in weights if type(model.get_submodule(name)) in (nn.Linear, Conv1D)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Reading is checking, which other threads do while this one waits for the first.
-        for name, weight in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
+        for name, (weight, form) in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
             module = model.get_submodule(name)
             transposed = isinstance(module, Conv1D)
             shape = module.get_parameter("weight").shape
@@ -57,11 +80,67 @@ def replace_linears(
                 )
             if choose(weight, backend, device, dtype).name == "dense":
                 continue
-            bias_O = module._parameters.get("bias")
-            packed = PackedLinear(weight, bias_O, backend, dtype, transposed)
+            cls = PackedConv1D if transposed else PackedPlainLinear
+            packed = cls(weight, module._parameters.get("bias"), backend, dtype, form)
             model.set_submodule(name, packed.train(module.training))
             replaced.append(name)
     return replaced
+
+
+def place_linears(model: Any) -> None:
+    """Make packed linears ready where the model's `hf_device_map` has them; without one, where the rest of the model is.
+
+    Where parts of a model are offloaded, packed weights stay in the CPU's memory and compute there: accelerate offloads
+    parameters, and they are none.
+
+    Raises:
+        UsageError: a backend cannot be used there.
+    """
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    several = len(set(places.values())) > 1
+    kept = []
+    for name, module in packed_linears(model):
+        parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+        place = next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")
+        if place == "disk":
+            kept.append(module.nbytes)
+        module.place(torch.device("cpu" if place == "disk" else place), fetch=several)
+    if kept:
+        warnings.warn(
+            f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in the CPU's memory: only what is dense goes to disk",
+            stacklevel=2,
+        )
+
+
+def main_device(device_map: Any) -> torch.device:
+    """Where most of a model computes, of what transformers takes as a `device_map`."""
+    if isinstance(device_map, dict):
+        places = list(device_map.values())
+        device_map = next((place for place in places if place not in ("cpu", "disk")), "cpu" if places else None)
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, str) and device_map in SHARED_OUT:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_map)
+
+
+def show_sizes(model: nn.Module) -> list[PackedLinear]:
+    """Let packed linears have a parameter, without memory, of their size: what shares a model out between devices counts those.
+
+    Returns:
+        The linears, for `hide_sizes`.
+    """
+    linears = [module for _, module in packed_linears(model)]
+    for linear in linears:
+        size = torch.empty(linear.nbytes, dtype=torch.uint8, device="meta")
+        linear.register_parameter("size", nn.Parameter(size, requires_grad=False))
+    return linears
+
+
+def hide_sizes(linears: Iterable[PackedLinear]) -> None:
+    """Take that away again."""
+    for linear in linears:
+        linear._parameters.pop("size", None)
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

@@ -7,8 +7,8 @@ B: bytes, N: outliers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +17,12 @@ from torch import Tensor
 from secateur.codes import Codes, Outliers, Quantized
 from secateur.formats.layout import all_finite, check_parts, read_shape
 from secateur.kernels.bits import pack_bits, unpack_bits
-from secateur.kernels.packed import CodedWeight, Grid, SparseRows, TableGrid, UniformGrid, padded
-from secateur.kernels.plain import dense_weight
+from secateur.kernels.packed import CodedWeight, Grid, SparseRows, TableGrid, UniformGrid, padded, unpadded
+from secateur.kernels.plain import dense_rows
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 OUTLIER_PARTS = ("outlier_count", "outlier_column", "outlier_value")
 _INDEX_DTYPES = (torch.uint16, torch.int32)
-# Which a CPU's caches hold on their way from codes.
-_WEIGHTS_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True)
@@ -151,6 +149,10 @@ class QuantizedLayout(ABC):
         """What the codes stand for, as kernels take it. Raises ValueError as `unpack_codes` does."""
 
     @abstractmethod
+    def store_grid(self, grid: Any) -> dict[str, Tensor]:
+        """The tensors that `read_grid` made it of."""
+
+    @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """See `Layout`."""
 
@@ -230,6 +232,22 @@ class QuantizedLayout(ABC):
         check_range(weight)
         return weight
 
+    def store(self, weight: CodedWeight) -> dict[str, Tensor]:
+        """The reverse of `load_rows`, but for the mask."""
+        parts = {
+            "codes": unpadded(weight.codes_S),
+            "shape": torch.tensor(weight.shape),
+            **self.store_grid(weight.grid),
+        }
+        if weight.order_I is not None:
+            parts["order"] = weight.order_I
+        if weight.outliers is not None:
+            column_N = weight.outliers.column_N
+            parts["outlier_count"] = weight.outliers.start_O1.diff()
+            parts["outlier_column"] = column_N if weight.order_I is None else weight.order_I[column_N.long()]
+            parts["outlier_value"] = weight.outliers.value_N
+        return parts
+
 
 def _sparse_rows(outliers: Outliers, order_I: Tensor | None) -> SparseRows:
     start_O1 = torch.nn.functional.pad(outliers.count_O.cumsum(0), (1, 0)).int()
@@ -251,54 +269,16 @@ def check_range(weight: CodedWeight) -> None:
         bound = (low + step * code) * (2**weight.bits + zero_low + zero_step * code)
     # A bound that holds whatever the codes are is enough nearly always.
     if not bound + outlier < limit:
-        for _, W_RI in _dense_rows(weight):
+        for _, W_RI in dense_rows(weight):
             finite(W_RI)
 
 
 def unpacked(weight: CodedWeight) -> Tensor:
     """The dense weight `[O, I]`, made in pieces: what a piece takes on its way is many times its size."""
     W_OI = torch.empty(weight.shape, dtype=weight.dtype)
-    for start, W_RI in _dense_rows(weight):
+    for start, W_RI in dense_rows(weight):
         W_OI[start : start + len(W_RI)] = W_RI
     return W_OI
-
-
-def _dense_rows(weight: CodedWeight) -> Iterator[tuple[int, Tensor]]:
-    """The dense weight some rows at a time, with the number of the first."""
-    O, I = weight.shape
-    step = max(1, _WEIGHTS_AT_ONCE // I)
-    for start in range(0, O, step):
-        yield start, dense_weight(_some_rows(weight, start, min(start + step, O)))
-
-
-def _some_rows(weight: CodedWeight, start: int, end: int) -> CodedWeight:
-    """Some consecutive rows of a weight. Streams stay whole: rows say where in them they begin."""
-    I, grid, outliers = weight.shape[1], weight.grid, weight.outliers
-    group_start_O1 = weight.group_start_O1
-    if isinstance(grid, TableGrid):
-        grid = TableGrid(grid.table_OC[start:end])
-    else:
-        if group_start_O1 is None:
-            group_start_O1 = torch.arange(weight.shape[0] + 1) * -(-I // grid.group_size)
-        group_start_O1 = group_start_O1[start : end + 1]
-        if not isinstance(grid, UniformGrid):
-            tile_O = torch.arange(start, end) // grid.tile_rows
-            grid = replace(grid, tile_rows=1, second_TG4=grid.second_TG4[tile_O])
-    if outliers is not None:
-        first, last = int(outliers.start_O1[start]), int(outliers.start_O1[end])
-        outliers = SparseRows(
-            outliers.start_O1[start : end + 1] - first, outliers.column_N[first:last], outliers.value_N[first:last]
-        )
-    return replace(
-        weight,
-        shape=(end - start, I),
-        start_O1=weight.start_O1[start : end + 1],
-        count_O=None if weight.count_O is None else weight.count_O[start:end],
-        group_start_O1=group_start_O1,
-        grid=grid,
-        bitmask_OB=None if weight.bitmask_OB is None else weight.bitmask_OB[start:end],
-        outliers=outliers,
-    )
 
 
 def _largest(x: Tensor) -> float:

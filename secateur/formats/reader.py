@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from secateur.errors import CheckpointError
@@ -107,13 +109,14 @@ class StoredTensors(Mapping[str, Tensor]):
         self._left = 0
         for file in files:
             _check_header(file)
-            for name in self._open(file).keys():  # noqa: SIM118 - a handle is not a mapping
+            for name in self.open_file(file).keys():  # noqa: SIM118 - a handle is not a mapping
                 if name in self._file:
                     raise CheckpointError(f"tensor {name!r} is both in {self._file[name]} and in {file}")
                 self._file[name] = file
 
     @staticmethod
-    def _open(file: Path) -> Any:
+    def open_file(file: Path) -> Any:
+        """A safetensors file, mapped. Raises CheckpointError when it is none."""
         try:
             return safe_open(str(file), framework="pt")
         except (SafetensorError, OSError) as error:
@@ -123,7 +126,7 @@ class StoredTensors(Mapping[str, Tensor]):
         file = self._file[name]
         mapped = self._mapped
         if mapped is None or mapped[0] != file or self._left <= 0:
-            mapped = self._mapped = (file, self._open(file))
+            mapped = self._mapped = (file, self.open_file(file))
             self._left = MAPPED_BYTES
         try:
             tensor = mapped[1].get_tensor(name)
@@ -135,6 +138,10 @@ class StoredTensors(Mapping[str, Tensor]):
             )
         self._left -= tensor.nbytes
         return tensor
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self._file[name]
 
     def release(self) -> None:
         """Map files anew from here on: what has been read so far leaves the memory with the tensors that it was read as."""
@@ -149,6 +156,75 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file)
+
+
+class HeldTensors(Mapping[str, Tensor]):
+    """Tensors of files that are kept open: they can be read where the folder was moved, deleted or replaced in the meantime.
+
+    Pickled, they are read.
+    """
+
+    def __init__(self, stored: StoredTensors, names: Iterable[str]) -> None:
+        self._file = {name: stored.file_of(name) for name in names}
+        self._open = {file: _OpenFile(file) for file in set(self._file.values())}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file[name]
+        if not self._open[file].intact():
+            self._open[file] = _OpenFile(file)
+        return self._open[file].get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __deepcopy__(self, memo: Any) -> HeldTensors:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _CopiedTensors(self).__reduce__()
+
+
+class _CopiedTensors(dict[str, Tensor]):
+    """What `HeldTensors` are once they were pickled."""
+
+    def __reduce__(self) -> Any:
+        # As bytes: tensors that are handed to another process have to live until it has started, and these need not.
+        return _copied, (save(dict(self)),)
+
+
+def _copied(content: bytes) -> _CopiedTensors:
+    return _CopiedTensors(load(content))
+
+
+class _OpenFile:
+    """A file of tensors, and whether somebody wrote to it since it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("rb")
+            finalize(self, self._file.close)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        self._written = self._last_written()
+        self._mapped = StoredTensors.open_file(path)
+
+    def _last_written(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def intact(self) -> bool:
+        return self._last_written() == self._written
+
+    def get(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._mapped.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path} was written to since it was loaded: {error}") from error
+        return tensor
 
 
 def _check_header(file: Path) -> None:

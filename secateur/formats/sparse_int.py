@@ -78,6 +78,10 @@ class SparseInt:
                 raise ValueError(_STRAY_OUTLIER)
         return weight
 
+    def store(self, weight: CodedWeight) -> dict[str, Tensor]:
+        assert weight.bitmask_OB is not None
+        return {"bitmask": weight.bitmask_OB, **self.codes.store(weight)}
+
     def to_config(self) -> dict[str, Any]:
         return {"layout": self.name, "codes": self.codes.to_config()}
 

@@ -85,6 +85,15 @@ class SpQRLayout(QuantizedLayout):
         pair_Γ = c_Γ | d_Γ << 4 if self.scale_bits <= 4 else torch.stack((c_Γ, d_Γ), 1)
         return TwoLevelGrid(self.group_size, self.tile_rows, pair_Γ, tensors["second"].clone())
 
+    def store_grid(self, grid: TwoLevelGrid) -> dict[str, Tensor]:
+        pair_Γ = grid.pair_Γ
+        c_Γ, d_Γ = (pair_Γ & 15, pair_Γ >> 4) if pair_Γ.ndim == 1 else pair_Γ.unbind(1)
+        return {
+            "scale_codes": pack_stream(c_Γ, self.scale_bits),
+            "zero_codes": pack_stream(d_Γ, self.scale_bits),
+            "second": grid.second_TG4,
+        }
+
     def _scale_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
         """The codes of the scales and of the zero points of all groups, `[Γ]` each, after all that they need was checked."""
         groups = rows.groups(self.group_size)

@@ -7,11 +7,14 @@ O: output features, I: input features, T: tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from secateur.errors import UsageError
 from secateur.kernels.packed import FLOAT_DTYPES, Packed
@@ -43,6 +46,15 @@ class Backend(Protocol):
         """x W^T + bias, `[T, O]` in the dtype of x, for a contiguous x of the device and of a dtype that were prepared for."""
         ...
 
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        """The gradient `[T, I]` with respect to x, in the dtype of that with respect to the output: grad W."""
+        ...
+
+    def packed(self, weight: Any) -> Packed | None:
+        """The weight that `prepare` was given, on the device and, where `prepare` changed it, in the dtype that it was prepared
+        for; None where that is lost."""
+        ...
+
 
 BACKENDS: dict[str, Backend] = {}
 
@@ -53,21 +65,34 @@ def backend(cls: type[Backend]) -> type[Backend]:
     return cls
 
 
-@dataclass(frozen=True)
+# Those that are alive, by their numbers: what `torch.compile` is not to look into is told a weight by a number.
+_PREPARED: WeakValueDictionary[int, Prepared] = WeakValueDictionary()
+_numbers = count()
+
+
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A weight that a backend is ready to compute with.
+    """A weight that a backend is ready to compute with. It is never changed, so that copies of a model share it.
 
     Attributes:
         backend: that was chosen.
         weight: what its `prepare` made.
         shape: (O, I).
         device: where it lies.
+        number: of this one, in this process.
     """
 
     backend: Backend
     weight: Any
     shape: tuple[int, int]
     device: torch.device
+    number: int = field(default_factory=_numbers.__next__, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _PREPARED[self.number] = self
+
+    def __deepcopy__(self, memo: Any) -> Prepared:
+        return self
 
 
 def check_backend(name: str) -> None:
@@ -119,8 +144,40 @@ def prepare(
     return Prepared(chosen, chosen.prepare(weight, device, dtype), weight.shape, device)
 
 
+@torch.library.custom_op("secateur::input_gradient", mutates_args=())
+def _input_gradient(grad_TO: Tensor, number: int, I: int) -> Tensor:
+    """grad W, for the weight of that number: unpacked in pieces, which is nothing that a compiler could trace."""
+    weight = _PREPARED[number]
+    return weight.backend.gradient(weight.weight, grad_TO)
+
+
+@_input_gradient.register_fake
+def _(grad_TO: Tensor, number: int, I: int) -> Tensor:
+    return grad_TO.new_empty(grad_TO.shape[0], I)
+
+
+class _Linear(torch.autograd.Function):
+    """`Backend.linear` with gradients with respect to inputs and bias. A packed weight has none."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Prepared, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        return weight.backend.linear(weight.weight, x_TI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        grad_TI = grad_O = None
+        if ctx.needs_input_grad[1]:
+            grad_TI = _input_gradient(grad_TO, ctx.weight.number, ctx.weight.shape[1])
+        if ctx.needs_input_grad[2]:
+            grad_O = grad_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return None, grad_TI, grad_O
+
+
 def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + bias.
+    """x W^T + bias, differentiable once with respect to x and bias.
 
     Args:
         weight: `[O, I]`, made ready by `prepare`.
@@ -140,4 +197,7 @@ def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         raise UsageError(f"the input is on {x.device}, but the weight on {weight.device}: move one of them")
     if x.dtype not in FLOAT_DTYPES:
         raise UsageError(f"the input is {x.dtype}: packed weights take float32, bfloat16 or float16")
-    return weight.backend.linear(weight.weight, x.reshape(-1, I), bias_O).view(*x.shape[:-1], O)
+    x_TI = x.reshape(-1, I)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias_O is not None and bias_O.requires_grad)):
+        return _Linear.apply(weight, x_TI, bias_O).view(*x.shape[:-1], O)
+    return weight.backend.linear(weight.weight, x_TI, bias_O).view(*x.shape[:-1], O)

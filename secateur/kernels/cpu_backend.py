@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.kernels.backends import backend
 from secateur.kernels.packed import Packed, SparseWeight, TableGrid, TwoLevelGrid, UniformGrid, map_tensors
+from secateur.kernels.plain import dense_rows, times_rows
 
 _VERSION = "_".join(torch.__version__.split("+")[0].split(".")[:2])
 
@@ -106,4 +107,11 @@ class Cpu:
             outliers.value_N if outliers else None,
             bias_O,
         )
+        return found
+
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        return times_rows(grad_TO, weight.shape[1], dense_rows(weight))
+
+    def packed(self, weight: Any) -> Packed:
+        found: Packed = weight
         return found

@@ -27,3 +27,9 @@ class Dense:
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         return linear(x_TI, weight.to(x_TI.dtype), bias_O)
+
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        return grad_TO @ weight.to(grad_TO.dtype)
+
+    def packed(self, weight: Any) -> None:
+        return None

@@ -126,7 +126,7 @@ def compress_bitmap_torch(W_OI: Tensor) -> tuple[Tensor, Tensor]:
     bits_OI = W_OI.detach().view(bits_dtype)
     # Compared as bits, so that subnormals stay even where the FPU flushes them to zero.
     mask_OI = (bits_OI & torch.iinfo(bits_dtype).max if W_OI.dtype in _SIGNED_ZERO else bits_OI) != 0
-    return bits_OI[mask_OI].view(W_OI.dtype), _pack_bits(mask_OI)
+    return bits_OI[mask_OI].view(W_OI.dtype), pack_mask(mask_OI)
 
 
 def unpack_mask(bitmask_OB: Tensor, in_features: int) -> Tensor:
@@ -140,8 +140,8 @@ def _unpack_bits(bitmask_OB: Tensor) -> Tensor:
     return (bitmask_OB[:, :, None].bitwise_right_shift(shifts_8) & 1).flatten(1)
 
 
-def _pack_bits(mask_OI: Tensor) -> Tensor:
-    """[O, I] bool to [O, ceil(I / 8)] uint8."""
+def pack_mask(mask_OI: Tensor) -> Tensor:
+    """The reverse of `unpack_mask`: bool `[O, I]` to uint8 `[O, ceil(I / 8)]`."""
     padded_OBx8 = torch.nn.functional.pad(mask_OI.to(torch.uint8), (0, -mask_OI.shape[1] % 8))
     shifts_8 = torch.arange(8, dtype=torch.uint8, device=mask_OI.device)
     return (padded_OBx8.unflatten(1, (-1, 8)) << shifts_8).sum(2, dtype=torch.uint8)

@@ -5,83 +5,145 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.kernels.backends import Prepared, linear, prepare
-from secateur.kernels.packed import CodedWeight, Packed, SparseWeight, nbytes
+from secateur.kernels.lazy import LazyWeight
+from secateur.kernels.packed import Packed, SparseWeight, map_tensors, nbytes
 from secateur.kernels.plain import dense_weight
+
+Store = Callable[[Packed], dict[str, Tensor]]
 
 
 class PackedLinear(nn.Module):
-    """x W^T + bias with a packed W `[O, I]`, in place of `nn.Linear` or transformers' `Conv1D`.
+    """x W^T + bias with a packed W `[O, I]`; see `formats.packed_modules` for the two classes that stand in models.
 
     The weight is no parameter: it does not train, is not in the state dict, and keeps its dtype whatever the model is cast to.
-    It follows the model from device to device where its backend can.
+    It follows the model from device to device where its backend can. Gradients go through it to the inputs and to the bias.
 
     Args:
         weight: packed, in the CPU's memory.
         bias_O: a parameter (which may be on the meta device still), or None.
         backend: as `prepare` takes it.
         dtype: of the inputs.
-        transposed: whether it stands for a `Conv1D`.
+        store: makes the tensors that the weight was stored as of the packed weight.
     """
 
-    def __init__(
-        self, weight: Packed, bias_O: nn.Parameter | None, backend: str, dtype: torch.dtype, transposed: bool = False
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.backend, self.dtype, self.transposed = backend, dtype, transposed
-        self.bias = bias_O
-        self.prepared: Prepared | Packed = weight
+    #: Whether it stands for a module that keeps its weight as `[I, O]`.
+    transposed: ClassVar[bool]
 
-    def place(self, device: torch.device) -> None:
-        """Make the weight ready on a device. Raises UsageError when its backend cannot, or it cannot be moved any more."""
-        weight = self.prepared
-        if isinstance(weight, Prepared):
-            if weight.device == device:
-                return
-            weight = weight.weight
-            if not isinstance(weight, SparseWeight | CodedWeight):
-                raise UsageError(
-                    f"a weight that is ready for {self._backend_name()} stays on its device: load the model on {device} instead"
-                )
+    def __init__(
+        self, weight: Packed, bias_O: nn.Parameter | None, backend: str, dtype: torch.dtype, store: Store | None = None
+    ) -> None:
+        nn.Module.__init__(self)  # and not that of what it stands for, which would make a dense weight
+        self.out_features, self.in_features = weight.shape
+        self.backend, self.dtype, self.store = backend, dtype, store
+        self.bias: nn.Parameter | None = bias_O
+        self.prepared: Prepared | Packed = weight
+        self._weight_dtype = weight.dtype
+        self._fetch = False
+        # What `prepared` was made of, where it does not give that back.
+        self._source: Packed | None = None
+
+    def place(self, device: torch.device, fetch: bool = False) -> None:
+        """Make the weight ready on a device. Raises UsageError when its backend cannot be used there.
+
+        Args:
+            device: where.
+            fetch: whether inputs that are elsewhere are brought there, and outputs back.
+        """
+        self._fetch = fetch
+        if isinstance(self.prepared, Prepared) and self.prepared.device == device:
+            return
+        weight = map_tensors(self.packed(), lambda tensor: tensor.to(device))
         self.prepared = prepare(weight, self.backend, device=device, dtype=self.dtype)
+        self._source = weight if self.prepared.backend.packed(self.prepared.weight) is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.prepared, Prepared)
-        return linear(self.prepared, x, self.bias)
+        if not self._fetch or x.device == self.prepared.device:
+            return linear(self.prepared, x, self.bias)
+        bias_O = None if self.bias is None else self.bias.to(self.prepared.device)
+        return linear(self.prepared, x.to(self.prepared.device), bias_O).to(x.device)
+
+    def packed(self) -> Packed:
+        """The weight as it is stored, but in the dtype of the inputs where the backend needs that."""
+        if not isinstance(self.prepared, Prepared):
+            return self.prepared
+        found = self.prepared.backend.packed(self.prepared.weight) if self._source is None else self._source
+        assert found is not None
+        return found
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that the weight was stored as."""
+        assert self.store is not None
+        return self.store(map_tensors(self.packed(), lambda tensor: tensor.cpu()))
 
     def dense(self) -> Tensor:
-        """The dense weight `[O, I]`. Raises UsageError when its backend keeps it in a form of its own."""
-        weight = self.prepared.weight if isinstance(self.prepared, Prepared) else self.prepared
-        if not isinstance(weight, SparseWeight | CodedWeight):
-            raise UsageError(f"{self._backend_name()} does not give weights back: load with backend dense")
-        return dense_weight(weight)
+        """The dense weight `[O, I]`."""
+        return dense_weight(self.packed()).to(self._weight_dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight as the module that this one stands for keeps it, unpacked anew at each access.
+        """The dense weight as the module that this one stands for keeps it, unpacked at each use.
 
         Before `place`, a tensor without memory that transformers' initialisation of weights passes over.
         """
-        if isinstance(self.prepared, Prepared):
-            W_OI = self.dense()
+        shape = (self.out_features, self.in_features)
+        W: Tensor
+        if not isinstance(self.prepared, Prepared):
+            W = torch.empty(shape[::-1] if self.transposed else shape, device="meta")
+        elif self.transposed:
+            W = LazyWeight(shape[::-1], self._weight_dtype, self.prepared.device, lambda: self.dense().T)
         else:
-            W_OI = torch.empty(self.out_features, self.in_features, device="meta")
-        W = W_OI.T if self.transposed else W_OI
+            W = LazyWeight(shape, self._weight_dtype, self.prepared.device, self.dense)
         W._is_hf_initialized = True  # type: ignore[attr-defined]
         return W
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory."""
-        return nbytes(self.prepared.weight if isinstance(self.prepared, Prepared) else self.prepared)
+        prepared = self.prepared.weight if isinstance(self.prepared, Prepared) else self.prepared
+        return nbytes(prepared) + nbytes(self._source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As it is stored: what a backend made of it may not be of use where it is read.
+        return {
+            **self.__dict__,
+            "prepared": self.packed(),
+            "_source": None,
+            "_ready": isinstance(self.prepared, Prepared),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ready = state.pop("_ready")
+        super().__setstate__(state)
+        if not ready:
+            return
+        assert not isinstance(self.prepared, Prepared)
+        weight = self.prepared
+        device = (weight.values_V if isinstance(weight, SparseWeight) else weight.codes_S).device
+        try:
+            self.place(device, self._fetch)
+        except UsageError as error:
+            warnings.warn(f"{error}; until the model is loaded for another, backend 'torch' stands in", stacklevel=2)
+            self.backend = "torch"
+            self.place(device, self._fetch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        twin: PackedLinear = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        # The packed weight is never changed: copies share it.
+        shared = {"prepared": self.prepared, "_source": self._source}
+        twin.__dict__.update({key: shared.get(key) or deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return twin
 
     def _backend_name(self) -> str:
         return self.prepared.backend.name if isinstance(self.prepared, Prepared) else self.backend
@@ -92,7 +154,7 @@ class PackedLinear(nn.Module):
         if isinstance(self.prepared, Prepared):
             probe = fn(torch.empty(0, device=self.prepared.device))
             if probe.device.type != "meta":
-                self.place(probe.device)
+                self.place(probe.device, self._fetch and probe.device == self.prepared.device)
         return self
 
     def extra_repr(self) -> str:

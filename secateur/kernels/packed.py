@@ -8,7 +8,7 @@ C: entries of a lookup table, N: outliers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -158,17 +158,22 @@ def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 
 
 def nbytes(weight: Any) -> int:
-    """Bytes of memory that a packed weight takes, or what a backend has made of it."""
+    """Bytes of memory that a packed weight takes, or what a backend has made of it; what is there twice counts once."""
+    return sum({id(tensor): tensor.nbytes for tensor in _tensors(weight)}.values())
+
+
+def _tensors(weight: Any) -> Iterator[Tensor]:
     if isinstance(weight, SparseSemiStructuredTensor):
         # Its own `nbytes` are those of the dense weight.
-        return nbytes({"packed": weight.packed, "meta": weight.meta})
-    if isinstance(weight, Tensor):
-        return weight.nbytes
-    if isinstance(weight, Mapping):
-        return sum(map(nbytes, weight.values()))
-    if dataclasses.is_dataclass(weight):
-        return sum(nbytes(getattr(weight, field.name)) for field in dataclasses.fields(weight))
-    return 0
+        yield from _tensors({"packed": weight.packed, "meta": weight.meta})
+    elif isinstance(weight, Tensor):
+        yield weight
+    elif isinstance(weight, Mapping):
+        for value in weight.values():
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(weight):
+        for field in dataclasses.fields(weight):
+            yield from _tensors(getattr(weight, field.name))
 
 
 def padded(stream: Tensor) -> Tensor:
@@ -177,3 +182,48 @@ def padded(stream: Tensor) -> Tensor:
     out[: stream.numel()] = stream
     out[stream.numel() :] = 0
     return out
+
+
+def unpadded(stream: Tensor) -> Tensor:
+    """The vector that `padded` was given."""
+    return stream[: stream.numel() - PADDING // stream.element_size()]
+
+
+def some_rows(weight: Packed, start: int, end: int) -> Packed:
+    """Some consecutive rows of a weight. Streams of codes stay whole: rows say where in them they begin."""
+    I = weight.shape[1]
+    if isinstance(weight, SparseWeight):
+        first, last = weight.start_O1[[start, end]].tolist()
+        return replace(
+            weight,
+            shape=(end - start, I),
+            values_V=weight.values_V[first:last],
+            bitmask_OB=weight.bitmask_OB[start:end],
+            start_O1=weight.start_O1[start : end + 1] - first,
+        )
+    grid, outliers = weight.grid, weight.outliers
+    group_start_O1 = weight.group_start_O1
+    if isinstance(grid, TableGrid):
+        grid = TableGrid(grid.table_OC[start:end])
+    else:
+        if group_start_O1 is None:
+            group_start_O1 = torch.arange(weight.shape[0] + 1, device=weight.codes_S.device) * -(-I // grid.group_size)
+        group_start_O1 = group_start_O1[start : end + 1]
+        if not isinstance(grid, UniformGrid):
+            tile_O = torch.arange(start, end, device=weight.codes_S.device) // grid.tile_rows
+            grid = replace(grid, tile_rows=1, second_TG4=grid.second_TG4[tile_O])
+    if outliers is not None:
+        first, last = int(outliers.start_O1[start]), int(outliers.start_O1[end])
+        outliers = SparseRows(
+            outliers.start_O1[start : end + 1] - first, outliers.column_N[first:last], outliers.value_N[first:last]
+        )
+    return replace(
+        weight,
+        shape=(end - start, I),
+        start_O1=weight.start_O1[start : end + 1],
+        count_O=None if weight.count_O is None else weight.count_O[start:end],
+        group_start_O1=group_start_O1,
+        grid=grid,
+        bitmask_OB=None if weight.bitmask_OB is None else weight.bitmask_OB[start:end],
+        outliers=outliers,
+    )

@@ -5,6 +5,7 @@ O: output features, I: input features, K: stored weights of the row with most, G
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,19 @@ from torch.nn.functional import linear
 
 from secateur.kernels.backends import backend
 from secateur.kernels.bits import unpack_bits
-from secateur.kernels.expand import unpack_mask
-from secateur.kernels.packed import CodedWeight, Packed, SparseWeight, TableGrid, UniformGrid, map_tensors
+from secateur.kernels.expand import expand_bitmap, unpack_mask
+from secateur.kernels.packed import (
+    CodedWeight,
+    Packed,
+    SparseWeight,
+    TableGrid,
+    UniformGrid,
+    map_tensors,
+    some_rows,
+)
+
+# Which a CPU's caches hold on their way from codes.
+_WEIGHTS_AT_ONCE = 2**19
 
 
 def dense_weight(weight: Packed) -> Tensor:
@@ -82,6 +94,27 @@ def _scales(weight: CodedWeight) -> tuple[Tensor, Tensor]:
     return low_OG + step_OG * c_OG, zero_low_OG + zero_step_OG * d_OG
 
 
+def dense_rows(weight: Packed) -> Iterator[tuple[int, Tensor]]:
+    """The dense weight some rows at a time, with the number of the first: on their way they take many times their size."""
+    O, I = weight.shape
+    step = max(1, _WEIGHTS_AT_ONCE // I)
+    for start in range(0, O, step):
+        rows = some_rows(weight, start, min(start + step, O))
+        if isinstance(rows, SparseWeight):
+            count = int(rows.start_O1[-1])
+            yield start, expand_bitmap(rows.values_V[:count], rows.bitmask_OB, I)
+        else:
+            yield start, dense_weight(rows)
+
+
+def times_rows(y_TO: Tensor, I: int, rows: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """y W `[T, I]` in the dtype of y, for a W that comes some rows at a time: products are rounded to that dtype, sums not."""
+    total_TI = y_TO.new_zeros(len(y_TO), I, dtype=torch.float32)
+    for start, W_RI in rows:
+        total_TI += y_TO[:, start : start + len(W_RI)] @ W_RI.to(y_TO.dtype)
+    return total_TI.to(y_TO.dtype)
+
+
 @backend
 class Torch:
     """Makes the weight dense for every call, and forgets it again."""
@@ -96,3 +129,10 @@ class Torch:
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         return linear(x_TI, dense_weight(weight).to(x_TI.dtype), bias_O)
+
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        return times_rows(grad_TO, weight.shape[1], dense_rows(weight))
+
+    def packed(self, weight: Any) -> Packed:
+        found: Packed = weight
+        return found

@@ -18,6 +18,7 @@ O: output features, I: input features, T: tokens; O', I': these, padded.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -28,7 +29,8 @@ from torch.nn.functional import linear, pad
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from secateur.kernels.backends import backend
-from secateur.kernels.packed import Packed, SparseWeight, map_tensors
+from secateur.kernels.expand import pack_mask
+from secateur.kernels.packed import Packed, SparseWeight, map_tensors, padded
 from secateur.kernels.plain import dense_weight
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -40,6 +42,8 @@ _MANY_TOKENS = 256
 # cuSPARSELt numbers its algorithms from 0. How many there are depends on version, dtype and shape, and torch does not say
 # (pytorch/pytorch#137427); 0.6.2 had 37. A number that does not exist raises RuntimeError.
 _ALGORITHMS = 40
+# Of a weight that is made dense again: as many rows of the identity are multiplied by at a time.
+_COLUMNS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -197,3 +201,36 @@ class SemiStructured:
         # It hands the library an address and takes the rows to lie one after the other.
         y_TO = linear(padded_TI.contiguous(), W_OI)[:T, :O].to(x_TI.dtype)
         return y_TO if bias_O is None else y_TO + bias_O
+
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        if weight.algorithm is None:
+            return grad_TO @ weight.W_OI.to(grad_TO.dtype)
+        # The library multiplies by W^T only, which columns of W come out of.
+        pieces = [grad_TO @ W_CO.T for W_CO in self._columns(weight, grad_TO.dtype)]
+        return torch.cat(pieces, 1)
+
+    def _columns(self, weight: TensorCoreWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The dense weight some columns at a time, each `[C, O]`: products with columns of the identity, which are exact."""
+        I, device = weight.shape[1], weight.W_OI.device
+        for first in range(0, I, _COLUMNS_AT_ONCE):
+            count = min(_COLUMNS_AT_ONCE, I - first)
+            identity_CI = torch.zeros(count, I, dtype=dtype, device=device)
+            identity_CI[:, first : first + count].fill_diagonal_(1)
+            yield self.linear(weight, identity_CI, None)
+
+    def packed(self, weight: Any) -> SparseWeight:
+        if weight.algorithm is None:
+            W_OI = weight.W_OI
+        else:
+            W_OI = torch.cat(list(self._columns(weight, weight.W_OI.dtype))).T.contiguous()
+        return _two_of_four(W_OI)
+
+
+def _two_of_four(W_OI: Tensor) -> SparseWeight:
+    """A dense 2:4 weight as it is stored: where fewer than two of four are nonzero, the first zeros are kept, too."""
+    O, I = W_OI.shape
+    group_G4 = (W_OI == 0).view(-1, 4)
+    kept_G2 = group_G4.sort(stable=True).indices[:, :2]
+    keep_OI = torch.zeros_like(group_G4).scatter_(1, kept_G2, True).view(O, I)
+    start_O1 = torch.arange(O + 1, device=W_OI.device) * (I // 2)
+    return SparseWeight((O, I), padded(W_OI[keep_OI]), pack_mask(keep_OI), start_O1, (2, 4))

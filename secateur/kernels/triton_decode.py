@@ -40,15 +40,23 @@ class TritonWeight:
         shape: (O, I).
         tensors: arguments of the kernels of its kind, by name; None where a grid has no such thing.
         constants: what the kernels are compiled for, by name; empty for a pruned weight, which is how kinds are told apart.
-        order_I: as in `CodedWeight`.
-        outliers: as in `CodedWeight`.
+        packed: the weight that it was made of, most of whose memory is that of the tensors.
     """
 
     shape: tuple[int, int]
     tensors: dict[str, Tensor | None]
     constants: dict[str, Any]
-    order_I: Tensor | None = None
-    outliers: SparseRows | None = None
+    packed: Packed
+
+    @property
+    def order_I(self) -> Tensor | None:
+        """As in `CodedWeight`."""
+        return self.packed.order_I if isinstance(self.packed, CodedWeight) else None
+
+    @property
+    def outliers(self) -> SparseRows | None:
+        """As in `CodedWeight`."""
+        return self.packed.outliers if isinstance(self.packed, CodedWeight) else None
 
 
 @backend
@@ -80,6 +88,18 @@ class Triton:
             x_TI = x_TI[:, weight.order_I]
         return linear(weight, x_TI.contiguous(), bias_O)
 
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        from secateur.kernels.triton_linear import gradient
+
+        grad_TI = gradient(weight, grad_TO.contiguous())
+        if weight.order_I is None:
+            return grad_TI
+        return torch.empty_like(grad_TI).index_copy_(1, weight.order_I.long(), grad_TI)
+
+    def packed(self, weight: Any) -> Packed:
+        found: Packed = weight.packed
+        return found
+
 
 def _sparse(weight: SparseWeight) -> TritonWeight:
     """N:M goes the same way: to know where its rows start saves nothing once chunks have starts."""
@@ -91,7 +111,9 @@ def _sparse(weight: SparseWeight) -> TritonWeight:
     start_OW = weight.start_O1[:-1, None] + count_OW.cumsum(1) - count_OW
     # Four bytes for 256 weights: 1.4 % of a weight of 16 bits at a density of 50 %.
     start_OW = start_OW.int() if weight.values_V.numel() < 2**31 else start_OW
-    return TritonWeight(weight.shape, {"values_V": weight.values_V, "bitmask_OB": bitmask_OB, "start_OW": start_OW}, {})
+    return TritonWeight(
+        weight.shape, {"values_V": weight.values_V, "bitmask_OB": bitmask_OB, "start_OW": start_OW}, {}, weight
+    )
 
 
 def _coded(weight: CodedWeight) -> TritonWeight:
@@ -116,4 +138,4 @@ def _coded(weight: CodedWeight) -> TritonWeight:
         "RAGGED": I % 8 != 0,
     }
     tensors = {"codes_S": weight.codes_S, "scale": scale, "zero": zero, "second": second}
-    return TritonWeight(weight.shape, tensors, constants, weight.order_I, weight.outliers)
+    return TritonWeight(weight.shape, tensors, constants, weight)

@@ -19,6 +19,7 @@ O: output features, I: input features, T: tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from secateur.kernels.plain import times_rows
 from secateur.kernels.triton_decode import CHUNK, TritonWeight
 from secateur.kernels.triton_tiles import coded_tile, sparse_tile
 
@@ -245,12 +247,28 @@ def _tiled(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
     return y_TO
 
 
+def gradient(weight: TritonWeight, grad_TO: Tensor) -> Tensor:
+    """grad W, `[T, I]` in the dtype of grad, which is contiguous, with columns in stored order."""
+    with torch.cuda.device_of(grad_TO):
+        return times_rows(grad_TO, weight.shape[1], _expanded_rows(weight, grad_TO))
+
+
 def _expanded(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    y_TO = x_TI.new_empty(len(x_TI), weight.shape[0])
+    for first, W_RI in _expanded_rows(weight, x_TI):
+        end = first + len(W_RI)
+        bias = None if bias_O is None else bias_O[first:end].to(x_TI.dtype)
+        y_TO[:, first:end] = torch.nn.functional.linear(x_TI, W_RI, bias)
+    return y_TO
+
+
+def _expanded_rows(weight: TritonWeight, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The dense weight some rows at a time, with the number of the first, and with columns in stored order: in the dtype and on
+    the device of a tensor, and in memory that is used again."""
     O, I = weight.shape
     R, C = 4, 4 * CHUNK
     rows = min(O, max(_EXPANDED // I // R, 1) * R)
-    W_OI = x_TI.new_empty(rows, I)
-    y_TO = x_TI.new_empty(len(x_TI), O)
+    W_OI = like.new_empty(rows, I)
     for first in range(0, O, rows):
         end = min(first + rows, O)
         arguments = {"W_OI": W_OI, "first_row": first, "end_row": end, "I": I, "R": R, "C": C}
@@ -259,6 +277,4 @@ def _expanded(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tens
         if weight.outliers is not None:
             some = weight.outliers
             _expand_outliers[(end - first,)](W_OI, first, I, some.start_O1, some.column_N, some.value_N, N=128)
-        bias = None if bias_O is None else bias_O[first:end].to(x_TI.dtype)
-        y_TO[:, first:end] = torch.nn.functional.linear(x_TI, W_OI[: end - first], bias)
-    return y_TO
+        yield first, W_OI[: end - first]

@@ -16,11 +16,12 @@ from transformers import GenerationConfig
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.hf import attach_quantizer, current_backend
 from secateur.formats.layout import DTYPES
-from secateur.formats.packed import DecodedWeights
-from secateur.formats.packed_modules import packed_linears, replace_linears
+from secateur.formats.packed import DecodedWeights, StoredForm
+from secateur.formats.packed_modules import replace_linears
 from secateur.formats.reader import StoredTensors
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.kernels.packed import Packed
+from secateur.pipeline.dispatch import Placement, dispatch
 from secateur.pipeline.source import Source, open_source
 from secateur.pipeline.structure import build_skeleton
 from secateur.pipeline.weights import ModelWeights, materialise
@@ -71,6 +72,9 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     verify: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Any:
     """Load a model that secateur can read, as a transformers model ready to run.
 
@@ -84,6 +88,10 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
         verify: compare the SHA-256 of every file with the folder's manifest before any is opened. What they hold is checked
             in any case.
+        device_map: shares the model out between devices, the CPU's memory and disk, as transformers' `from_pretrained` does,
+            instead of `device`. The model lies in the CPU's memory before; packed weights stay there in place of going to disk.
+        max_memory: what `device_map="auto"` may fill.
+        offload_folder: where what goes to disk goes.
 
     Raises:
         SecateurError: there is no such model or backend, the backend cannot be used here or with these weights, the files are
@@ -92,17 +100,24 @@ def load(
     backend = current_backend() if backend is None else backend
     check_backend(backend)
     target = open_device(device)
+    placement = None
+    if device_map is not None:
+        if target.type != "cpu":
+            raise UsageError("device and device_map both say where the model goes: leave one of them out")
+        placement = Placement(device_map, max_memory, offload_folder)
+    elif max_memory is not None or offload_folder is not None:
+        raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
     source = open_source(str(model), trust_remote_code, verify)
-    return load_source(source, dtype or source.dtype, target, backend=backend)
+    return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 
-def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], Packed]]:
+def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], tuple[Packed, StoredForm]]]:
     """What reads the packed weight of each module that has one, by the module's name."""
-    found: dict[str, Callable[[], Packed]] = {}
+    found: dict[str, Callable[[], tuple[Packed, StoredForm]]] = {}
     for name, _ in model.named_modules():
         packed = weights.packed(f"{name}.weight") if f"{name}.weight" in weights else None
         if packed is not None:
-            found[name] = partial(packed.load, f"{name}.weight", weights.stored_tensors)
+            found[name] = partial(packed.read, f"{name}.weight", weights.stored_tensors)
     return found
 
 
@@ -129,7 +144,12 @@ class _DecodedAhead(Mapping[str, Tensor]):
 
 
 def load_source(
-    source: Source, dtype: torch.dtype, device: torch.device, check_finite: bool = False, backend: str = "dense"
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    check_finite: bool = False,
+    backend: str = "dense",
+    placement: Placement | None = None,
 ) -> Any:
     """The whole model of an open source, its floating weights as `dtype`, for a backend.
 
@@ -144,11 +164,12 @@ def load_source(
         raise UsageError(
             f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
         )
+    main = device if placement is None else placement.main_device
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         if backend != "dense" and source.quantization is not None:
             model: Any = build_skeleton(source, dtype)
             weights = ModelWeights(source, model)
-            replace_linears(model, _packed_in(weights, model), backend, device, dtype)
+            replace_linears(model, _packed_in(weights, model), backend, main, dtype)
             # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
             if isinstance(weights.stored_tensors, StoredTensors):
                 weights.stored_tensors.release()
@@ -163,9 +184,10 @@ def load_source(
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")
-    for _, module in packed_linears(model):
-        module.place(device)
-    model.to(device)  # buffers that are computed, not stored
+    if placement is not None:
+        dispatch(model, placement)
+    else:
+        model.to(device)  # buffers that are computed, not stored
     if source.quantization is not None:
         attach_quantizer(model, source.quantization, source.files)
     if source.folder is not None and (source.folder / "generation_config.json").exists():

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
@@ -22,7 +22,7 @@ from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.folder import check_entries
 from secateur.formats.hf import QUANT_METHOD
 from secateur.formats.manifest import MANIFEST_NAME, require_files, sha256_of
-from secateur.formats.reader import first_dtype, open_weights, read_json, weight_files
+from secateur.formats.reader import check_no_codes, first_dtype, open_weights, read_json, weight_files
 from secateur.pipeline.limits import check_config
 
 DEMO = "demo"
@@ -45,6 +45,7 @@ class Source:
         trust_remote_code: whether the user allowed the model's own code to run.
         quantization: secateur's `quantization_config`, where the folder has one.
         from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
+        sound: the dtypes (None: those they have) that all values were found to be finite in.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Source:
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
     from_hub: bool = False
+    sound: set[torch.dtype | None] = field(default_factory=set, compare=False)
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -146,6 +148,7 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
     check_config(folder, content)
     _check_decoder(name, content, trust_remote_code)
     weights = open_weights(folder, content)
+    check_no_codes(weights)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub)
     except Exception as error:
@@ -221,6 +224,15 @@ def _download(model: str, trust_remote_code: bool) -> Path:
         raise UsageError(f"{missing}, and not the name of a model on the hub") from error
     except Exception as error:
         raise UsageError(f"{missing}, and could not be had from the hub: {one_line(error)}") from error
+
+
+def save_untied(folder: Path) -> None:
+    """Have the `config.json` of a folder tie no tensors: the files hold all of them."""
+    content = read_json(folder / "config.json")
+    for part in (content, *content.values()):
+        if part is content or (isinstance(part, dict) and "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_config(config: Any, folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:

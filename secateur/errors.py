@@ -24,6 +24,10 @@ class CheckpointError(SecateurError):
     """A checkpoint's files are missing, damaged, or disagree with each other."""
 
 
+class RepeatedError(SecateurError):
+    """What a run met in what it computes: one that is resumed would come to the same."""
+
+
 class ReportedError(SecateurError):
     """The run ends, and another of its processes has said why."""
 

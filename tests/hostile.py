@@ -116,6 +116,8 @@ def change_header(folder, draw):
         return  # changed before
     name = pick(draw, sorted(header))
     entry = header[name]
+    if not isinstance(entry, dict):
+        return  # changed before
     what = draw.number(0, 7)
     length = None
     if what == 0 and "dtype" in entry:

@@ -26,6 +26,7 @@ from secateur.kernels.backends import AUTO, check_backend
 from secateur.pipeline.load import load_source, open_device, parse_dtype
 from secateur.pipeline.source import Source, open_source
 from secateur.pipeline.structure import build_skeleton
+from secateur.pipeline.weights import conflicts, stored_names
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,9 @@ def bits_per_byte(quality: Quality, size: int) -> float:
 
 def size_of(source: Source) -> Size:
     """What an open model takes on disk."""
-    parameters = sum(p.numel() for p in build_skeleton(source, source.dtype).parameters())
+    model = build_skeleton(source, source.dtype)
+    untied = conflicts(source.weights, stored_names(source.weights, model)[0], model)
+    parameters = sum(p.numel() for p in [*model.parameters(), *map(model.get_parameter, untied)])
     return Size(sum(file.stat().st_size for file in source.files), parameters)
 
 

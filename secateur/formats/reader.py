@@ -309,6 +309,17 @@ def open_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Tensor
     )
 
 
+def check_no_codes(weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a tensor holds floats of eight bits: a quantizer's codes, which are no weights without it."""
+    packed = weights.packed if isinstance(weights, DecodedWeights) else {}
+    for name in weights:
+        if name not in packed and weights[name].is_floating_point() and weights[name].element_size() == 1:
+            raise CheckpointError(
+                f"{name} is {weights[name].dtype}, the codes of a quantizer that secateur does not read: make the weights "
+                "bfloat16 with what quantized them"
+            )
+
+
 def first_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of the first matrix, which stands for the checkpoint's."""
     for name in weights:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from secateur._version import __version__
-from secateur.errors import SecateurError
+from secateur.errors import RepeatedError
 from secateur.formats.hf import quantization_config
 from secateur.formats.writer import write_manifest
 from secateur.pipeline.goals import is_open
@@ -23,7 +23,7 @@ from secateur.pipeline.report import Progress, Report, peak_memory
 from secateur.pipeline.run import Run, versions
 from secateur.pipeline.search import search
 from secateur.pipeline.shared import Shared
-from secateur.pipeline.source import open_source, save_config
+from secateur.pipeline.source import open_source, save_config, save_untied
 from secateur.pipeline.structure import generalise
 from secateur.pipeline.verify import verify as verify_folder
 from secateur.recipe import Recipe
@@ -136,7 +136,7 @@ def _verify(run: Run, folder: Path) -> None:
     # A source may come without a tokenizer, if nothing is to be calibrated.
     problems = [p for p in problems if p.where != "tokenizer" or run.source.has_tokenizer]
     if problems:
-        raise SecateurError(
+        raise RepeatedError(
             f"the new checkpoint is not sound, which should not happen unless the disk is failing: {problems[0]} "
             f"({len(problems)} problems in all)"
         )
@@ -150,6 +150,8 @@ def put_together(run: Run, report: Report) -> Path:
         absent = set(run.names) - run.chosen
         quantization = quantization_config(generalise(run.entries, run.prefix, absent))
     save_config(run.source.config, folder, run.written_dtype, quantization)
+    if run.weights.untied:
+        save_untied(folder)
     report.notes = [*report.notes, *run.source.write_companions(folder)]
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     write_manifest(folder, _manifest(run, report))

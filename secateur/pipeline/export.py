@@ -15,7 +15,7 @@ from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.reader import read_json
 from secateur.formats.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.pipeline.forms import FORMS, Form
-from secateur.pipeline.source import Source, open_source, save_config
+from secateur.pipeline.source import Source, open_source, save_config, save_untied
 from secateur.pipeline.structure import Linear, block_linears, build_skeleton, find_blocks
 from secateur.pipeline.weights import ModelWeights, converted
 
@@ -76,10 +76,12 @@ def export(
             for part, tensor in parts.items():
                 writer.add(part, tensor)
         for name in weights.unused:
-            write_dense(name, name, weights.stored(name))
+            writer.add(name, converted(name, weights.stored(name), None, ""))
         writer.flush()
         assemble(writer.files, folder, folder)
         save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, prefix, linears))
+        if weights.untied:
+            save_untied(folder)
         notes = source.write_companions(folder)
         write_manifest(folder, _manifest(source, to, weights.unused, notes))
     return notes

@@ -124,6 +124,7 @@ def forecast(
         known = None
         for attempt in range(2):
             progress(Progress("measuring the first block"))
+            source.sound.clear()  # a run would check them
             partial = Partial(Path(folder) / f"out-{attempt}", ranks)
             partial.open(overwrite=False, resume=False)
             run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, say)

@@ -24,7 +24,7 @@ from secateur.kernels.packed import Packed
 from secateur.pipeline.dispatch import Placement, dispatch
 from secateur.pipeline.source import Source, open_source
 from secateur.pipeline.structure import build_skeleton
-from secateur.pipeline.weights import ModelWeights, materialise
+from secateur.pipeline.weights import ModelWeights, materialise, tie
 
 # What people call devices whose name is another.
 _DEVICE_NICKNAMES = {"cuda": ("gpu", "gpus", "nvidia", "rocm", "amd"), "mps": ("metal", "apple"), "cpu": ("host",)}
@@ -126,6 +126,7 @@ class _DecodedAhead(Mapping[str, Tensor]):
 
     def __init__(self, weights: DecodedWeights, pool: ThreadPoolExecutor) -> None:
         self._weights = weights
+        self.packed = weights.packed
         self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -179,8 +180,8 @@ def load_source(
                 source = replace(source, weights=_DecodedAhead(source.weights, pool))
             model = build_skeleton(source, dtype)
             weights = ModelWeights(source, model)
-        materialise(model, "", list(model.state_dict()), weights, dtype, device, check_finite=check_finite)
-    model.tie_weights()
+        materialise(model, "", list(model.state_dict()), weights, device, check_finite=check_finite)
+    tie(model)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from secateur.errors import CheckpointError, Interrupted, SecateurError, UsageError
+from secateur.errors import CheckpointError, Interrupted, RepeatedError, SecateurError, UsageError
 from secateur.formats.manifest import MANIFEST_NAME, sha256
 from secateur.formats.paths import Inputs, check_apart, check_free, drop_empty, make_parents, place_of
 from secateur.formats.reader import parse_json
@@ -260,8 +260,12 @@ class Partial:
         """Whether a run could go on from more than its beginning."""
         return _blocks_in(journal) > 0 or self.fisher_file.exists()
 
-    def leave(self) -> str:
-        """Leave an unfinished run to be resumed, or nothing; what is left, in words."""
+    def leave(self, repeated: bool = False) -> str:
+        """Leave an unfinished run, or nothing; what is left, in words.
+
+        Args:
+            repeated: whether one that is resumed would end as this one did.
+        """
         self._release()
         # The first process may have recorded more than this one knows of.
         journal = self.folder / JOURNAL_NAME
@@ -269,6 +273,8 @@ class Partial:
         if self._worth_keeping(said):
             done = _blocks_in(said)
             what = "1 block is" if done == 1 else f"{done} blocks are"
+            if repeated:
+                return f"{what} kept in {self.folder}, but --resume would come to the same: --overwrite begins again"
             return f"{what} kept in {self.folder}: run again with --resume to go on"
         if self.ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -291,7 +297,7 @@ def partial_folder(
     try:
         yield partial
     except BaseException as error:
-        left = partial.leave()
+        left = partial.leave(isinstance(error, RepeatedError))
         if isinstance(error, Interrupted):
             error.left = left
         reason = why_not_written(error) if isinstance(error, OSError | SafetensorError) else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur._version import __version__
 from secateur.calibration.stats import InputStats, Level
 from secateur.calibration.tokens import hash_of
-from secateur.errors import SecateurError, UsageError
+from secateur.errors import RepeatedError, UsageError
 from secateur.formats.layout import all_finite
 from secateur.formats.reader import StoredTensors
 from secateur.formats.writer import SHARD_BYTES, ShardWriter, entry_bytes
@@ -46,12 +46,23 @@ from secateur.pipeline.structure import (
     check_no_experts,
     find_blocks,
     is_transposed,
+    kept_in_float32,
     parameters_outside,
     select_linears,
     weight_matrix,
 )
 from secateur.pipeline.walk import Solve, in_batches, run_block, solve_in_pass
-from secateur.pipeline.weights import Ahead, ModelWeights, converted, materialise, place, release
+from secateur.pipeline.weights import (
+    OTHER_DTYPE,
+    Ahead,
+    ModelWeights,
+    check_values,
+    converted,
+    materialise,
+    place,
+    release,
+    tie,
+)
 from secateur.prune.patterns import NM
 from secateur.recipe import Calibration, Choice, Quantization, Recipe
 
@@ -137,7 +148,6 @@ class Run:
         # Blocks are run in float32 on a CPU, which few of them slow down for; a GPU is made for the model's own dtype.
         self.compute_dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
         self.model: Any = build_skeleton(self.source, self.compute_dtype)
-        self.parameters = sum(p.numel() for p in self.model.parameters())  # now, while tied ones are one
         self.prefix, self.blocks = find_blocks(self.model)
         self.names: list[str] = []
         for i, block in enumerate(self.blocks):
@@ -147,7 +157,12 @@ class Run:
         self._leave_alone()
         self._check_shapes()
         self.weights = ModelWeights(self.source, self.model)
-        self.ahead = Ahead(self.weights, self.compute_dtype, self.device) if self.device.type in _READ_AHEAD else None
+        self.parameters = sum(p.numel() for p in self.model.parameters())  # now, while tied ones are one
+        # Kept in float32 by transformers whatever the rest is: not to be rounded, then.
+        kept = kept_in_float32(self.model, self.plan.dtype) if self.plan.dtype is not None else []
+        self.kept = {name for name, _ in kept}
+        self._check_values()
+        self.ahead = Ahead(self.weights, self.device) if self.device.type in _READ_AHEAD else None
         self.base = psutil.Process().memory_info().rss
         self.writer = ShardWriter(self.partial.folder)
         self.written: set[str] = set()
@@ -179,6 +194,16 @@ class Run:
                     f"{name} has {features} input features, which do not divide into groups of {pattern.m}: "
                     f"choose another pattern, or leave it alone with --ignore '{name}'"
                 )
+
+    def _check_values(self) -> None:
+        """Check all weights before any is solved, once for all runs on a source."""
+        if self.plan.dtype in self.source.sound or not self.ranks.first or self.partial.records:
+            return
+        self.progress(Progress("checking the weights"))
+        compressed = {f"{name}.weight" for name in self.chosen}
+        plain = {name for name in self.model.state_dict() if name not in compressed | self.kept}
+        check_values(self.weights, self.model, dict.fromkeys(plain, self.plan.dtype) if self.plan.dtype else {})
+        self.source.sound.add(self.plan.dtype)
 
     def calibrate(self) -> Tensor | None:
         """The windows of all processes, where the methods look at any; the recipe gets its numbers filled in."""
@@ -213,10 +238,10 @@ class Run:
     def bytes_outside(self) -> int:
         """The bytes on disk of all tensors that are written and are no weight of a linear to compress."""
         compressed = {f"{name}.weight" for name in self.chosen}
-        named = {**self.model.state_dict(), **{name: self.weights.stored(name) for name in self.weights.unused}}
-        return sum(
+        unused = [(name, self.weights.stored(name)) for name in self.weights.unused]
+        return sum(tensor.nbytes + entry_bytes(name) for name, tensor in unused) + sum(
             self.written_dtype.itemsize * t.numel() + entry_bytes(name)
-            for name, t in named.items()
+            for name, t in self.model.state_dict().items()
             if name in self.weights and name not in compressed
         )
 
@@ -320,11 +345,9 @@ class Run:
 
     def _write_plain(self, name: str) -> None:
         if name in self.weights and name not in self.written:
-            self.writer.add(self.weights.name_to_write(name), self._converted(name, self.weights[name]))
+            dtype = None if name in self.kept else self.plan.dtype
+            self.writer.add(self.weights.name_to_write(name), converted(name, self.weights[name], dtype, OTHER_DTYPE))
             self.written.add(name)
-
-    def _converted(self, name: str, tensor: Tensor) -> Tensor:
-        return converted(name, tensor, self.plan.dtype, "give another --dtype")
 
     def write_outside(self) -> None:
         """Write what is in no block, in the first process, unless an earlier run did."""
@@ -335,7 +358,7 @@ class Run:
             for name, _ in parameters_outside(self.model, self.blocks):
                 self._write_plain(name)
             for name in self.weights.unused:
-                self.writer.add(name, self._converted(name, self.weights.stored(name)))
+                self.writer.add(name, converted(name, self.weights.stored(name), None, ""))
             self._record()
             # Where the first block is in place already, nothing is read soon that would drop the last table, often a large one.
             self.weights.release()
@@ -439,8 +462,8 @@ class Run:
             for name, _ in parameters_outside(self.model, self.blocks):
                 # The head computes logits, which nobody reads here.
                 if not self._only_in_head(name) and not self._keep_mapped(name):
-                    materialise(self.model, "", [name], self.weights, self.compute_dtype, self.device)
-            self.model.tie_weights()
+                    materialise(self.model, "", [name], self.weights, self.device)
+            tie(self.model)
             self._move_buffers(self.model)
         self.read_block(0)
         return BlockCalls(self.model, self.blocks, ids_NS[:1, :_PROBE_TOKENS].to(self.device))
@@ -465,7 +488,7 @@ class Run:
         with self.clock("reading"):
             if any(parameter.is_meta for parameter in block.parameters()):
                 names, prefix = list(block.state_dict()), f"{self.prefix}.{number}"
-                materialise(block, prefix, names, self.weights, self.compute_dtype, self.device, ahead=self.ahead)
+                materialise(block, prefix, names, self.weights, self.device, ahead=self.ahead)
             if self.ahead is not None and number + 1 < len(self.blocks):
                 self.ahead.start(f"{self.prefix}.{number + 1}", self.blocks[number + 1])
 
@@ -519,7 +542,7 @@ class Run:
             clock=self.clock,
         )
         if outputs is not None and not outputs.finite:
-            raise SecateurError(f"the output of {prefix} is not finite: the model overflows in {self.compute_dtype}")
+            raise RepeatedError(f"the output of {prefix} is not finite: the model overflows in {self.compute_dtype}")
 
     def chosen_in(self, number: int) -> dict[str, Linear]:
         """The linears of a block that are to be compressed, by name."""

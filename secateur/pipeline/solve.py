@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.calibration.stats import InputStats
 from secateur.codes import Quantized
-from secateur.errors import SecateurError
+from secateur.errors import RepeatedError
 from secateur.formats.choose import layout_for
 from secateur.formats.layout import Layout, all_finite, layout_from_config
 from secateur.pipeline.plan import Plan
@@ -97,7 +97,7 @@ def solve(
         Their solutions in the same order, and what the user should know.
 
     Raises:
-        SecateurError: a solved weight overflows the dtype that it is to be written in.
+        RepeatedError: a solved weight overflows the dtype that it is to be written in.
     """
     W_OI, sizes = stacked(problems)
     dtype = plan.dtype or problems[0].dtype
@@ -155,7 +155,7 @@ def _pack(plan: Plan, problem: Problem, dense_OI: Tensor, new: Tensor | Quantize
         stored, outliers = int(torch.count_nonzero(W_OI)), 0
         layout = plan.layout
     if not all_finite(W_OI):
-        raise SecateurError(
+        raise RepeatedError(
             f"{problem.name}: weights that make up for the error of others overflow {W_OI.dtype}: give --dtype float32"
         )
     entry = None

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
@@ -25,7 +25,7 @@ from secateur.formats.folder import check_entries, is_inner_name, leads_out
 from secateur.formats.hf import QUANT_METHOD
 from secateur.formats.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.formats.paths import check_named
-from secateur.formats.reader import first_dtype, open_weights, read_json, weight_files
+from secateur.formats.reader import check_no_codes, first_dtype, open_weights, read_json, weight_files
 from secateur.formats.writer import write_json
 from secateur.pipeline.limits import check_config
 
@@ -75,6 +75,7 @@ class Source:
         trust_remote_code: whether the user allowed the model's own code to run.
         quantization: secateur's `quantization_config`, where the folder has one.
         from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
+        sound: the dtypes (None: those they have) that all values were found to be finite in.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Source:
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
     from_hub: bool = False
+    sound: set[torch.dtype | None] = field(default_factory=set, compare=False)
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -276,6 +278,7 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
     check_config(folder, content)
     _check_decoder(name, content, trust_remote_code)
     weights = open_weights(folder, content)
+    check_no_codes(weights)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub)
     except Exception as error:
@@ -378,6 +381,13 @@ def _too_large(model: str) -> list[str]:
         for file in files
         if (file.size or 0) > _LARGEST and not file.rfilename.endswith(_SAFE)
     ]
+def save_untied(folder: Path) -> None:
+    """Have the `config.json` of a folder tie no tensors: the files hold all of them."""
+    content = read_json(folder / "config.json")
+    for part in (content, *content.values()):
+        if part is content or (isinstance(part, dict) and "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_config(config: Any, folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.pipeline.limits import check_sizes, few_parameters
 from secateur.pipeline.source import Source
+from secateur.pipeline.weights import place
 
 #: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
 LINEARS = (nn.Linear, Conv1D)
@@ -24,25 +28,65 @@ Linear = nn.Module
 def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device and its computed buffers (rotary frequencies, say) in place.
 
+    Every tensor has the dtype that `from_pretrained(dtype=dtype)` gives it: not all are of that dtype.
+
     Raises:
         UsageError: transformers cannot build it.
         CheckpointError: it is larger than its files can hold.
     """
     options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
+    config = _config_for(source.config, dtype)
     try:
         # On the meta device first, where even a model that would not fit anywhere takes no memory. Classes of transformers can
         # all be made there; code of a checkpoint, which the user trusts, need not.
         if not (source.trust_remote_code and hasattr(source.config, "auto_map")):
             with torch.device("meta"), few_parameters(source.name, source.weights):
-                check_sizes(source.name, AutoModelForCausalLM.from_config(source.config, **options), source.files)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(source.config, **options)
+                check_sizes(source.name, AutoModelForCausalLM.from_config(config, **options), source.files)
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, **options)
+        _compute_buffers(model)
     except CheckpointError:
         raise
     except Exception as error:
         raise UsageError(f"{source.name} cannot be built by transformers: {one_line(error)}") from error
+    for name, tensor in kept_in_float32(model, dtype):
+        owner, leaf = name.rpartition(".")[::2]
+        place(model.get_submodule(owner), leaf, tensor.to(torch.float32))
     model.tie_weights()  # made on the meta device, every parameter is one of its own
     return model.eval()
+
+
+def _config_for(config: Any, dtype: torch.dtype) -> Any:
+    """A copy of a config by which all parts of a model, also those with a config of their own, are made in a dtype."""
+    config = deepcopy(config)
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    return config
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute the buffers of a model anew, as `from_pretrained` does, in float32.
+
+    While a model is made, the dtype of its weights is torch's default, in which positions above a few hundred and their sines
+    are rounded.
+    """
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    """The floating parameters and saved buffers of a model that transformers loads as float32 where the rest is of a dtype."""
+    # A method since transformers 5.1; in 5.0 an attribute, which holds for all dtypes.
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
+    if not plan:
+        return []
+    pattern = re.compile("|".join(glob.replace("*", ".*") for glob in plan))
+    return [
+        (name, tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point() and pattern.search(name)
+    ]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -38,7 +38,7 @@ from secateur.kernels.packed import SparseWeight
 from secateur.pipeline.limits import check_config
 from secateur.pipeline.source import Source, open_folder, open_tokenizer
 from secateur.pipeline.structure import LINEARS, build_skeleton, is_transposed, weight_matrix
-from secateur.pipeline.weights import stored_names
+from secateur.pipeline.weights import conflicts, stored_names
 
 CONFIG_NAME = "config.json"
 
@@ -171,6 +171,12 @@ class _Run:
             self._say(name, "is missing: the model that config.json describes has it")
         known = self.manifest.get("unused")
         known = {name for name in known if isinstance(name, str)} if isinstance(known, list) else set()
+        for name, other in conflicts(source.weights, names, model).items():
+            self._say(
+                name,
+                f"is tied to {other} by {CONFIG_NAME}, but the files hold two different tensors: transformers 5 uses both, "
+                f"earlier ones only {other}; set tie_word_embeddings to false in {CONFIG_NAME}",
+            )
         used = set(names.values())
         for name in source.weights:
             if name not in used and name not in known and not _ignored(model, name):
@@ -265,7 +271,13 @@ def _ignored(model: nn.Module, name: str) -> bool:
 
 
 def _read(weights: Mapping[str, Tensor], name: str, expected: Tensor | None, is_linear: bool) -> _Weight:
-    """Read one weight, all of which is checked; `expected` is of the shape and kind that its module has, if any has it.
+    """Read one weight, all of which is checked.
+
+    Args:
+        weights: of the checkpoint.
+        name: that it is stored under.
+        expected: of the shape and kind that its module has. None: no module has it, and whatever it holds does no harm.
+        is_linear: whether its module is one.
 
     Raises:
         CheckpointError: it is damaged, has other than finite values, or is not as expected.
@@ -273,7 +285,8 @@ def _read(weights: Mapping[str, Tensor], name: str, expected: Tensor | None, is_
     packed = weights.packed.get(name) if isinstance(weights, DecodedWeights) else None
     if packed is None or not isinstance(weights, DecodedWeights):
         tensor = weights[name]
-        _check_dense(tensor, expected)
+        if expected is not None:
+            _check_dense(tensor, expected)
         return _Weight("dense", _count_nonzero(tensor) if is_linear else 0, 0, tensor.nbytes)
     size, layout = sum(weights.stored[key].nbytes for key in packed.parts.values()), packed.layout.name
     if isinstance(packed.layout, PackQuantized | SpQRQuant | SparseBitmask):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.stats import InputStats, Level
-from secateur.errors import SecateurError
+from secateur.errors import RepeatedError
 from secateur.pipeline.capture import BlockCall
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.hidden import HiddenStates
@@ -74,7 +74,7 @@ def solve_in_pass(
         clock: measures the phases.
 
     Raises:
-        SecateurError: an input of a linear is not finite.
+        RepeatedError: an input of a linear is not finite.
     """
     walk = greenlet.getcurrent()
     group_of = {name: i for i, names in enumerate(groups) for name in names}
@@ -114,13 +114,13 @@ def solve_in_pass(
                 with clock("forward"):
                     arrival = arrive(i)
                 if not isinstance(arrival, _Arrival) or arrival.group != expected:
-                    raise SecateurError(f"{names[0]} is not reached in the same order for every text: not supported")
+                    raise RepeatedError(f"{names[0]} is not reached in the same order for every text: not supported")
                 with clock("statistics"):
                     if stats is None:
                         stats = InputStats.empty(arrival.x.shape[-1], level, arrival.x.device)
                     stats.add(arrival.x.reshape(-1, arrival.x.shape[-1]))
                     if not stats.finite:
-                        raise SecateurError(_where_not_finite(names, arrival.x, windows, ranks))
+                        raise RepeatedError(_where_not_finite(names, arrival.x, windows, ranks))
                 windows += len(arrival.x)
                 del arrival
             assert stats is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,19 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from secateur.errors import CheckpointError, SecateurError, one_line
+from secateur.errors import CheckpointError, RepeatedError, one_line
 from secateur.formats.hf import backend
 from secateur.formats.layout import all_finite
 from secateur.formats.packed import DecodedWeights, PackedWeight
 from secateur.formats.reader import StoredTensors
 from secateur.pipeline.source import Source
+
+# What quantizers call the numbers that turn codes into weights, beside the weight or below its name.
+_SCALE = re.compile(r"(?P<owner>.+?)\.(weight[._])?[^.]*(scale|absmax|scb|zero_point|qzeros)[^.]*", re.IGNORECASE)
+
+
+#: What to do where values overflow the dtype that they are written in.
+OTHER_DTYPE = "give another --dtype"
 
 
 class ModelWeights:
@@ -25,6 +34,16 @@ class ModelWeights:
     Checkpoints may leave the name of the base model out (GPT-2's `h.0…` for `transformer.h.0…`) or carry it where the model
     does not, and transformers renames some tensors as it loads them (GPT-NeoX's `embed_out` is `lm_head`). Where names differ
     in other ways, transformers loads the model whole and its conversions apply.
+
+    Tensors that the config ties to each other but the files hold as different ones are untied in the model: transformers
+    believes the files.
+
+    Attributes:
+        untied: whether there are such tensors.
+        unused: stored under names that no module has: kept as they are.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape or kind than the model's, or holds codes and not weights.
     """
 
     def __init__(self, source: Source, model: nn.Module) -> None:
@@ -34,8 +53,13 @@ class ModelWeights:
         if missing:
             self._load_whole(source, missing)
         used = set(self._stored.values())
-        #: Stored under names that no module has: kept as they are.
         self.unused = [name for name in self._weights if name not in used]
+        if source.quantization is not None or not isinstance(self._weights, DecodedWeights):
+            self._check_scales()
+        self._check_forms(model)
+        self.untied = bool(conflicts(self._weights, self._stored, model))
+        if self.untied:
+            self._untie(model)
 
     def _load_whole(self, source: Source, missing: list[str]) -> None:
         problem = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0]}"
@@ -59,6 +83,33 @@ class ModelWeights:
         self._stored = {name: name for name in self._weights}
         self._renamed = {}
 
+    def _check_scales(self) -> None:
+        """Raise CheckpointError where a matrix has scales beside it that no config explains: it is not what it seems."""
+        matrices = {name for name in self._stored.values() if name.endswith(".weight")}
+        for name in self.unused:
+            found = _SCALE.fullmatch(name)
+            weight = f"{found['owner']}.weight" if found else ""
+            if weight in matrices and self._weights[weight].ndim == 2:
+                raise CheckpointError(
+                    f"{name} stands beside {weight}, and config.json names no quantizer that would use it: make the weights "
+                    "dense with what quantized them, or give config.json its quantization_config back"
+                )
+
+    def _check_forms(self, model: nn.Module) -> None:
+        """Check what the headers of files tell: the shape and kind of every tensor that is not packed."""
+        packed = getattr(self._weights, "packed", {})
+        for name, expected in model.state_dict().items():
+            if name in self and self._stored[name] not in packed:
+                _check_form(name, self._weights[self._stored[name]], expected)
+
+    def _untie(self, model: Any) -> None:
+        """Make every tied tensor of a model one of its own, with the values that it had in common or those of the files."""
+        for name, other in model.all_tied_weights_keys.items():
+            self._stored.setdefault(name, self._stored[other])
+            owner, leaf = name.rpartition(".")[::2]
+            place(model.get_submodule(owner), leaf, model.get_parameter_or_buffer(name).detach())
+        model.all_tied_weights_keys = {}
+
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
@@ -75,12 +126,7 @@ class ModelWeights:
             CheckpointError: it has another shape or kind or, if that is to be checked, a value is not finite.
         """
         tensor = self[name]
-        if tensor.shape != expected.shape:
-            raise CheckpointError(
-                f"{name} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
-            )
-        if tensor.is_floating_point() != expected.is_floating_point():
-            raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, but {expected.dtype} in the model")
+        _check_form(name, tensor, expected)
         if check_finite and tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
         return tensor
@@ -117,6 +163,45 @@ class ModelWeights:
     def stored(self, name: str) -> Tensor:
         """A tensor by the name it is stored under."""
         return self._weights[name]
+
+
+def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise CheckpointError(
+            f"{name} is {list(tensor.shape)} in the checkpoint, but {list(expected.shape)} in the model"
+        )
+    if tensor.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, but {expected.dtype} in the model")
+
+
+def conflicts(weights: Mapping[str, Tensor], stored: Mapping[str, str], model: Any) -> dict[str, str]:
+    """Tensors that the config ties to others but the files hold as different ones: name in the model → that of the other.
+
+    Args:
+        weights: of the checkpoint.
+        stored: as `stored_names` finds them.
+        model: tied as its config says.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {
+        name: other
+        for name, other in tied.items()
+        if name in stored and other in stored and not _same(weights, stored[name], stored[other])
+    }
+
+
+def _same(weights: Mapping[str, Tensor], name: str, other: str) -> bool:
+    packed = getattr(weights, "packed", {})
+    if name == other or name in packed or other in packed:  # a table of embeddings is never packed
+        return name == other
+    one, two = weights[name], weights[other]
+    dtype = torch.promote_types(one.dtype, two.dtype)
+    return one.shape == two.shape and torch.equal(one.to(dtype), two.to(dtype))
+
+
+def tie(model: Any) -> None:
+    """Tie the tensors of a model whose weights were put in place, but for those that `ModelWeights` has untied."""
+    model.tie_weights(recompute_mapping=False)
 
 
 def stored_names(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -161,13 +246,12 @@ def materialise(
     prefix: str,
     names: Iterable[str],
     weights: ModelWeights,
-    dtype: torch.dtype,
     device: torch.device,
     *,
     check_finite: bool = True,
     ahead: Ahead | None = None,
 ) -> None:
-    """Give `module` (called `prefix` in the model) its weights: floating ones as `dtype`, all on `device`.
+    """Give `module` (called `prefix` in the model) its weights, in the dtypes that it has them in, all on `device`.
 
     `names` are those below `prefix` that are wanted; those that are stored nowhere (tied, say) are left as they are. What is
     being read `ahead` is taken from there.
@@ -184,17 +268,15 @@ def materialise(
         expected = getattr(owner, leaf)
         tensor = ahead.take(full) if ahead is not None else None
         if tensor is None:
-            tensor = weights.checked(full, expected, check_finite)
-            tensor = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+            tensor = weights.checked(full, expected, check_finite).to(expected.dtype)
         place(owner, leaf, tensor.to(device, non_blocking=True))
 
 
 class Ahead:
     """Reads the weights of a block in a thread of its own, to be taken later."""
 
-    def __init__(self, weights: ModelWeights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weights: ModelWeights, device: torch.device) -> None:
         self.weights = weights
-        self.dtype = dtype
         self.pin = device.type == "cuda"  # from pinned memory they are copied while others compute
         self._pool = ThreadPoolExecutor(1)
         self._futures: dict[str, Future[Tensor]] = {}
@@ -207,8 +289,7 @@ class Ahead:
                 self._futures[full] = self._pool.submit(self._read, full, expected)
 
     def _read(self, name: str, expected: Tensor) -> Tensor:
-        tensor = self.weights.checked(name, expected)
-        tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        tensor = self.weights.checked(name, expected).to(expected.dtype, copy=True)
         return tensor.pin_memory() if self.pin else tensor
 
     def take(self, name: str) -> Tensor | None:
@@ -225,6 +306,28 @@ def place(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
+def check_values(weights: ModelWeights, model: nn.Module, written: Mapping[str, torch.dtype]) -> None:
+    """Read every weight of a model once, and tell what a run would meet in it later.
+
+    Args:
+        weights: of the model.
+        model: the skeleton.
+        written: names of those that are written as they are, and the dtype that they are written in.
+
+    Raises:
+        CheckpointError: a weight is damaged.
+        RepeatedError: values overflow that dtype.
+    """
+    for name, expected in model.state_dict().items():
+        if name not in weights:
+            continue
+        tensor = weights.checked(name, expected)
+        dtype = written.get(name, tensor.dtype)
+        if tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+            extremes = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor
+            converted(name, extremes, dtype, OTHER_DTYPE)
+
+
 def release(module: nn.Module) -> None:
     """Drop the memory of a module's parameters: they go back to the meta device."""
     for owner in module.modules():
@@ -239,9 +342,9 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype | None, remedy: str)
     A mapped tensor would keep its file in memory until the shard is written.
 
     Raises:
-        SecateurError: values overflow; the message ends in `remedy`.
+        RepeatedError: values overflow; the message ends in `remedy`.
     """
     copied = tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
     if copied.dtype != tensor.dtype and not all_finite(copied):
-        raise SecateurError(f"{name}: its values overflow {copied.dtype}: {remedy}")
+        raise RepeatedError(f"{name}: its values overflow {copied.dtype}: {remedy}")
     return copied

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
+from secateur.formats.names import renamed, spellings
 from secateur.formats.packed import PackedWeight
 from secateur.formats.packed_modules import densify, packed_linears, replace_linears
 from secateur.formats.reader import StoredTensors, find_entry, parse_quantization_config
@@ -115,6 +116,8 @@ class SecateurQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.errors: list[CheckpointError] = []
         self.stored: StoredTensors | None = None
+        #: Names of packed weights in the files, by those that transformers gives them where they differ.
+        self.renamed: dict[str, str] | None = None
         self._all_replaced = False
 
     def _process_model_before_weight_loading(
@@ -147,9 +150,10 @@ class SecateurQuantizer(HfQuantizer):
         return model
 
     def _entry(self, model: Any, module: str) -> tuple[Layout, bool] | None:
-        """What the config says about a module; `AutoModel` leaves the first part of the name out."""
+        """What the config, which goes by the names in the files, says about a module."""
         entries = self.quantization_config.entries
-        return find_entry(entries, module) or find_entry(entries, f"{model.base_model_prefix}.{module}")
+        names = (name.removesuffix(".weight") for name in self._stored_names(model, f"{module}.weight"))
+        return next((entry for name in names if (entry := find_entry(entries, name)) is not None), None)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self._all_replaced:
@@ -201,21 +205,36 @@ class SecateurQuantizer(HfQuantizer):
                     parts = layout.pack(W_OI.contiguous())
                 except ValueError as error:
                     raise CheckpointError(f"{name} no longer fits layout {layout.name!r}: {error}") from error
-            state.update({f"{name}.{part}": packed for part, packed in parts.items()})
+            saved = self._saved_as(model, name)
+            state.update({f"{saved}.{part}": packed for part, packed in parts.items()})
         for module, _ in packed_linears(model):
             # What computes packed cannot have changed.
             parts = self._as_stored(model, f"{module}.weight")
-            state.update({f"{module}.weight.{part}": packed.clone() for part, packed in parts.items()})
+            saved = self._saved_as(model, f"{module}.weight")
+            state.update({f"{saved}.{part}": packed.clone() for part, packed in parts.items()})
         return state, {}
 
     def _stored_parts(self, model: Any, name: str) -> dict[str, str]:
         """The tensors in the files that a weight is stored as: part of its layout → name; none if there are no files."""
         stored = self.stored if self.stored is not None else {}
-        for spelling in _spellings(model, name):
+        for spelling in self._stored_names(model, name):
             parts = {part: f"{spelling}.{part}" for part in _PARTS if f"{spelling}.{part}" in stored}
             if parts:
                 return parts
         return {}
+
+    def _stored_names(self, model: Any, name: str) -> list[str]:
+        """The names that a weight of a model may have in its files: `AutoModel` leaves the first part of the name out."""
+        if self.renamed is None:
+            parts = (key.rpartition(".") for key in self.stored or ())
+            self.renamed = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
+        names = spellings(model, name)
+        return [*names, *(self.renamed[name] for name in names if name in self.renamed)]
+
+    def _saved_as(self, model: Any, name: str) -> str:
+        """The name to save a packed weight under, which the config goes by; what transformers renames it names back itself."""
+        entries, names = self.quantization_config.entries, spellings(model, name)
+        return next((found for found in names if find_entry(entries, found.removesuffix(".weight")) is not None), name)
 
     def _as_stored(self, model: Any, name: str) -> dict[str, Tensor]:
         """The parts of a weight as its files have them; none if there are no files.
@@ -247,12 +266,6 @@ class SecateurQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _spellings(model: Any, name: str) -> tuple[str, str, str]:
-    """The names that a tensor or module of a model may have in its files: with the name of the base model and without."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
 
 
 def _main_device(device_map: Any) -> torch.device:

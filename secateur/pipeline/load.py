@@ -72,7 +72,7 @@ def load(
     backend = current_backend() if backend is None else backend
     check_backend(backend)
     target = open_device(device)
-    source = open_source(str(model), trust_remote_code, verify)
+    source = open_source(str(model), trust_remote_code, verify, dtype)
     return load_source(source, dtype or source.dtype, target, backend=backend)
 
 

@@ -1,0 +1,43 @@
+"""The names that the tensors of a model have in its files: by its own module names, and as older releases named modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+
+def spellings(model: Any, name: str) -> tuple[str, str, str]:
+    """A tensor's or module's name as it is, without the name of the base model, and with it."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
+    """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    found = {}
+    for name in stored:
+        new = name
+        for renaming in renamings:
+            new, _ = renaming.rename_source_key(new)
+        if new != name:
+            found[new] = name
+    return found
+
+
+def stored_as(model: Any, name: str, stored: Any, known: dict[str, str]) -> str | None:
+    """The name in the files of what is called `name` in the model; None where they do not have it.
+
+    Args:
+        model: whose tensor it is.
+        name: of the tensor.
+        stored: the names in the files.
+        known: of those, by the names that `renamed` says.
+    """
+    for spelling in spellings(model, name):
+        if spelling in stored:
+            return spelling
+    return next((known[spelling] for spelling in spellings(model, name) if spelling in known), None)

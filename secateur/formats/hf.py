@@ -116,8 +116,7 @@ class SecateurQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.errors: list[CheckpointError] = []
         self.stored: StoredTensors | None = None
-        #: Names of packed weights in the files, by those that transformers gives them where they differ.
-        self.renamed: dict[str, str] | None = None
+        self._older_names: dict[str, str] | None = None
         self._all_replaced = False
 
     def _process_model_before_weight_loading(
@@ -223,13 +222,17 @@ class SecateurQuantizer(HfQuantizer):
                 return parts
         return {}
 
+    def older_names(self, model: Any) -> dict[str, str]:
+        """The names of packed weights in the files, by those that transformers gives them where they differ."""
+        if self._older_names is None:
+            parts = (key.rpartition(".") for key in self.stored or ())
+            self._older_names = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
+        return self._older_names
+
     def _stored_names(self, model: Any, name: str) -> list[str]:
         """The names that a weight of a model may have in its files: `AutoModel` leaves the first part of the name out."""
-        if self.renamed is None:
-            parts = (key.rpartition(".") for key in self.stored or ())
-            self.renamed = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
-        names = spellings(model, name)
-        return [*names, *(self.renamed[name] for name in names if name in self.renamed)]
+        names, older = spellings(model, name), self.older_names(model)
+        return [*names, *(older[spelling] for spelling in names if spelling in older)]
 
     def _saved_as(self, model: Any, name: str) -> str:
         """The name to save a packed weight under, which the config goes by; what transformers renames it names back itself."""
@@ -308,6 +311,8 @@ def attach_quantizer(model: Any, config: dict[str, Any], files: Sequence[Path]) 
     model.hf_quantizer.stored = StoredTensors(list(files))
     model.hf_quantizer.preprocess_model(model)
     model.hf_quantizer.postprocess_model(model)
+    if not model.hf_quantizer.older_names(model):
+        model._weight_conversions = []  # else transformers saves it under the names of older releases
 
 
 def register() -> None:

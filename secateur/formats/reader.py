@@ -251,7 +251,7 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for key in DTYPE_KEYS:
-            found = _FLOATS.get(str(part.get(key)).removeprefix("torch."))
+            found = _FLOATS.get(str(part.get(key)))
             if found is not None:
                 return found
     return None

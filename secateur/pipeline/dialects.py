@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur.formats.reader import DTYPE_KEYS, config_dtype
+from secateur.formats.reader import DTYPE_KEYS, config_dtype, read_json
+from secateur.formats.writer import write_json
 
 #: Names under which transformers 4.51 knows settings of rotary embeddings by the kind of layers that they are for.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -46,6 +48,20 @@ def in_all_dialects(config: Any) -> dict[str, Any]:
     found = {**_rotary(content.get("rope_parameters")), **_aliases(config, content), **_layer_types(content)}
     dtypes = dict.fromkeys(DTYPE_KEYS, content["dtype"]) if content.get("dtype") else {}
     return {**found, **dtypes, **content}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer that is all in its `tokenizer.json` so that releases 4 and 5 make the same tokens with it.
+
+    The class that both take as that file has it is called otherwise by release 5, which also knows tokens under other keys.
+    """
+    tokenizer.save_pretrained(folder)
+    content = read_json(folder / "tokenizer_config.json")
+    for key in ("backend", "is_local", "local_files_only"):  # how it was opened
+        content.pop(key, None)
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", {**content, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _aliases(config: Any, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from secateur.formats.hf import QUANT_METHOD
 from secateur.formats.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.formats.reader import config_dtype, open_weights, read_json, stored_dtype, weight_files
 from secateur.formats.writer import write_json
-from secateur.pipeline.dialects import in_all_dialects, set_dtype
+from secateur.pipeline.dialects import in_all_dialects, save_tokenizer, set_dtype
 from secateur.pipeline.limits import check_config
 
 DEMO = "demo"
@@ -92,7 +92,7 @@ class Source:
         None of them lies elsewhere: `open_folder` has refused links that lead out of the source.
         """
         if self.folder is None:
-            self.tokenizer().save_pretrained(folder)
+            save_tokenizer(self.tokenizer(), folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
             return
         patterns = (*_COMPANIONS, "*.py") if self.trust_remote_code else _COMPANIONS

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-IDS = torch.arange(2, 50)[None] * 7 % 300
+IDS = torch.arange(2, 50)[None] * 7 % 250
 
 
 def build(spec, where):
@@ -41,6 +41,11 @@ def logits(folder):
         return model.eval()(input_ids=IDS).logits
 
 
+def tokens(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return torch.tensor(tokenizer((Path(folder) / "config.json").read_text()).input_ids)
+
+
 def main():
     command, *arguments = sys.argv[1:]
     if command == "make":
@@ -49,7 +54,8 @@ def main():
             build(spec, Path(where) / name)
     else:
         out, *folders = arguments
-        save_file({folder: logits(folder).clone().contiguous() for folder in folders}, out)
+        found = {"logits": logits, "tokens": tokens}[command]
+        save_file({folder: found(folder).clone().contiguous() for folder in folders}, out)
 
 
 main()

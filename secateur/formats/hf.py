@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
-from secateur.formats.names import renamed, spellings
+from secateur.formats.names import renamed, spellings, used_renamings
 from secateur.formats.packed import PackedWeight
 from secateur.formats.packed_modules import densify, packed_linears, replace_linears
 from secateur.formats.reader import StoredTensors, find_entry, parse_quantization_config
@@ -180,7 +180,9 @@ class SecateurQuantizer(HfQuantizer):
             raise self.errors[0]
         # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
         if getattr(model, "_weight_conversions", None):
-            model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]
+            kept = [c for c in model._weight_conversions if not _is_ours(c)]
+            # Nor what renamed nothing, which early releases of transformers 5 keep too.
+            model._weight_conversions = used_renamings(kept, self.stored or ())
         devices = {name: torch.device(place) for name, place in (getattr(model, "hf_device_map", None) or {}).items()}
         for name, module in packed_linears(model):
             parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]

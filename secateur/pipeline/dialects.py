@@ -45,9 +45,9 @@ def in_all_dialects(config: Any) -> dict[str, Any]:
     """What `config.json` has to say of a configuration of transformers' so that releases 4 and 5 take the same from it."""
     content = config.to_diff_dict()
     content.pop("_name_or_path", None)
-    found = {**_rotary(content.get("rope_parameters")), **_aliases(config, content), **_layer_types(content)}
     dtypes = dict.fromkeys(DTYPE_KEYS, content["dtype"]) if content.get("dtype") else {}
-    return {**found, **dtypes, **content}
+    others = {**_aliases(config, content), **_layer_types(content), **dtypes}
+    return {**others, **content, **_rotary(content.get("rope_parameters"))}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

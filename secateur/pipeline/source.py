@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -49,6 +50,7 @@ class Source:
         trust_remote_code: whether the user allowed the model's own code to run.
         quantization: secateur's `quantization_config`, where the folder has one.
         from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
+        own_config: what its `config.json` says, or None for a GGUF file.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Source:
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
     from_hub: bool = False
+    own_config: dict[str, Any] | None = None
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -165,7 +168,7 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
     quantization = content.get("quantization_config")
     ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
     files = tuple(weight_files(folder))
-    return Source(name, config, weights, dtype, stored, files, folder, trust_remote_code, ours, from_hub)
+    return Source(name, config, weights, dtype, stored, files, folder, trust_remote_code, ours, from_hub, content)
 
 
 def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
@@ -256,8 +259,7 @@ def save_config(
         quantization: the section of the quantizer that reads them, if they need one.
         architecture: the class of the model, for a source that does not say it.
     """
-    own = None if source.folder is None else source.folder / "config.json"
-    content = in_all_dialects(source.config) if own is None else read_json(own)
+    content = in_all_dialects(source.config) if source.own_config is None else deepcopy(source.own_config)
     for key in ("quantization_config", "compression_config"):
         content.pop(key, None)
     if not content.get("architectures"):

@@ -1,4 +1,4 @@
-"""Adapters on packed models: PEFT puts them on, they train, are saved and loaded again, and transformers' Trainer takes it all."""
+"""Adapters on packed models: PEFT puts them on, they train, are saved and loaded again, and the Trainer takes it all."""
 
 import pytest
 import torch

@@ -210,7 +210,7 @@ def bench(
             f"--tokens {','.join(map(str, tokens))}: there must be at least one number, and all at least 1"
         )
     target = open_device(device)
-    source = open_source(model, trust_remote_code)
+    source = open_source(model, trust_remote_code, dtype=wanted)
     computed = wanted or source.dtype
     with _threads(threads), torch.inference_mode():
         groups, fallback = _group(source, backend, target, computed)

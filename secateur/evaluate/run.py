@@ -105,7 +105,7 @@ class Runner:
 
     def open(self, model: str, verify: bool = False) -> Source:
         """Open whatever `compress` takes as MODEL."""
-        return open_source(model, self.trust_remote_code, verify)
+        return open_source(model, self.trust_remote_code, verify, parse_dtype(self.dtype))
 
     def load(self, source: Source) -> Any:
         """The model of an open source, its weights unpacked, ready to run."""
@@ -267,7 +267,7 @@ def generate(
     if not 0 <= temperature < math.inf:
         raise UsageError(f"--temperature {temperature:g} is not possible: give 0 or more, such as 0.7")
     target = open_device(device)
-    source = open_source(model, trust_remote_code, verify)
+    source = open_source(model, trust_remote_code, verify, parse_dtype(dtype))
     tokenizer = source.tokenizer()
     loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
     if chat:

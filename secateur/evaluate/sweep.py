@@ -50,6 +50,7 @@ from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference
 from secateur.pipeline.plan import plan
 from secateur.pipeline.report import Progress, forget_peak
 from secateur.pipeline.shared import Shared
+from secateur.pipeline.source import open_source
 from secateur.recipe import Recipe
 
 _SHARED = "shared"
@@ -192,8 +193,7 @@ class _SweepRun:
         self.ids_KS: Tensor = asked.text.cut(tokenizer)
         self.bos = asked.text.bos_ids(tokenizer)
         self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride, self.bos)
-        self.shared = Shared(self.source, folder / _SHARED)
-        self.shared.folder.mkdir(exist_ok=True)
+        self._open: dict[torch.dtype | None, Shared] = {}
 
     def run(self) -> SweepResult:
         before = self._before()
@@ -229,12 +229,26 @@ class _SweepRun:
             shutil.rmtree(self.folder / SWEEP_MODELS, ignore_errors=True)
         return result
 
+    def shared(self, recipe: Recipe) -> Shared:
+        """What a recipe's run has in common with others: all of them, but on a GGUF file those that write another dtype."""
+        dtype = plan(recipe).dtype if self.source.folder is None else None
+        if dtype not in self._open:
+            source, folder = self.source, self.folder / _SHARED
+            if source.folder is None:
+                source = open_source(self.asked.model, dtype=dtype)
+                folder = folder / str(dtype or source.dtype).removeprefix("torch.")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._open[dtype] = Shared(source, folder)
+        return self._open[dtype]
+
     def _read_calibration(self) -> None:
         """Find out before anything is run whether the text of all recipes can be had."""
         device = open_device(self.asked.runner.device)
         for _, recipe in self.asked.recipes:
             if plan(recipe).needs_text:
-                self.shared.calibration_ids(recipe.calibration, device, lambda stage: self.progress(Progress(stage)))
+                self.shared(recipe).calibration_ids(
+                    recipe.calibration, device, lambda stage: self.progress(Progress(stage))
+                )
 
     def _identity(self) -> dict[str, Any]:
         """What a sweep has to have in common with one that it goes on with."""
@@ -318,7 +332,7 @@ class _SweepRun:
                 resume=True,
                 overwrite=True,
                 progress=self.progress,
-                shared=self.shared,
+                shared=self.shared(recipe),
             )
             self.progress(Progress(f"measuring {name}"))
             began = time.monotonic()

@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout
-from secateur.formats.names import renamed, spellings
+from secateur.formats.names import renamed, spellings, used_renamings
 from secateur.formats.packed import PackedWeight
 from secateur.formats.packed_modules import (
     PackedLinear,
@@ -128,8 +128,7 @@ class SecateurQuantizer(HfQuantizer):
         self.errors: list[CheckpointError] = []
         #: The tensors in the files; after loading, only where a dense weight does not tell how it was quantized.
         self.stored: Mapping[str, Tensor] | None = None
-        #: Names of packed weights in the files, by those that transformers gives them where they differ.
-        self.renamed: dict[str, str] | None = None
+        self._older_names: dict[str, str] | None = None
         self._all_replaced = False
         self._all_packed = False
         # While transformers asks how large they are.
@@ -203,7 +202,9 @@ class SecateurQuantizer(HfQuantizer):
             raise self.errors[0]
         # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
         if getattr(model, "_weight_conversions", None):
-            model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]
+            kept = [c for c in model._weight_conversions if not _is_ours(c)]
+            # Nor what renamed nothing, which early releases of transformers 5 keep too.
+            model._weight_conversions = used_renamings(kept, self.stored or ())
         hide_sizes(self._sized)
         self._sized = []
         place_linears(model)
@@ -278,13 +279,17 @@ class SecateurQuantizer(HfQuantizer):
                 return parts
         return {}
 
+    def older_names(self, model: Any) -> dict[str, str]:
+        """The names of packed weights in the files, by those that transformers gives them where they differ."""
+        if self._older_names is None:
+            parts = (key.rpartition(".") for key in self.stored or ())
+            self._older_names = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
+        return self._older_names
+
     def _stored_names(self, model: Any, name: str) -> list[str]:
         """The names that a weight of a model may have in its files: `AutoModel` leaves the first part of the name out."""
-        if self.renamed is None:
-            parts = (key.rpartition(".") for key in self.stored or ())
-            self.renamed = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
-        names = spellings(model, name)
-        return [*names, *(self.renamed[name] for name in names if name in self.renamed)]
+        names, older = spellings(model, name), self.older_names(model)
+        return [*names, *(older[spelling] for spelling in names if spelling in older)]
 
     def _as_stored(self, model: Any, name: str) -> dict[str, Tensor]:
         """The parts of a weight as its files have them; none if there are no files.
@@ -359,6 +364,8 @@ def attach_quantizer(model: Any, config: dict[str, Any], files: Sequence[Path]) 
     model.hf_quantizer.stored = StoredTensors(list(files))
     model.hf_quantizer.preprocess_model(model)
     model.hf_quantizer.postprocess_model(model)
+    if not model.hf_quantizer.older_names(model):
+        model._weight_conversions = []  # else transformers saves it under the names of older releases
 
 
 def register() -> None:

@@ -28,6 +28,19 @@ def renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
     return found
 
 
+def used_renamings(conversions: Iterable[Any], stored: Iterable[str]) -> list[Any]:
+    """Without those renamings among a model's conversions that change no name in its files."""
+    names, used = list(stored), []
+    for conversion in conversions:
+        if isinstance(conversion, WeightRenaming):
+            new = [conversion.rename_source_key(name)[0] for name in names]
+            if new == names:
+                continue
+            names = new
+        used.append(conversion)
+    return used
+
+
 def stored_as(model: Any, name: str, stored: Any, known: dict[str, str]) -> str | None:
     """The name in the files of what is called `name` in the model; None where they do not have it.
 

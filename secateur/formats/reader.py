@@ -7,6 +7,7 @@ Nothing here trusts the files: safetensors checks every offset against the file,
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -34,6 +35,10 @@ _SPARE_TEXT = 2**20
 _WEIGHTS_PER_TEXT = 16
 # torch can do next to nothing with them.
 _UNREADABLE = {torch.complex64, torch.float4_e2m1fn_x2}
+#: Where configs say the dtype of a model: as transformers 5 does, and as those before it did.
+DTYPE_KEYS = ("dtype", "torch_dtype")
+_STORED_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_FLOATS.values()}
 _PARTS = {part for layout in LAYOUTS.values() for part in layout.parts}
 
 
@@ -142,6 +147,13 @@ class StoredTensors(Mapping[str, Tensor]):
     def file_of(self, name: str) -> Path:
         """The file that a tensor lies in."""
         return self._file[name]
+    def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
+        """Names, dtypes (None for one that weights do not have) and shapes, of which no tensor is read."""
+        for file in sorted(set(self._file.values())):
+            opened = self._open(file)
+            for name in opened.keys():  # noqa: SIM118 - a handle is not a mapping
+                found = opened.get_slice(name)
+                yield name, _STORED_FLOATS.get(found.get_dtype()), tuple(found.get_shape())
 
     def release(self) -> None:
         """Map files anew from here on: what has been read so far leaves the memory with the tensors that it was read as."""
@@ -320,10 +332,37 @@ def check_no_codes(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-def first_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of the first matrix, which stands for the checkpoint's."""
-    for name in weights:
-        tensor = weights[name]
-        if tensor.is_floating_point() and tensor.ndim == 2:
-            return tensor.dtype
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a `config.json` says its model has, at the top or for the text part; None where it says no usable one."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in DTYPE_KEYS:
+            found = _FLOATS.get(str(part.get(key)))
+            if found is not None:
+                return found
+    return None
+
+
+def stored_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of most bytes of a checkpoint's matrices: of those in blocks, which are numbered, where there are any.
+
+    Raises:
+        CheckpointError: there are no matrices.
+    """
+    stored = weights.stored if isinstance(weights, DecodedWeights) else weights
+    sizes: dict[bool, dict[torch.dtype, int]] = {True: {}, False: {}}
+    for name, dtype, shape in stored.headers() if isinstance(stored, StoredTensors) else _headers(stored):
+        if name in weights and dtype is not None and len(shape) == 2:
+            found = sizes[any(part.isdigit() for part in name.split("."))]
+            found[dtype] = found.get(dtype, 0) + dtype.itemsize * math.prod(shape)
+    most = sizes[True] or sizes[False]
+    if most:
+        return max(most, key=lambda dtype: most[dtype])
+    if isinstance(weights, DecodedWeights) and weights.packed:
+        return weights[next(iter(weights.packed))].dtype
     raise CheckpointError("the checkpoint holds no weight matrices")
+
+
+def _headers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
+    for name, tensor in tensors.items():
+        yield name, tensor.dtype if tensor.dtype in _FLOATS.values() else None, tuple(tensor.shape)

@@ -24,7 +24,6 @@ from secateur.pipeline.run import Run, versions
 from secateur.pipeline.search import search
 from secateur.pipeline.shared import Shared
 from secateur.pipeline.source import open_source, save_config, save_untied
-from secateur.pipeline.structure import generalise
 from secateur.pipeline.verify import verify as verify_folder
 from secateur.recipe import Recipe
 from secateur.recipes import as_recipe
@@ -80,7 +79,7 @@ def compress(
     ):
         progress = progress if ranks.first else lambda _: None
         progress(Progress("opening the model"))
-        source = shared.source if shared is not None else open_source(model, trust_remote_code)
+        source = shared.source if shared is not None else open_source(model, trust_remote_code, dtype=resolved.dtype)
         if is_open(recipe):
             alone, began = Ranks(ranks.device), time.monotonic()
             recipe = search(
@@ -148,8 +147,8 @@ def put_together(run: Run, report: Report) -> Path:
     quantization = None
     if run.entries:
         absent = set(run.names) - run.chosen
-        quantization = quantization_config(generalise(run.entries, run.prefix, absent))
-    save_config(run.source.config, folder, run.written_dtype, quantization)
+        quantization = quantization_config(run.weights.generalised(run.entries, run.prefix, absent))
+    save_config(run.source, folder, run.plan.dtype, quantization, type(run.model).__name__)
     if run.weights.untied:
         save_untied(folder)
     report.notes = [*report.notes, *run.source.write_companions(folder)]

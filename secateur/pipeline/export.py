@@ -51,7 +51,7 @@ def export(
         raise UsageError(f"--to {to!r} is not known: it can be {', '.join(FORMS)}")
     form: Form = FORMS[to]()
     with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
-        source = open_source(model, trust_remote_code)
+        source = open_source(model, trust_remote_code, dtype=form.dtype)
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
         prefix, blocks = find_blocks(skeleton)
@@ -60,31 +60,54 @@ def export(
             linears.update(block_linears(block, f"{prefix}.{i}"))
         writer = ShardWriter(folder)
 
-        def write_dense(stored_name: str, name: str, tensor: Tensor) -> None:
-            writer.add(stored_name, converted(name, tensor, form.dtype, "--to dense keeps them"))
+        def as_written(name: str, tensor: Tensor) -> Tensor:
+            return converted(name, tensor, form.dtype, "--to dense keeps them")
 
+        def write_waiting() -> None:
+            if waiting:
+                for name, tensor in weights.unconverted(waiting).items():
+                    writer.add(name, tensor)
+                waiting.clear()
+
+        waiting: dict[str, Tensor] = {}  # of one block, where transformers converted them
         for name in skeleton.state_dict():
             if name not in weights:
                 continue
+            if waiting and _block(name) != _block(next(iter(waiting))):
+                write_waiting()
             module = name.removesuffix(".weight")
             linear = linears.get(module) if module != name else None
             parts = form.pack(module, linear, weights) if linear is not None else None
             if parts is None:
-                write_dense(weights.name_to_write(name), name, weights[name])
+                tensor = as_written(name, weights[name])
+                if weights.converted and to == "dense":
+                    waiting[name] = tensor
+                else:
+                    writer.add(weights.name_to_write(name), tensor)
                 continue
             progress(module)
+            stored = weights.module_to_write(module)
             for part, tensor in parts.items():
-                writer.add(part, tensor)
+                writer.add(f"{stored}.{part}", tensor)
+        write_waiting()
         for name in weights.unused:
             writer.add(name, converted(name, weights.stored(name), None, ""))
         writer.flush()
         assemble(writer.files, folder, folder)
-        save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, prefix, linears))
+        quantization = form.config(skeleton, prefix, linears, weights)
+        save_config(source, folder, form.dtype, quantization, type(skeleton).__name__)
         if weights.untied:
             save_untied(folder)
         notes = source.write_companions(folder)
         write_manifest(folder, _manifest(source, to, weights.unused, notes))
     return notes
+
+
+def _block(name: str) -> str:
+    """What the names of all tensors of a block begin with; nothing for those in none."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1])
 
 
 def _manifest(source: Source, to: str, unused: list[str], notes: list[str]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def forecast(
     with torch.no_grad(), scratch_folder as folder:
         progress(Progress("opening the model"))
         began = time.perf_counter()
-        source = open_source(model, trust_remote_code)
+        source = open_source(model, trust_remote_code, dtype=resolved.dtype)
         _ = source.hashes  # kept with it: the runs below do not take the time again
         opened = time.perf_counter() - began
         known = None

@@ -20,7 +20,7 @@ from secateur.formats.pack_quantized import PackQuantized
 from secateur.formats.quantized import HALF_DTYPES
 from secateur.formats.sparse_int import CodedLayout
 from secateur.formats.spqr_quant import SpQRQuant
-from secateur.pipeline.structure import Linear, generalise, is_transposed
+from secateur.pipeline.structure import Linear, is_transposed
 from secateur.pipeline.weights import ModelWeights
 
 
@@ -34,16 +34,19 @@ class Form(Protocol):
     dtype: torch.dtype | None
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
-        """The tensors of a linear by full name, or None where it is written dense. Raises UsageError if it cannot be."""
+        """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
         ...
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(
+        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
         """The `quantization_config` for the linears that were packed.
 
         Args:
             model: the whole model.
             prefix: name of its list of blocks.
             linears: those of the blocks.
+            weights: which know what modules are called in the files.
         """
         ...
 
@@ -56,7 +59,9 @@ class Dense:
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(
+        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
         return None
 
 
@@ -93,11 +98,13 @@ class Secateur:
             layout = packed.layout if packed is not None and isinstance(packed.layout, NMBits) else Bitmap()
             parts = layout.pack(W_OI)
         self.entries[module] = {**layout.to_config(), **({"transposed": True} if is_transposed(linear) else {})}
-        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        return {f"weight.{part}": tensor for part, tensor in parts.items()}
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(
+        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
         absent = set(linears) - set(self.entries)
-        return quantization_config(generalise(self.entries, prefix, absent)) if self.entries else None
+        return quantization_config(weights.generalised(self.entries, prefix, absent)) if self.entries else None
 
 
 class CompressedTensors:
@@ -117,11 +124,14 @@ class CompressedTensors:
         except ValueError as error:
             raise _not_possible(module, "compressed-tensors", error) from error
         self.schemes[module] = pack_quantized.Scheme.of(weight)
-        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
+        return parts
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(
+        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
         _check_some(self.schemes, "compressed-tensors", "gptq or rtn")
-        return pack_quantized.quantization_config(self.schemes, _other_linears(model, self.schemes))
+        schemes = {name: scheme for module, scheme in self.schemes.items() for name in _names(module, weights)}
+        return pack_quantized.quantization_config(schemes, _other_linears(model, self.schemes, weights))
 
 
 class SpQR:
@@ -140,16 +150,19 @@ class SpQR:
         try:
             if linear.bias is not None:
                 raise ValueError("it has a bias, for which spqr_quant's linears have no place")
-            parts = {f"{module}.{part}": tensor for part, tensor in spqr_quant.pack(weight).items()}
+            parts = spqr_quant.pack(weight)
         except ValueError as error:
             raise _not_possible(module, "spqr", error) from error
         self.packed[module] = None
-        self.sizes.update({name: tensor.numel() for name, tensor in parts.items()})
+        for name in _names(module, weights):
+            self.sizes.update({f"{name}.{part}": tensor.numel() for part, tensor in parts.items()})
         return parts
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(
+        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
         _check_some(self.packed, "spqr", "spqr --bits 3 --group-size 16")
-        return spqr_quant.config(self.sizes, _other_linears(model, self.packed))
+        return spqr_quant.config(self.sizes, _other_linears(model, self.packed, weights))
 
 
 FORMS: dict[str, type[Form]] = {
@@ -198,6 +211,12 @@ def _check_some(packed: dict[str, Any], form: str, how: str) -> None:
         )
 
 
-def _other_linears(model: nn.Module, packed: dict[str, Any]) -> list[str]:
+def _other_linears(model: nn.Module, packed: dict[str, Any], weights: ModelWeights) -> list[str]:
     """The linears of the whole model that are not packed, the head among them."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    return [name for other in others for name in _names(other, weights)]
+
+
+def _names(module: str, weights: ModelWeights) -> list[str]:
+    """What a module is called here and, by the files, in the releases that knew it by another name: tools read both."""
+    return list(dict.fromkeys([module, weights.module_to_write(module)]))

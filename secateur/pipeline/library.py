@@ -93,7 +93,7 @@ class Search:
                     changes.append(W_OI.float() - dense_OI)
                 costs = effects.divergence(name, changes)
                 found[name] = [
-                    Candidate(choice, _bytes_on_disk(solutions[i]), cost)
+                    Candidate(choice, self._bytes_on_disk(solutions[i]), cost)
                     for choice, solutions, cost in zip(tried, per_choice, costs, strict=True)
                 ]
 
@@ -190,6 +190,6 @@ class Search:
     def _hidden(self, where: str, number: int) -> Path | None:
         return self.folder / f"hidden-{number:05d}" if where == "file" else None
 
-
-def _bytes_on_disk(solution: Solution) -> int:
-    return solution.report.bytes + sum(map(entry_bytes, solution.tensors()))
+    def _bytes_on_disk(self, solution: Solution) -> int:
+        weight = self.run.weights.name_to_write(f"{solution.name}.weight")
+        return solution.report.bytes + sum(map(entry_bytes, solution.tensors(weight)))

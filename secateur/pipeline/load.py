@@ -107,7 +107,7 @@ def load(
         placement = Placement(device_map, max_memory, offload_folder)
     elif max_memory is not None or offload_folder is not None:
         raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
-    source = open_source(str(model), trust_remote_code, verify)
+    source = open_source(str(model), trust_remote_code, verify, dtype)
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 

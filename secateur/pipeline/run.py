@@ -102,6 +102,7 @@ class Run:
     new_notes: list[str] = field(default_factory=list)
     # What the tokenizer puts before a text, where calibration windows begin with it.
     bos_ids: list[int] = field(default_factory=list)
+    waiting: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.ranks.device)
@@ -238,12 +239,17 @@ class Run:
     def bytes_outside(self) -> int:
         """The bytes on disk of all tensors that are written and are no weight of a linear to compress."""
         compressed = {f"{name}.weight" for name in self.chosen}
-        unused = [(name, self.weights.stored(name)) for name in self.weights.unused]
-        return sum(tensor.nbytes + entry_bytes(name) for name, tensor in unused) + sum(
-            self.written_dtype.itemsize * t.numel() + entry_bytes(name)
-            for name, t in self.model.state_dict().items()
+        dtypes = {
+            self.weights.name_to_write(name): None if name in self.kept else self.plan.dtype
+            for name in self.model.state_dict()
             if name in self.weights and name not in compressed
-        )
+        }
+        dtypes |= dict.fromkeys(self.weights.unused)
+        return sum(self.weights.bytes_as(name, dtype) + entry_bytes(name) for name, dtype in dtypes.items())
+
+    def dense_bytes(self, name: str) -> int:
+        """The bytes of a linear's weight where it is written dense."""
+        return self.weights.bytes_as(self.weights.name_to_write(f"{name}.weight"), self.plan.dtype)
 
     def whole_bytes(self) -> int:
         """The most memory that the process takes where the model has to be in memory as a whole; 0 where it has not."""
@@ -261,8 +267,8 @@ class Run:
 
     @property
     def written_dtype(self) -> torch.dtype:
-        """Of the weights written."""
-        return self.plan.dtype or self.source.dtype
+        """Of most weights written."""
+        return self.plan.dtype or self.source.stored
 
     @property
     def dense_memory(self) -> int:
@@ -346,8 +352,15 @@ class Run:
     def _write_plain(self, name: str) -> None:
         if name in self.weights and name not in self.written:
             dtype = None if name in self.kept else self.plan.dtype
-            self.writer.add(self.weights.name_to_write(name), converted(name, self.weights[name], dtype, OTHER_DTYPE))
+            self._write_dense(name, converted(name, self.weights[name], dtype, OTHER_DTYPE))
             self.written.add(name)
+
+    def _write_dense(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the model under the name that it had, or have it wait for those that were one with it."""
+        if self.plan.dense and self.weights.converted:
+            self.waiting[name] = tensor
+        else:
+            self.writer.add(self.weights.name_to_write(name), tensor)
 
     def write_outside(self) -> None:
         """Write what is in no block, in the first process, unless an earlier run did."""
@@ -365,6 +378,10 @@ class Run:
 
     def _record(self, hidden: dict[str, Any] | None = None) -> None:
         """Have what was written since the last record on the disk, and say so in the journal."""
+        if self.waiting:
+            for name, tensor in self.weights.unconverted(self.waiting).items():
+                self.writer.add(name, tensor)
+            self.waiting = {}
         self.writer.flush()
         files, self.writer.files = self.writer.files, {}
         content = {"linears": [solution.record() for solution in self.solutions], "notes": [*self.new_notes]}
@@ -734,8 +751,12 @@ class Run:
 
     def _put(self, solution: Solution, linear: Linear, in_place: bool) -> None:
         if self.ranks.first:
-            for name, tensor in solution.tensors().items():
-                self.writer.add(name, tensor)
+            weight = f"{solution.name}.weight"
+            if solution.entry is None:
+                self._write_dense(weight, solution.parts[""])
+            else:
+                for name, tensor in solution.tensors(self.weights.name_to_write(weight)).items():
+                    self.writer.add(name, tensor)
         self.written.add(f"{solution.name}.weight")
         if in_place:
             self._place(linear, solution)

@@ -161,8 +161,7 @@ def _choices(search: Search, ids_NS: Tensor, recipe: Recipe, attempt: Attempt) -
 
 def dense_bytes(run: Run) -> int:
     """The size of the files of the dense model in the dtype that a run writes."""
-    weights = sum(weight_matrix(run.linear(name)).numel() for name in run.chosen)
-    return run.bytes_outside() + run.written_dtype.itemsize * weights
+    return run.bytes_outside() + sum(map(run.dense_bytes, run.chosen))
 
 
 def _owl(
@@ -188,9 +187,8 @@ def _within(
 ) -> dict[str, Choice]:
     """What reaches the target of a recipe."""
     run = search.run
-    itemsize = run.written_dtype.itemsize
     dense = dense_bytes(run)
-    outside = dense - itemsize * sum(weights.values())
+    outside = run.bytes_outside()
     target = None if recipe.target_size is None else parse_target(recipe.target_size).of(dense)
     if target is not None and target >= dense:
         raise UsageError(
@@ -201,7 +199,7 @@ def _within(
     held_NS = _unseen(run, ids_NS) if target is None else None
     library = search.library(ids_NS, candidates(recipe, run.plan.quantizer), room)
     library = {
-        name: [*each, Candidate(Choice(), itemsize * weights[name] + entry_bytes(f"{name}.weight"), 0.0)]
+        name: [*each, Candidate(Choice(), run.dense_bytes(name) + entry_bytes(f"{name}.weight"), 0.0)]
         for name, each in library.items()
     }
     if not recipe.quantize:

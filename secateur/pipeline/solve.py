@@ -62,9 +62,9 @@ class Solution:
     def name(self) -> str:
         return self.report.name
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by the names they have on disk."""
-        return {f"{self.name}.weight.{part}" if part else f"{self.name}.weight": t for part, t in self.parts.items()}
+    def tensors(self, weight: str) -> dict[str, Tensor]:
+        """Its tensors by the names they have on disk, where the weight is called `weight`."""
+        return {f"{weight}.{part}" if part else weight: tensor for part, tensor in self.parts.items()}
 
     def as_module_weight(self, transposed: bool) -> Tensor:
         """The dense weight as its module keeps it."""

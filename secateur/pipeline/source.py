@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -19,14 +20,24 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import quantization_config
 
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.folder import check_entries, is_inner_name, leads_out
+from secateur.formats.gguf_header import matrix_dtype
 from secateur.formats.hf import QUANT_METHOD
 from secateur.formats.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.formats.paths import check_named
-from secateur.formats.reader import check_no_codes, first_dtype, open_weights, read_json, weight_files
+from secateur.formats.reader import (
+    check_no_codes,
+    config_dtype,
+    open_weights,
+    read_json,
+    stored_dtype,
+    weight_files,
+)
 from secateur.formats.writer import write_json
+from secateur.pipeline.dialects import in_all_dialects, save_tokenizer, set_dtype
 from secateur.pipeline.limits import check_config
 
 DEMO = "demo"
@@ -69,25 +80,29 @@ class Source:
         name: what the user called it.
         config: transformers' configuration, without a quantizer's.
         weights: dense weights by name, read (and decoded) when asked for.
-        dtype: of the weights.
+        dtype: that the model is loaded in, as its config says; where that says nothing, of most of the weights in its blocks.
+        stored: of most of the weights in its blocks as they lie in the files.
         files: where they lie.
         folder: the Hugging Face folder, or None for a GGUF file.
         trust_remote_code: whether the user allowed the model's own code to run.
         quantization: secateur's `quantization_config`, where the folder has one.
         from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
         sound: the dtypes (None: those they have) that all values were found to be finite in.
+        own_config: what its `config.json` says, or None for a GGUF file.
     """
 
     name: str
     config: Any
     weights: Mapping[str, Tensor]
     dtype: torch.dtype
+    stored: torch.dtype
     files: tuple[Path, ...]
     folder: Path | None
     trust_remote_code: bool = False
     quantization: dict[str, Any] | None = None
     from_hub: bool = False
     sound: set[torch.dtype | None] = field(default_factory=set, compare=False)
+    own_config: dict[str, Any] | None = None
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -122,7 +137,7 @@ class Source:
             What a user should know of files that did not come along.
         """
         if self.folder is None:
-            self.tokenizer().save_pretrained(folder)
+            save_tokenizer(self.tokenizer(), folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
             return []
         count, total, left = 0, 0, []
@@ -232,13 +247,16 @@ def open_tokenizer(name: str, folder: Path, trust_remote_code: bool, from_hub: b
         raise CheckpointError(f"{name} has no usable tokenizer: {one_line(error)}") from error
 
 
-def open_source(model: str, trust_remote_code: bool = False, verify: bool = False) -> Source:
+def open_source(
+    model: str, trust_remote_code: bool = False, verify: bool = False, dtype: torch.dtype | None = None
+) -> Source:
     """Open a model without reading its weights (those of a GGUF file are dequantized at once, by transformers).
 
     Args:
         model: a folder, a hub id, a `.gguf` file, or `demo`.
         trust_remote_code: whether code that comes with the model may run.
         verify: compare the SHA-256 of every file with the manifest before any is opened.
+        dtype: that weights are wanted in, so that those of a GGUF file are rounded to no other; None: the model's own.
 
     Raises:
         UsageError: there is no such model, or it is not a decoder-only language model.
@@ -259,7 +277,7 @@ def open_source(model: str, trust_remote_code: bool = False, verify: bool = Fals
             raise CheckpointError(
                 f"{model} cannot be verified: it has no {MANIFEST_NAME}, which tells what its files were"
             )
-        return _open_gguf(model, _demo_file() if demo else path)
+        return _open_gguf(model, _demo_file() if demo else path, dtype)
     from_hub = not os.path.isdir(path)
     if os.path.exists(path) and from_hub:
         raise UsageError(f"{model} is a file, but not a .gguf: give a Hugging Face folder")
@@ -285,11 +303,12 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
     for key in ("quantization_config", "compression_config"):
         config.__dict__.pop(key, None)
-    dtype = first_dtype(weights)
-    config.dtype = dtype
+    stored = stored_dtype(weights)
+    config.dtype = dtype = config_dtype(content) or stored
     quantization = content.get("quantization_config")
     ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
-    return Source(name, config, weights, dtype, tuple(weight_files(folder)), folder, trust_remote_code, ours, from_hub)
+    files = tuple(weight_files(folder))
+    return Source(name, config, weights, dtype, stored, files, folder, trust_remote_code, ours, from_hub, content)
 
 
 def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
@@ -324,20 +343,30 @@ def _demo_file() -> Path:
     return files[0]
 
 
-def _open_gguf(name: str, file: Path) -> Source:
+def _open_gguf(name: str, file: Path, dtype: torch.dtype | None) -> Source:
     if find_spec("gguf") is None:
         raise UsageError(f"reading {file.name} needs the package gguf: pip install gguf")
+    # What quantized weights stand for is a model in bfloat16, as such models were trained in.
+    stored = matrix_dtype(file) or torch.bfloat16
     try:
-        # A GGUF holds quantized weights: what they stand for is rounded to bfloat16, as such models were trained in.
         with redirect_stderr(StringIO()):  # a progress bar that has no switch
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype or stored, **_dequantized()
+            )
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from error
     config = model.config
     config.__dict__.pop("quantization_config", None)
+    config.dtype = stored
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     weights = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-    return Source(name, config, weights, torch.bfloat16, (file,), None)
+    return Source(name, config, weights, stored, stored, (file,), None)
+
+
+def _dequantized() -> dict[str, Any]:
+    """Options that have transformers make the weights of a GGUF file dense, where its release can keep them packed."""
+    config = getattr(quantization_config, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _download(model: str, trust_remote_code: bool) -> Path:
@@ -381,21 +410,37 @@ def _too_large(model: str) -> list[str]:
         for file in files
         if (file.size or 0) > _LARGEST and not file.rfilename.endswith(_SAFE)
     ]
+
+
 def save_untied(folder: Path) -> None:
     """Have the `config.json` of a folder tie no tensors: the files hold all of them."""
     content = read_json(folder / "config.json")
     for part in (content, *content.values()):
         if part is content or (isinstance(part, dict) and "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", content)
 
 
-def save_config(config: Any, folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
-    """Write `config.json` for weights of `dtype`, naming the quantizer that reads them if they need one."""
-    config.save_pretrained(folder)
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    content["dtype"] = str(dtype).removeprefix("torch.")
-    content.pop("quantization_config", None)
+def save_config(
+    source: Source, folder: Path, dtype: torch.dtype | None, quantization: dict[str, Any] | None, architecture: str
+) -> None:
+    """Write `config.json`: the source's own, but for what the new weights make otherwise.
+
+    Releases of transformers name settings differently, and take a default for one that they do not find by the name they know.
+
+    Args:
+        source: that the weights come from.
+        folder: of the new checkpoint.
+        dtype: of the new weights; None: that of the source's.
+        quantization: the section of the quantizer that reads them, if they need one.
+        architecture: the class of the model, for a source that does not say it.
+    """
+    content = in_all_dialects(source.config) if source.own_config is None else deepcopy(source.own_config)
+    for key in ("quantization_config", "compression_config"):
+        content.pop(key, None)
+    if not content.get("architectures"):
+        content["architectures"] = [architecture]
+    set_dtype(content, dtype, source.dtype)
     if quantization is not None:
         content["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", content)

@@ -166,7 +166,7 @@ class _Run:
         open_tokenizer(self.folder.name, self.folder, self.trust_remote_code)
 
     def _weights(self, source: Source, model: Any) -> None:
-        names, _, missing = stored_names(source.weights, model)
+        names, missing = stored_names(source.weights, model)
         for name in missing:
             self._say(name, "is missing: the model that config.json describes has it")
         known = self.manifest.get("unused")

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import CheckpointError, RepeatedError, one_line
 from secateur.formats.hf import backend
 from secateur.formats.layout import all_finite
+from secateur.formats.names import renamed, stored_as
 from secateur.formats.packed import DecodedWeights, PackedWeight
 from secateur.formats.reader import StoredTensors
 from secateur.pipeline.source import Source
+from secateur.pipeline.structure import generalise
 
 # What quantizers call the numbers that turn codes into weights, beside the weight or below its name.
 _SCALE = re.compile(r"(?P<owner>.+?)\.(weight[._])?[^.]*(scale|absmax|scb|zero_point|qzeros)[^.]*", re.IGNORECASE)
@@ -48,8 +49,11 @@ class ModelWeights:
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self._weights: Mapping[str, Tensor] = source.weights
+        self._files = source.weights
         self._dtypes: dict[str, torch.dtype] = {}
-        self._stored, self._renamed, missing = stored_names(source.weights, model)
+        self._whole: Any = None
+        self._kinds: dict[str, tuple[int, torch.dtype]] = {}
+        self._stored, missing = stored_names(source.weights, model)
         if missing:
             self._load_whole(source, missing)
         used = set(self._stored.values())
@@ -79,9 +83,9 @@ class ModelWeights:
             raise CheckpointError(f"{problem}; transformers cannot load it either: {one_line(error)}") from error
         if found["missing_keys"]:
             raise CheckpointError(f"{problem}: its files are incomplete")
+        self._whole = model
         self._weights = model.state_dict()
         self._stored = {name: name for name in self._weights}
-        self._renamed = {}
 
     def _check_scales(self) -> None:
         """Raise CheckpointError where a matrix has scales beside it that no config explains: it is not what it seems."""
@@ -158,11 +162,46 @@ class ModelWeights:
 
     def name_to_write(self, name: str) -> str:
         """The name under which such a tensor should be stored again: every tool knows it by the one that it had."""
-        return self._renamed.get(name, name)
+        return self._stored.get(name, name)
+
+    @property
+    def converted(self) -> bool:
+        """Whether transformers made other tensors of those in the files as it loaded them."""
+        return self._whole is not None
+
+    def unconverted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the files had in place of tensors of the model's, where transformers converted them.
+
+        All that became of one tensor have to be among them, as they are where those of whole blocks are.
+        """
+        found = revert_weight_conversion(self._whole, dict(tensors))
+        return {stored_as(self._whole, name, self._files, {}) or name: tensor for name, tensor in found.items()}
+
+    def module_to_write(self, module: str) -> str:
+        """The name of a module by that of its weight in the files."""
+        return self.name_to_write(f"{module}.weight").removesuffix(".weight")
+
+    def generalised(
+        self, entries: Mapping[str, dict[str, Any]], prefix: str, absent: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """What `generalise` makes of the entries of modules, by the names that their weights have in the files."""
+        found = {self.module_to_write(name): entry for name, entry in entries.items()}
+        first = next(iter(entries))
+        number = first.removeprefix(f"{prefix}.").partition(".")[0]
+        blocks = self.module_to_write(first).partition(f".{number}.")[0]
+        return generalise(found, blocks, {self.module_to_write(name) for name in absent})
 
     def stored(self, name: str) -> Tensor:
         """A tensor by the name it is stored under."""
         return self._weights[name]
+
+    def bytes_as(self, name: str, dtype: torch.dtype | None) -> int:
+        """The bytes of what is stored under a name once it is dense, its floating values as `dtype` (None: as they are)."""
+        if name not in self._kinds:  # a packed one has to be decoded to tell
+            tensor = self._weights[name]
+            self._kinds[name] = tensor.numel(), tensor.dtype
+        count, own = self._kinds[name]
+        return count * (dtype if dtype is not None and own.is_floating_point else own).itemsize
 
 
 def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
@@ -204,41 +243,24 @@ def tie(model: Any) -> None:
     model.tie_weights(recompute_mapping=False)
 
 
-def stored_names(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], dict[str, str], list[str]]:
+def stored_names(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], list[str]]:
     """Under which names the tensors of a model's state dict are stored.
 
     Returns:
-        The name in the files of each that is there, by its name in the model; those among them that transformers renames; and
-        the names of those that are missing and are not tied to another.
+        The name in the files of each that is there, by its name in the model; and the names of those that are missing and are
+        not tied to another.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     # Those that may be tied are no help: whether they are is up to the config.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    renamed = _renamed(weights, model)
-    found, found_renamed, missing = {}, {}, []
+    known = renamed(weights, model)
+    found, missing = {}, []
     for name in model.state_dict():
-        spellings = (name, name.removeprefix(prefix), prefix + name)
-        stored = next((s for s in spellings if s in weights), None)
+        stored = stored_as(model, name, weights, known)
         if stored is not None:
             found[name] = stored
-        elif name in renamed:
-            found[name] = found_renamed[name] = renamed[name]
         elif name not in tied:
             missing.append(name)
-    return found, found_renamed, missing
-
-
-def _renamed(stored: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    found = {}
-    for name in stored:
-        renamed = name
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        if renamed != name:
-            found[renamed] = name
-    return found
+    return found, missing
 
 
 def materialise(

@@ -303,7 +303,7 @@ def test_generalise_puts_a_star_for_the_number_where_nothing_else_is_matched():
     entries["h.3.o"] = other
     entries["h.10.extra"] = dict(same)
     del entries["h.7.fc1"]
-    found = generalise(entries, "h", absent={"h.7.fc1", "h.0.gate"})
+    found = generalise(entries, ["h"], absent={"h.7.fc1", "h.0.gate"})
     # h.*.fc2 would match h.0.a.fc2 as well, h.*.fc1 the absent h.7.fc1, and the o are not alike.
     assert found["h.*.a.fc2"] == same
     assert found["h.*.extra"] == same

@@ -145,7 +145,7 @@ def put_together(run: Run, report: Report) -> Path:
     quantization = None
     if run.entries:
         absent = set(run.names) - run.chosen
-        quantization = quantization_config(generalise(run.entries, run.prefix, absent))
+        quantization = quantization_config(generalise(run.entries, run.lists, absent))
     save_config(run.source.config, folder, run.written_dtype, quantization)
     run.source.write_companions(folder)
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))

@@ -16,7 +16,7 @@ from secateur.formats.reader import read_json
 from secateur.formats.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.pipeline.forms import FORMS, Form
 from secateur.pipeline.source import Source, open_source, save_config
-from secateur.pipeline.structure import Linear, block_linears, build_skeleton, find_blocks
+from secateur.pipeline.structure import build_skeleton, find_blocks
 from secateur.pipeline.weights import ModelWeights, converted
 
 
@@ -51,10 +51,8 @@ def export(
         source = open_source(model, trust_remote_code)
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
-        prefix, blocks = find_blocks(skeleton)
-        linears: dict[str, Linear] = {}
-        for i, block in enumerate(blocks):
-            linears.update(block_linears(block, f"{prefix}.{i}"))
+        blocks = find_blocks(skeleton)
+        linears = blocks.linears
         writer = ShardWriter(folder)
 
         def write_dense(stored_name: str, name: str, tensor: Tensor) -> None:
@@ -76,7 +74,7 @@ def export(
             write_dense(name, name, weights.stored(name))
         writer.flush()
         assemble(writer.files, folder, folder)
-        save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, prefix, linears))
+        save_config(source.config, folder, form.dtype or source.dtype, form.config(skeleton, blocks.lists, linears))
         source.write_companions(folder)
         write_manifest(folder, _manifest(source, to, weights.unused))
 

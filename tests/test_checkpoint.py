@@ -417,7 +417,7 @@ def test_code_from_a_checkpoint_is_not_run(single):
 def test_a_base_model_without_its_head(model_of, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_of("llama"))
     model.model.save_pretrained(tmp_path / "base")
-    fails(tmp_path / "base", UsageError, "LlamaModel")
+    fails(tmp_path / "base", UsageError, "LlamaModel", "without the head", use=secateur.load)
     set_config(tmp_path / "base", architectures=None)
     fails(tmp_path / "base", CheckpointError, "lm_head.weight", use=secateur.load)
 

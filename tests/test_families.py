@@ -16,7 +16,7 @@ from secateur.pipeline.capture import BlockCalls
 from secateur.pipeline.export import export
 from secateur.pipeline.inspect import inspect
 from secateur.pipeline.source import open_source
-from secateur.pipeline.structure import block_linears, build_skeleton, find_blocks
+from secateur.pipeline.structure import build_skeleton, find_blocks
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 
@@ -59,11 +59,10 @@ def groups_seen(monkeypatch):
 def test_linears_are_those_of_the_blocks(name, model_of, family):
     skeleton = build_skeleton(open_source(str(model_of(name))), torch.float32)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
-    prefix, blocks = find_blocks(skeleton)
-    assert prefix == family[name].prefix
-    assert len(blocks) == 2
-    for i, block in enumerate(blocks):
-        assert set(block_linears(block, f"{prefix}.{i}")) == {f"{prefix}.{i}.{part}" for part in family[name].linears}
+    blocks, prefix = find_blocks(skeleton), family[name].prefix
+    assert list(blocks.modules) == [f"{prefix}.0", f"{prefix}.1"]
+    assert set(blocks.linears) == {f"{prefix}.{i}.{part}" for i in range(2) for part in family[name].linears}
+    assert (blocks.idle, blocks.unreached) == ((), frozenset())
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_a_transposed_weight_keeps_its_shape_on_disk(form, model_of, text_file, 
 def test_sliding_and_full_attention_blocks_get_masks_of_their_own(name, model_of):
     """Windows are longer here than the attention of the first block reaches, so its mask is not that of the second."""
     model = AutoModelForCausalLM.from_pretrained(model_of(name), attn_implementation="eager").eval()
-    _, blocks = find_blocks(model)
+    blocks = list(find_blocks(model).modules.values())
     with torch.no_grad():
         calls = BlockCalls(model, blocks, IDS_NS[:1, :8]).catch(IDS_NS)
     near, far = ((call.kwargs["attention_mask"] == 0).sum(-1).max().item() for call in calls)
@@ -203,11 +202,3 @@ def test_a_mixture_of_experts_is_refused(config, prune, build, tmp_path, text_fi
     with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.\w+ holds a mixture of experts.*not compress.*yet"):
         secateur.compress(str(source), tmp_path / "out", recipe(text_file, prune=prune))
     assert not (tmp_path / "out").exists()
-
-
-def test_blocks_with_computation_between_them_are_refused(build, tmp_path, text_file):
-    """XLM keeps attention and feed-forward in lists of their own: no list is what hidden states just pass through."""
-    config = transformers.XLMConfig(vocab_size=VOCABULARY, emb_dim=HIDDEN, n_layers=2, n_heads=4, pad_index=2)
-    source = build(tmp_path / "xlm", config)
-    with pytest.raises(UsageError, match="block 1 is not given what block 0 returned"):
-        secateur.compress(str(source), tmp_path / "out", recipe(text_file))

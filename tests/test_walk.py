@@ -22,11 +22,12 @@ from secateur.formats.manifest import sha256_of
 from secateur.pipeline import calibrate
 from secateur.pipeline import run as run_module
 from secateur.pipeline import source as source_module
+from secateur.pipeline.block_names import generalise
 from secateur.pipeline.calibrate import cache_folder, calibration_ids
 from secateur.pipeline.export import export
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.source import open_source
-from secateur.pipeline.structure import generalise, weight_matrix
+from secateur.pipeline.structure import weight_matrix
 from secateur.prune import PRUNERS, REFINERS
 from secateur.prune.patterns import parse_pattern
 
@@ -304,7 +305,7 @@ def test_generalise_puts_a_star_for_the_number_where_nothing_else_is_matched():
     entries["h.3.o"] = other
     entries["h.10.extra"] = dict(same)
     del entries["h.7.fc1"]
-    found = generalise(entries, "h", absent={"h.7.fc1", "h.0.gate"})
+    found = generalise(entries, ["h"], absent={"h.7.fc1", "h.0.gate"})
     # h.*.fc2 would match h.0.a.fc2 as well, h.*.fc1 the absent h.7.fc1, and the o are not alike.
     assert found["h.*.a.fc2"] == same
     assert found["h.*.extra"] == same

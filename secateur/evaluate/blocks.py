@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UsageError
-from secateur.pipeline.structure import find_blocks
+from secateur.pipeline.structure import body_of, find_blocks
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ def block_errors(
     Raises:
         UsageError: the models have different blocks.
     """
-    prefix, blocks = find_blocks(model)
-    _, dense_blocks = find_blocks(reference)
+    names = find_blocks(model).modules
+    blocks, dense_blocks = list(names.values()), list(find_blocks(reference).modules.values())
     widths = {each.get_input_embeddings().embedding_dim for each in (model, reference)}
     if [type(block) for block in blocks] != [type(block) for block in dense_blocks] or len(widths) > 1:
         raise UsageError("--by-block compares block with block: the reference must be the model that was compressed")
     model.eval()
     reference.eval()
     squares = torch.zeros(len(blocks), 3, dtype=torch.float64)  # of own errors, carried errors, and outputs
-    outputs: list[Tensor] = []
+    outputs: list[Tensor] = []  # in the order in which blocks are run, some more than once
 
     def beside(number: int) -> Callable[..., None]:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -67,7 +67,7 @@ def block_errors(
 
     def after(number: int) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
-            squares[number, 1] += _square(_hidden(output) - outputs[number])
+            squares[number, 1] += _square(_hidden(output) - outputs.pop(0))
 
         return hook
 
@@ -77,21 +77,16 @@ def block_errors(
         with ExitStack() as hooks:
             for number, block in enumerate(dense_blocks):
                 hooks.callback(block.register_forward_hook(beside(number), with_kwargs=True).remove)
-            _headless(reference)(input_ids=ids, use_cache=False)
+            body_of(reference)(input_ids=ids, use_cache=False)
         with ExitStack() as hooks:
             for number, block in enumerate(blocks):
                 hooks.callback(block.register_forward_hook(after(number)).remove)
-            _headless(model)(input_ids=ids, use_cache=False)
+            body_of(model)(input_ids=ids, use_cache=False)
         if progress is not None:
             progress(k + 1, len(ids_KS))
     total = squares[:, 2].clamp(min=torch.finfo(torch.float64).tiny)
     own, carried = (squares[:, 0] / total).tolist(), (squares[:, 1] / total).tolist()
-    return [BlockError(f"{prefix}.{i}", own[i], carried[i]) for i in range(len(blocks))]
-
-
-def _headless(model: Any) -> Any:
-    """The model without its head: nobody reads the logits here."""
-    return getattr(model, model.base_model_prefix, model)
+    return [BlockError(name, own[i], carried[i]) for i, name in enumerate(names)]
 
 
 def _hidden(output: Any) -> Tensor:

@@ -17,6 +17,7 @@ from secateur.calibration.tokens import is_one_of
 from secateur.errors import SecateurError, UsageError
 from secateur.evaluate.distributions import Window, divergence, predict
 from secateur.evaluate.uncertainty import interval
+from secateur.pipeline.source import longest_window
 
 
 class Reference(Protocol):
@@ -279,8 +280,8 @@ def _exp(loss: float) -> float:
 def check_fits(model: Any, ids_KS: Tensor) -> None:
     """Raise UsageError where windows have more tokens than a model takes, or tokens that it does not have."""
     S = ids_KS.shape[1]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and positions < S:
+    positions = longest_window(model.config)
+    if positions is not None and positions < S:
         raise UsageError(f"windows of {S} tokens are longer than the model's {positions} positions: lower --seq-len")
     size, largest = model.get_input_embeddings().num_embeddings, int(ids_KS.max())
     if largest >= size:

@@ -147,6 +147,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def file_of(self, name: str) -> Path:
         """The file that a tensor lies in."""
         return self._file[name]
+
     def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
         """Names, dtypes (None for one that weights do not have) and shapes, of which no tensor is read."""
         for file in sorted(set(self._file.values())):

@@ -22,7 +22,7 @@ from secateur.calibration.tokens import bos_ids, check_room, windows
 from secateur.errors import CheckpointError, UsageError
 from secateur.formats.manifest import hash_of_values
 from secateur.pipeline.load import load_source
-from secateur.pipeline.source import DEMO, Source
+from secateur.pipeline.source import DEMO, Source, longest_window
 from secateur.recipe import Calibration
 
 SELF = "self"
@@ -39,7 +39,7 @@ def is_kept(source: Source, wanted: Calibration, device: torch.device) -> bool:
 
 def _with_numbers(source: Source, wanted: Calibration) -> Calibration:
     samples, seq_len = _DEMO_DEFAULTS if source.name == DEMO else _DEFAULTS
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or seq_len
+    longest = longest_window(source.config) or seq_len
     if wanted.seq_len is not None and wanted.seq_len > longest:
         raise UsageError(f"--seq-len {wanted.seq_len} is more than the {longest} positions of {source.name}")
     return replace(wanted, samples=wanted.samples or samples, seq_len=wanted.seq_len or min(seq_len, longest))

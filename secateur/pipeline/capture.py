@@ -5,7 +5,7 @@ T: tokens, N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, UsageError, one_line
-from secateur.pipeline.structure import Linear
+from secateur.pipeline.structure import Linear, body_of
+
+
+class NotInTurn(UsageError):  # noqa: N818 - named for what it says
+    """Text does not pass the blocks once each, one right after another."""
 
 
 @dataclass
@@ -30,6 +34,8 @@ class BlockCall:
         if args:
             return cls(args[0], args[1:], kwargs)
         rest = dict(kwargs)
+        if "hidden_states" not in rest:
+            raise NotInTurn("a block is not called with hidden states: not supported")
         return cls(rest.pop("hidden_states"), (), rest)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -43,7 +49,7 @@ class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass tha
 
 
 @contextmanager
-def _replaced(blocks: nn.ModuleList, forward: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+def _replaced(blocks: Iterable[nn.Module], forward: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Within the context, block i answers calls with `forward(i, block)`."""
     try:
         for i, block in enumerate(blocks):
@@ -54,6 +60,17 @@ def _replaced(blocks: nn.ModuleList, forward: Callable[[int, nn.Module], Callabl
             del block.forward
 
 
+def _run_body(body: nn.Module, ids_NS: Tensor) -> None:
+    try:
+        body(input_ids=ids_NS, use_cache=False)
+    except _Stop:
+        pass
+    except (SecateurError, MemoryError):
+        raise
+    except Exception as error:
+        raise SecateurError(f"{type(body).__name__} cannot be run on calibration tokens: {one_line(error)}") from error
+
+
 class BlockCalls:
     """Catches the calls of all blocks without computing any: each block stands in for itself and passes its input on.
 
@@ -62,17 +79,25 @@ class BlockCalls:
 
     Args:
         model: the skeleton with everything outside its blocks in place, and block 0 too.
-        blocks: its blocks.
+        blocks: its blocks, in the order in which they are run.
         probe_1S: a few token ids, to see what a block returns.
+
+    Raises:
+        NotInTurn: the blocks are run more than once, or something is computed between them.
+        SecateurError: the model cannot be run on tokens.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, probe_1S: Tensor) -> None:
-        # The body alone: the head's logits are not needed, and they would be the largest tensor of all.
-        self._body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], probe_1S: Tensor) -> None:
+        self._body = body_of(model)
         self._blocks = blocks
         self._extra = self._find_extra_outputs(probe_1S)
         self._seen: dict[tuple[Any, ...], Tensor] = {}
-        self.probe = self.catch(probe_1S)
+        try:
+            self.probe = self.catch(probe_1S)
+        except UsageError:
+            raise
+        except SecateurError as error:  # a model that does more with its blocks than to call them
+            raise NotInTurn("the blocks do not just pass hidden states on") from error
 
     def _find_extra_outputs(self, probe_1S: Tensor) -> int | None:
         """How many values a block returns after its hidden states; None if it returns them bare."""
@@ -86,22 +111,10 @@ class BlockCalls:
             return first
 
         with _replaced(self._blocks, forward):
-            self._run_body(probe_1S)
+            _run_body(self._body, probe_1S)
         if not returned:
             raise UsageError("the blocks that were found are not what the hidden states pass through: not supported")
         return len(returned[0]) - 1 if isinstance(returned[0], tuple | list) else None
-
-    def _run_body(self, ids_NS: Tensor) -> None:
-        try:
-            self._body(input_ids=ids_NS, use_cache=False)
-        except _Stop:
-            pass
-        except (SecateurError, MemoryError):
-            raise
-        except Exception as error:
-            raise SecateurError(
-                f"{type(self._body).__name__} cannot be run on calibration tokens: {one_line(error)}"
-            ) from error
 
     def catch(self, ids_NS: Tensor) -> list[BlockCall]:
         """The calls of all blocks for a batch of windows; the hidden states of all of them are block 0's input."""
@@ -110,12 +123,11 @@ class BlockCalls:
         def forward(i: int, block: nn.Module) -> Callable[..., Any]:
             def pass_on(*args: Any, **kwargs: Any) -> Any:
                 call = BlockCall.of(args, kwargs)
+                if calls[i] is not None:
+                    raise NotInTurn(f"block {i} is run more than once for a text")
                 before = calls[i - 1] if i else None
                 if before is not None and call.hidden.data_ptr() != before.hidden.data_ptr():
-                    raise UsageError(
-                        f"block {i} is not given what block {i - 1} returned: a model that computes between its blocks "
-                        "is not supported"
-                    )
+                    raise NotInTurn(f"block {i} is not given what block {i - 1} returned")
                 shared = BlockCall(call.hidden, *self._share((i,), (call.args, call.kwargs)))
                 calls[i] = shared
                 return call.hidden if self._extra is None else (call.hidden, *[None] * self._extra)
@@ -123,7 +135,7 @@ class BlockCalls:
             return pass_on
 
         with _replaced(self._blocks, forward):
-            self._run_body(ids_NS)
+            _run_body(self._body, ids_NS)
         caught = [call for call in calls if call is not None]
         if len(caught) != len(self._blocks):
             raise UsageError(
@@ -145,24 +157,44 @@ class BlockCalls:
         return value
 
 
-def group_by_input(block: nn.Module, call: BlockCall, linears: dict[str, Linear]) -> list[list[str]]:
-    """The linears of a block that read the same input tensor, in the order in which they are reached.
+class BodyCalls:
+    """The same for a model whose blocks are not run in turn: its body is taken for one block, and token ids for its input.
+
+    Args:
+        model: with everything but its head in place.
+        probe_1S: a few token ids.
+
+    Raises:
+        SecateurError: it cannot be run on them.
+    """
+
+    def __init__(self, model: nn.Module, probe_1S: Tensor) -> None:
+        self.body = body_of(model)
+        _run_body(self.body, probe_1S)
+        self.probe = self.catch(probe_1S)
+
+    def catch(self, ids_NS: Tensor) -> list[BlockCall]:
+        return [BlockCall(ids_NS, (), {"use_cache": False})]
+
+
+def group_by_input(
+    block: nn.Module, call: BlockCall, linears: dict[str, Linear]
+) -> tuple[list[list[str]], dict[str, int]]:
+    """The linears of a block that read the same input tensors, in the order in which they are reached.
 
     Found by running the block on a few tokens and looking at which tensor each linear is given.
 
-    Raises:
-        UsageError: a linear is not reached, or more than once, so that it has no one input.
+    Returns:
+        The groups, and how often each linear is used.
     """
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    reached: dict[str, int] = dict.fromkeys(linears, 0)
+    inputs: dict[str, list[tuple[Any, ...]]] = {}
     alive: list[Tensor] = []  # no tensor may be freed and its address be used again
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             alive.append(x)
-            reached[name] += 1
-            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
+            inputs.setdefault(name, []).append((x.data_ptr(), x.shape, x.stride(), x._version))
 
         return hook
 
@@ -172,8 +204,7 @@ def group_by_input(block: nn.Module, call: BlockCall, linears: dict[str, Linear]
     finally:
         for handle in handles:
             handle.remove()
-    for name, times in reached.items():
-        if times != 1:
-            how = "not reached by ordinary text" if times == 0 else f"used {times} times in one pass"
-            raise UsageError(f"{name} is {how}, so it cannot be calibrated: leave it alone with --ignore '{name}'")
-    return list(groups.values())
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, seen in inputs.items():
+        groups.setdefault(tuple(seen), []).append(name)
+    return list(groups.values()), {name: len(inputs.get(name, ())) for name in linears}

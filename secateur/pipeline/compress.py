@@ -147,7 +147,7 @@ def put_together(run: Run, report: Report) -> Path:
     quantization = None
     if run.entries:
         absent = set(run.names) - run.chosen
-        quantization = quantization_config(run.weights.generalised(run.entries, run.prefix, absent))
+        quantization = quantization_config(run.weights.generalised(run.entries, run.lists, absent))
     save_config(run.source, folder, run.plan.dtype, quantization, type(run.model).__name__)
     if run.weights.untied:
         save_untied(folder)

@@ -16,7 +16,7 @@ from secateur.formats.reader import read_json
 from secateur.formats.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.pipeline.forms import FORMS, Form
 from secateur.pipeline.source import Source, open_source, save_config, save_untied
-from secateur.pipeline.structure import Linear, block_linears, build_skeleton, find_blocks
+from secateur.pipeline.structure import build_skeleton, find_blocks
 from secateur.pipeline.weights import ModelWeights, converted
 
 
@@ -54,10 +54,8 @@ def export(
         source = open_source(model, trust_remote_code, dtype=form.dtype)
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
-        prefix, blocks = find_blocks(skeleton)
-        linears: dict[str, Linear] = {}
-        for i, block in enumerate(blocks):
-            linears.update(block_linears(block, f"{prefix}.{i}"))
+        blocks = find_blocks(skeleton)
+        linears = blocks.linears
         writer = ShardWriter(folder)
 
         def as_written(name: str, tensor: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ def export(
             writer.add(name, converted(name, weights.stored(name), None, ""))
         writer.flush()
         assemble(writer.files, folder, folder)
-        quantization = form.config(skeleton, prefix, linears, weights)
+        quantization = form.config(skeleton, blocks.lists, linears, weights)
         save_config(source, folder, form.dtype, quantization, type(skeleton).__name__)
         if weights.untied:
             save_untied(folder)

@@ -22,6 +22,7 @@ from secateur.calibration.stats import Level
 from secateur.errors import UsageError
 from secateur.formats.paths import check_named
 from secateur.formats.writer import SHARD_BYTES
+from secateur.pipeline.capture import BodyCalls
 from secateur.pipeline.compress import put_together
 from secateur.pipeline.goals import is_open, parse_target
 from secateur.pipeline.hidden import HiddenStates
@@ -192,6 +193,11 @@ def _first_block(run: Run, known: tuple[Footprint, Settings] | None) -> tuple[fl
     run.write_outside()
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
     calls, hiddens = run.catch(catcher, few_NS, settings, run.hidden_file(settings, 0))
+    if isinstance(catcher, BodyCalls):
+        run.solve_body(
+            catcher, calls, hiddens, settings.pause, end=1, ended=lambda _: run.end_block(0, None, keep=True)
+        )
+        return len(few_NS) / len(ids_NS), known
     outputs = HiddenStates(hiddens.keep_on, run.hidden_file(settings, 1))
     run.solve_block(0, catcher, calls, hiddens, outputs, settings.pause)
     run.end_block(0, outputs)

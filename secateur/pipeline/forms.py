@@ -38,13 +38,13 @@ class Form(Protocol):
         ...
 
     def config(
-        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         """The `quantization_config` for the linears that were packed.
 
         Args:
             model: the whole model.
-            prefix: name of its list of blocks.
+            lists: names of its lists of blocks.
             linears: those of the blocks.
             weights: which know what modules are called in the files.
         """
@@ -60,7 +60,7 @@ class Dense:
         return None
 
     def config(
-        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         return None
 
@@ -101,10 +101,10 @@ class Secateur:
         return {f"weight.{part}": tensor for part, tensor in parts.items()}
 
     def config(
-        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         absent = set(linears) - set(self.entries)
-        return quantization_config(weights.generalised(self.entries, prefix, absent)) if self.entries else None
+        return quantization_config(weights.generalised(self.entries, lists, absent)) if self.entries else None
 
 
 class CompressedTensors:
@@ -127,7 +127,7 @@ class CompressedTensors:
         return parts
 
     def config(
-        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         _check_some(self.schemes, "compressed-tensors", "gptq or rtn")
         schemes = {name: scheme for module, scheme in self.schemes.items() for name in _names(module, weights)}
@@ -159,7 +159,7 @@ class SpQR:
         return parts
 
     def config(
-        self, model: nn.Module, prefix: str, linears: dict[str, Linear], weights: ModelWeights
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         _check_some(self.packed, "spqr", "spqr --bits 3 --group-size 16")
         return spqr_quant.config(self.sizes, _other_linears(model, self.packed, weights))

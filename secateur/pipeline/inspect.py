@@ -13,7 +13,7 @@ from secateur.formats.sparse_int import CodedLayout
 from secateur.formats.spqr_quant import SpQRQuant
 from secateur.pipeline.report import LinearReport
 from secateur.pipeline.source import Source
-from secateur.pipeline.structure import block_linears, build_skeleton, find_blocks, weight_matrix
+from secateur.pipeline.structure import build_skeleton, find_blocks, weight_matrix
 from secateur.pipeline.weights import ModelWeights
 
 
@@ -55,38 +55,38 @@ def inspect(source: Source) -> Inspection:
     weights = ModelWeights(source, model)
     errors = _errors(source)
     linears = []
-    prefix, blocks = find_blocks(model)
-    for i, block in enumerate(blocks):
-        for name, linear in block_linears(block, f"{prefix}.{i}").items():
-            key = f"{name}.weight"
-            weight = weights[key]
-            packed = weights.packed(key)
-            stored, outliers = int(torch.count_nonzero(weight)), 0
-            if packed is None:
-                size, layout = weight.nbytes, "dense"
-            else:
-                parts = weights.parts(key)
-                size, layout = sum(tensor.nbytes for tensor in parts.values()), packed.layout.name
-                if isinstance(packed.layout, CodedLayout):
-                    quantized = packed.layout.read(parts)
-                    stored, outliers = quantized.stored, quantized.outlier_count
-                elif isinstance(packed.layout, PackQuantized | SpQRQuant):
-                    stored = weight.numel()  # a zero is a level like any other
-            error, kind = errors.get(name, (float("nan"), "not recorded"))
-            O, I = weight_matrix(linear).shape
-            linears.append(
-                LinearReport(
-                    name=name,
-                    shape=(O, I),
-                    layout=layout,
-                    sparsity=1 - stored / weight.numel(),
-                    outliers=outliers / weight.numel(),
-                    bits=8 * size / weight.numel(),
-                    bytes=size,
-                    error=error,
-                    error_kind=kind,
-                )
+    for name, linear in find_blocks(model).linears.items():
+        key = f"{name}.weight"
+        if key not in weights:
+            continue  # tied to one that is listed
+        weight = weights[key]
+        packed = weights.packed(key)
+        stored, outliers = int(torch.count_nonzero(weight)), 0
+        if packed is None:
+            size, layout = weight.nbytes, "dense"
+        else:
+            parts = weights.parts(key)
+            size, layout = sum(tensor.nbytes for tensor in parts.values()), packed.layout.name
+            if isinstance(packed.layout, CodedLayout):
+                quantized = packed.layout.read(parts)
+                stored, outliers = quantized.stored, quantized.outlier_count
+            elif isinstance(packed.layout, PackQuantized | SpQRQuant):
+                stored = weight.numel()  # a zero is a level like any other
+        error, kind = errors.get(name, (float("nan"), "not recorded"))
+        O, I = weight_matrix(linear).shape
+        linears.append(
+            LinearReport(
+                name=name,
+                shape=(O, I),
+                layout=layout,
+                sparsity=1 - stored / weight.numel(),
+                outliers=outliers / weight.numel(),
+                bits=8 * size / weight.numel(),
+                bytes=size,
+                error=error,
+                error_kind=kind,
             )
+        )
     parameters = sum(p.numel() for p in model.parameters())
     return Inspection(linears, parameters, sum(file.stat().st_size for file in source.files))
 

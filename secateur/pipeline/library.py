@@ -16,6 +16,7 @@ from secateur.calibration.effects import Effects, gather_effects
 from secateur.calibration.stats import InputStats, Level
 from secateur.calibration.tokens import cut
 from secateur.formats.writer import entry_bytes
+from secateur.pipeline.capture import BodyCalls
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run
@@ -172,8 +173,15 @@ class Search:
         catcher = run.enter_blocks(ids_NS)
         settings = run.choose(lambda exact: run.measure(catcher, ids_NS, exact), run.batch_tokens)
         calls, hiddens = run.catch(catcher, ids_NS, settings, self._hidden(settings.hidden, 0))
-        run.release_outside()
         blocks = len(run.blocks) if blocks is None else blocks
+        if isinstance(catcher, BodyCalls):
+            run.progress(Progress("searching"))
+            run.solve_body(catcher, calls, hiddens, settings.pause, look, level, end=blocks)
+            for block in run.blocks:
+                release(block)
+            run.release_outside()
+            return
+        run.release_outside()
         for number in range(blocks):
             run.progress(Progress(f"searching: block {number + 1} of {blocks}"))
             outputs = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.calibration.stats import InputStats, Level
 from secateur.errors import UsageError
 from secateur.formats.reader import MAPPED_BYTES
-from secateur.pipeline.capture import BlockCalls
+from secateur.pipeline.capture import BlockCalls, BodyCalls
 from secateur.pipeline.live import LiveBytes
 from secateur.pipeline.plan import Plan
 from secateur.pipeline.sizes import parse_size, words
@@ -213,7 +213,7 @@ class Footprint:
 def footprint(
     plan: Plan,
     block: nn.Module,
-    calls: BlockCalls,
+    calls: BlockCalls | BodyCalls,
     ids_NS: Tensor,
     groups: Sequence[Sequence[str]],
     linears: dict[str, Linear],
@@ -227,7 +227,7 @@ def footprint(
     Args:
         plan: the methods.
         block: a block in place on its device.
-        calls: of the model's blocks.
+        calls: of the model's blocks, or of the body that `block` is.
         ids_NS: the windows of this process.
         groups: the block's linears by common input, in the order in which they are reached, and `linears` by name.
         dtype: of the weights in the source.

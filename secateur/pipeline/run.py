@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from secateur.errors import RepeatedError, UsageError
 from secateur.formats.layout import all_finite
 from secateur.formats.reader import StoredTensors
 from secateur.formats.writer import SHARD_BYTES, ShardWriter, entry_bytes
+from secateur.pipeline.block_names import how_to_ignore, lists_of, patterns_of, split_name
 from secateur.pipeline.calibrate import SELF, calibration_ids, is_kept
-from secateur.pipeline.capture import BlockCall, BlockCalls, group_by_input
+from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, group_by_input
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.hidden import HiddenStates
@@ -49,9 +50,10 @@ from secateur.pipeline.structure import (
     kept_in_float32,
     parameters_outside,
     select_linears,
+    shared_parameters,
     weight_matrix,
 )
-from secateur.pipeline.walk import Solve, in_batches, run_block, solve_in_pass
+from secateur.pipeline.walk import Solve, in_batches, run_block, solve_in_pass, solve_in_passes
 from secateur.pipeline.weights import (
     OTHER_DTYPE,
     Ahead,
@@ -149,14 +151,19 @@ class Run:
         # Blocks are run in float32 on a CPU, which few of them slow down for; a GPU is made for the model's own dtype.
         self.compute_dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
         self.model: Any = build_skeleton(self.source, self.compute_dtype)
-        self.prefix, self.blocks = find_blocks(self.model)
-        self.names: list[str] = []
-        for i, block in enumerate(self.blocks):
-            check_no_experts(block, f"{self.prefix}.{i}")
-            self.names += block_linears(block, f"{self.prefix}.{i}")
+        found = find_blocks(self.model)
+        for name, block in found.modules.items():
+            check_no_experts(block, name)
+        self.block_names, self.blocks = list(found.modules), list(found.modules.values())
+        self.lists, self.idle = found.lists, found.idle
+        self.names = list(found.linears)
         self.chosen = set(select_linears(self.names, self.recipe.targets, self.recipe.ignore))
+        self.twins = shared_parameters(self.model)
+        self._leave_shared()
         self._leave_alone()
         self._check_shapes()
+        if self.plan.level > Level.NONE:
+            self._check_reached(found.unreached)
         self.weights = ModelWeights(self.source, self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())  # now, while tied ones are one
         # Kept in float32 by transformers whatever the rest is: not to be rounded, then.
@@ -173,6 +180,13 @@ class Run:
             self.recipe = replace(self.recipe, quantization=Quantization(**options))
         self.calibration: dict[str, Any] = {"level": self.plan.level.name.lower()}
 
+    def _leave_shared(self) -> None:
+        """Take linears that share their weights with others out of those to compress: a checkpoint has these once."""
+        self.tied = [name for name in self.names if name in self.chosen and f"{name}.weight" in self.twins]
+        self.chosen -= set(self.tied)
+        if not self.chosen:
+            raise UsageError("nothing is left to compress: all linears share their weights with others")
+
     def _leave_alone(self) -> None:
         """Take linears for which nothing is chosen out of those to compress."""
         for name in self.recipe.linears:
@@ -188,13 +202,25 @@ class Run:
         pattern = self.plan.pruning.pattern if self.plan.pruning else None
         if not isinstance(pattern, NM):
             return
-        for name in sorted(self.chosen):
-            features = weight_matrix(self.linear(name)).shape[1]
-            if features % pattern.m:
-                raise UsageError(
-                    f"{name} has {features} input features, which do not divide into groups of {pattern.m}: "
-                    f"choose another pattern, or leave it alone with --ignore '{name}'"
-                )
+        features = {name: weight_matrix(self.linear(name)).shape[1] for name in self.names if name in self.chosen}
+        bad = [name for name, I in features.items() if I % pattern.m]
+        if bad:
+            raise UsageError(
+                f"{bad[0]} has {features[bad[0]]} input features, which do not divide into groups of {pattern.m}: "
+                f"choose another pattern, or leave such linears alone with {self._how_to_ignore(bad)}"
+            )
+
+    def _check_reached(self, unreached: Collection[str] | None) -> None:
+        """Raise UsageError where linears are to be calibrated that have no input."""
+        bad = [name for name in self.names if name in self.chosen and name in (unreached or ())]
+        if bad:
+            raise UsageError(
+                f"{bad[0]} is not reached by ordinary text, so it cannot be calibrated: leave such linears alone with "
+                f"{self._how_to_ignore(bad)}"
+            )
+
+    def _how_to_ignore(self, names: list[str]) -> str:
+        return how_to_ignore(names, self.chosen - set(names), self.lists)
 
     def _check_values(self) -> None:
         """Check all weights before any is solved, once for all runs on a source."""
@@ -367,14 +393,31 @@ class Run:
         if not self.ranks.first or self.partial.records:
             return
         self.progress(Progress("copying what is not compressed"))
+        self._note_what_is_left()
         with self.clock("opening"):
             for name, _ in parameters_outside(self.model, self.blocks):
                 self._write_plain(name)
             for name in self.weights.unused:
                 self.writer.add(name, converted(name, self.weights.stored(name), None, ""))
             self._record()
+            self.new_notes = []
             # Where the first block is in place already, nothing is read soon that would drop the last table, often a large one.
             self.weights.release()
+
+    def _note_what_is_left(self) -> None:
+        """Say which linears and blocks stay dense though nobody asked for that."""
+        for prefix in lists_of(self.idle):
+            idle = [name for name in self.idle if name.rpartition(".")[0] == prefix]
+            which = prefix if prefix not in self.lists else ", ".join(idle)
+            self._note(f"left as {'it is' if len(idle) == 1 else 'they are'}, for text does not run them: {which}")
+        if self.tied:
+            names = ", ".join(patterns_of(self.tied, self.lists))
+            self._note(f"left as they are, for several modules share their weights: {names}")
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            self.new_notes.append(note)
 
     def _record(self, hidden: dict[str, Any] | None = None) -> None:
         """Have what was written since the last record on the disk, and say so in the journal."""
@@ -387,9 +430,9 @@ class Run:
         content = {"linears": [solution.record() for solution in self.solutions], "notes": [*self.new_notes]}
         self.partial.record(files, content, hidden)
 
-    def end_block(self, number: int, outputs: HiddenStates | None) -> None:
-        """Write the rest of a block, let it go, and record it; `outputs` may be put on disk."""
-        block, prefix = self.blocks[number], f"{self.prefix}.{number}"
+    def end_block(self, number: int, outputs: HiddenStates | None, *, keep: bool = False) -> None:
+        """Write the rest of a block, let it go unless it is to be kept, and record it; `outputs` may be put on disk."""
+        block, prefix = self.blocks[number], self.block_names[number]
         with self.clock("writing"):
             if self.ranks.first:
                 for name in block.state_dict():
@@ -398,7 +441,8 @@ class Run:
                         or f"{prefix}.{name.removesuffix('.weight')}" not in self.chosen
                     ):
                         self._write_plain(f"{prefix}.{name}")
-            release(block)
+            if not keep:
+                release(block)
             hidden = self._save(outputs, number + 1)
             if self.ranks.first:
                 self._record(hidden)
@@ -443,6 +487,9 @@ class Run:
         settings = self._settle(lambda exact: self.measure(catcher, own_NS, exact))
         self.write_outside()
         calls, hiddens = self.catch(catcher, own_NS, settings, self.hidden_file(settings, 0))
+        if isinstance(catcher, BodyCalls):
+            self._solve_body(done, catcher, calls, hiddens, settings)
+            return
         self.release_outside()
 
         begin, found = 0, self.partial.find_hidden() if done else None
@@ -473,8 +520,26 @@ class Run:
             if outputs is not None:
                 hiddens = outputs
 
-    def enter_blocks(self, ids_NS: Tensor) -> BlockCalls:
-        """Put the first block in place, and what comes before it."""
+    def _solve_body(
+        self,
+        done: int,
+        catcher: BodyCalls,
+        calls: list[list[BlockCall]],
+        hiddens: HiddenStates,
+        settings: Settings,
+    ) -> None:
+        """Compress the blocks after those that are done, of a model that does not run its blocks in turn."""
+        for number in range(done):
+            self._take_solved(number)
+        if done:
+            self.partial.restore_random_state()
+            self.progress(Progress("going on"))
+        self.blocks_started = time.monotonic()
+        ended = lambda number: self.end_block(number, None, keep=True)  # noqa: E731
+        self.solve_body(catcher, calls, hiddens, settings.pause, begin=done, ended=ended)
+
+    def enter_blocks(self, ids_NS: Tensor) -> BlockCalls | BodyCalls:
+        """Put the first block in place, and what comes before it; all blocks, where the model does not run them in turn."""
         with self.clock("opening"):
             for name, _ in parameters_outside(self.model, self.blocks):
                 # The head computes logits, which nobody reads here.
@@ -483,7 +548,16 @@ class Run:
             tie(self.model)
             self._move_buffers(self.model)
         self.read_block(0)
-        return BlockCalls(self.model, self.blocks, ids_NS[:1, :_PROBE_TOKENS].to(self.device))
+        probe_1S = ids_NS[:1, :_PROBE_TOKENS].to(self.device)
+        try:
+            return BlockCalls(self.model, self.blocks, probe_1S)
+        except NotInTurn as error:
+            instead = "--prune magnitude or --quantize rtn, which look at no text"
+            self.check_room(self.dense_memory, f"calibrating {self.source.name}, where {error},", instead)
+        with self.clock("opening"):
+            for number in range(len(self.blocks)):
+                self.read_block(number)
+        return BodyCalls(self.model, probe_1S)
 
     def _keep_mapped(self, name: str) -> bool:
         """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
@@ -504,13 +578,24 @@ class Run:
         block = self.blocks[number]
         with self.clock("reading"):
             if any(parameter.is_meta for parameter in block.parameters()):
-                names, prefix = list(block.state_dict()), f"{self.prefix}.{number}"
+                names, prefix = list(block.state_dict()), self.block_names[number]
                 materialise(block, prefix, names, self.weights, self.device, ahead=self.ahead)
+                self._read_shared(block, prefix, names)
             if self.ahead is not None and number + 1 < len(self.blocks):
-                self.ahead.start(f"{self.prefix}.{number + 1}", self.blocks[number + 1])
+                self.ahead.start(self.block_names[number + 1], self.blocks[number + 1])
+
+    def _read_shared(self, block: nn.Module, prefix: str, names: list[str]) -> None:
+        """Give a block the weights that it shares with another and that are stored under the other's name."""
+        for name in names:
+            twin = next((twin for twin in self.twins.get(f"{prefix}.{name}", ()) if twin in self.weights), None)
+            if twin is not None and f"{prefix}.{name}" not in self.weights:
+                owner = block.get_submodule(name.rpartition(".")[0])
+                leaf = name.rpartition(".")[2]
+                tensor = self.weights.checked(twin, owner.get_parameter(leaf))
+                place(owner, leaf, tensor.to(self.device, owner.get_parameter(leaf).dtype))
 
     def catch(
-        self, catcher: BlockCalls, ids_NS: Tensor, settings: Settings, file: Path | None
+        self, catcher: BlockCalls | BodyCalls, ids_NS: Tensor, settings: Settings, file: Path | None
     ) -> tuple[list[list[BlockCall]], HiddenStates]:
         """How each block is called for each batch of the windows, and the inputs of the first."""
         hiddens = HiddenStates(torch.device("cpu") if settings.hidden == "host" else self.device, file)
@@ -541,35 +626,102 @@ class Run:
             solve: what is done with each group of linears; None compresses them.
             level: of the statistics that it is given; None: the plan's.
         """
-        block, prefix = self.blocks[number], f"{self.prefix}.{number}"
         linears = self.chosen_in(number)
         if not linears and outputs is None:
             return
-        solve_in_pass(
-            block,
+        groups, times = self._groups(self.blocks[number], catcher.probe[0].hidden, catcher.probe[number], linears)
+        self._walk(
+            self.blocks[number],
             [batch[number] for batch in calls],
             hiddens,
-            self._groups(number, catcher, linears),
+            groups,
             linears,
             self.plan.level if level is None else level,
             solve or (lambda names, stats: self._solve(names, stats, linears)),
             outputs=outputs,
             pause=pause,
-            ranks=self.ranks,
-            clock=self.clock,
+            again=any(n > 1 for n in times.values()),
         )
         if outputs is not None and not outputs.finite:
-            raise RepeatedError(f"the output of {prefix} is not finite: the model overflows in {self.compute_dtype}")
+            name = self.block_names[number]
+            raise RepeatedError(f"the output of {name} is not finite: the model overflows in {self.compute_dtype}")
+
+    def solve_body(
+        self,
+        catcher: BodyCalls,
+        calls: list[list[BlockCall]],
+        hiddens: HiddenStates,
+        pause: bool,
+        solve: Solve | None = None,
+        level: Level | None = None,
+        *,
+        begin: int = 0,
+        end: int | None = None,
+        ended: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """The same for the blocks from `begin` to `end`, all in place, of a model that does not run them in turn.
+
+        Args:
+            ended: told the number of each block that is done.
+        """
+        end = len(self.blocks) if end is None else end
+        linears: dict[str, Linear] = {}
+        groups: list[list[str]] = []
+        block_of: dict[str, int] = {}
+        again = False
+        for number in range(begin, end):
+            chosen = self.chosen_in(number)
+            found, times = self._groups(catcher.body, catcher.probe[0].hidden, catcher.probe[0], chosen)
+            linears.update(chosen)
+            groups += found
+            block_of.update(dict.fromkeys(chosen, number))
+            again = again or any(n > 1 for n in times.values())
+        self.block = begin
+
+        def end_blocks(last: int) -> None:
+            while self.block < last:
+                ended(self.block)
+                self.block += 1
+
+        def solve_next(names: list[str], stats: InputStats) -> None:
+            end_blocks(block_of[names[0]])
+            if solve is not None:
+                solve(names, stats)
+            else:
+                self._solve(names, stats, linears)
+
+        self._walk(
+            catcher.body,
+            [batch[0] for batch in calls],
+            hiddens,
+            groups,
+            linears,
+            self.plan.level if level is None else level,
+            solve_next,
+            outputs=None,
+            pause=pause,
+            again=again,
+        )
+        end_blocks(end)
+
+    def _walk(self, *args: Any, pause: bool, again: bool, **options: Any) -> None:
+        """Run all batches through a block or body; `again`: it uses linears more than once."""
+        if again:
+            solve_in_passes(*args, **options, ranks=self.ranks, clock=self.clock)
+        else:
+            solve_in_pass(*args, **options, pause=pause, ranks=self.ranks, clock=self.clock)
 
     def chosen_in(self, number: int) -> dict[str, Linear]:
         """The linears of a block that are to be compressed, by name."""
-        linears = block_linears(self.blocks[number], f"{self.prefix}.{number}")
+        linears = block_linears(self.blocks[number], self.block_names[number])
         return {name: linear for name, linear in linears.items() if name in self.chosen}
 
-    def _groups(self, number: int, catcher: BlockCalls, linears: dict[str, Linear]) -> list[list[str]]:
-        probe = catcher.probe[number]
-        call = BlockCall(catcher.probe[0].hidden, probe.args, probe.kwargs)
-        return group_by_input(self.blocks[number], call, linears)
+    def _groups(
+        self, block: nn.Module, hidden: Tensor, probe: BlockCall, linears: dict[str, Linear]
+    ) -> tuple[list[list[str]], dict[str, int]]:
+        groups, times = group_by_input(block, BlockCall(hidden, probe.args, probe.kwargs), linears)
+        self._check_reached({name for name, n in times.items() if n == 0})
+        return groups, times
 
     def _take_solved(self, number: int) -> None:
         """Put the compressed weights of a block, which is recorded, in the place of those that were read."""
@@ -613,21 +765,29 @@ class Run:
     def _largest(self) -> nn.Module:
         return max(self.blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
 
-    def measure(self, catcher: BlockCalls, ids_NS: Tensor, exact: bool) -> Footprint:
-        """What the run will hold in memory, from the first block, which is in place."""
-        parts = {name.removeprefix(f"{self.prefix}.").partition(".")[2] for name in self.chosen}
-        everything = block_linears(self.blocks[0], f"{self.prefix}.0")
-        linears = {name: everything[name] for name in everything if name.removeprefix(f"{self.prefix}.0.") in parts}
+    def measure(self, catcher: BlockCalls | BodyCalls, ids_NS: Tensor, exact: bool) -> Footprint:
+        """What the run will hold in memory, from the first block, which is in place, or from the body."""
+        sizes = self._sizes(self._largest)
+        if isinstance(catcher, BodyCalls):
+            block = catcher.body
+            linears = {name: linear for i in range(len(self.blocks)) for name, linear in self.chosen_in(i).items()}
+            sizes["block"] = self.compute_dtype.itemsize * sum(p.numel() for b in self.blocks for p in b.parameters())
+        else:
+            block = self.blocks[0]
+            parts = {split_name(name, self.lists)[1] for name in self.chosen}
+            everything = block_linears(block, self.block_names[0])
+            linears = {name: everything[name] for name in everything if split_name(name, self.lists)[1] in parts}
+        groups, _ = self._groups(block, catcher.probe[0].hidden, catcher.probe[0], linears)
         return footprint(
             self.plan,
-            self.blocks[0],
+            block,
             catcher,
             ids_NS.to(self.device),
-            self._groups(0, catcher, linears),
+            groups,
             linears,
             self.source.dtype,
             self.base,
-            self._sizes(self._largest),
+            sizes,
             exact,
         )
 
@@ -711,9 +871,7 @@ class Run:
         for name in names:
             self._put(solutions[name], linears[name], in_place=stats is not None)
         for note in notes:
-            if note not in self.notes:
-                self.notes.append(note)
-                self.new_notes.append(note)
+            self._note(note)
 
     def _alike(self, names: list[str]) -> list[list[str]]:
         """Linears for which the same was chosen, which are solved together."""

@@ -23,6 +23,7 @@ from secateur.errors import UsageError
 from secateur.evaluate.perplexity import measure
 from secateur.formats.manifest import hash_of_values
 from secateur.formats.writer import entry_bytes, write_whole
+from secateur.pipeline.block_names import split_name
 from secateur.pipeline.calibrate import calibration_ids
 from secateur.pipeline.goals import has_target, parse_rise, parse_target, placeholder, with_methods
 from secateur.pipeline.library import Candidate, Library, Search
@@ -170,7 +171,7 @@ def _owl(
     outliers = search.outliers(ids_NS)
     blocks: dict[str, list[str]] = {}
     for name in weights:
-        blocks.setdefault(name.removeprefix(f"{search.run.prefix}.").partition(".")[0], []).append(name)
+        blocks.setdefault(split_name(name, search.run.lists)[0], []).append(name)
     counts = [sum(weights[name] for name in names) for names in blocks.values()]
     # The mean of a block's linears, as the authors' code takes all weights of a block together.
     shares = [

@@ -17,9 +17,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils import quantization_config
 
 from secateur.errors import CheckpointError, UsageError, one_line
@@ -317,20 +323,64 @@ def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool
         raise CheckpointError(f"{name}: config.json has no 'model_type'")
     if "auto_map" in config and trust_remote_code:
         return
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    known = (known,) if isinstance(known, str) else tuple(known or ())
+    known = _causal_classes(model_type, config)
     architectures = config.get("architectures")
-    if isinstance(architectures, list) and architectures and not any(name in known for name in architectures):
+    if isinstance(architectures, list) and architectures:
         found = ", ".join(map(str, architectures))
-        raise UsageError(
-            f"{name} is a {found}, not a decoder-only language model: secateur compresses causal language models"
-        )
+        if not any(str(each).lower() in known for each in architectures):
+            _check_known(f"{name} is a {found} (model type {model_type!r})", model_type, config)
+            raise UsageError(
+                f"{name} is a {found}, not a decoder-only language model: secateur compresses causal language models"
+            )
+    _check_known(f"{name} is of type {model_type!r}", model_type, config)
     if not known:
         raise UsageError(
             f"{name} is of type {model_type!r}, which transformers does not offer as a causal language model"
         )
     if config.get("is_encoder_decoder"):
         raise UsageError(f"{name} is an encoder-decoder: secateur compresses decoder-only language models")
+
+
+def _causal_classes(model_type: str, config: Mapping[str, Any]) -> set[str]:
+    """The classes, in lower case as some are spelled otherwise, whose checkpoints transformers loads as causal models.
+
+    That of a decoder without its head is one of them: the head is tied to the embeddings, or lies in the files all the same.
+    """
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    found = {causal} if isinstance(causal, str) else set(causal)
+    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if found and not encoder:
+        bare = MODEL_MAPPING_NAMES.get(model_type, ())
+        found |= {bare} if isinstance(bare, str) else set(bare)
+    return {name.lower() for name in found}
+
+
+def _check_known(what: str, model_type: str, config: Mapping[str, Any]) -> None:
+    """Raise UsageError where only the code that comes with a model, or other releases of transformers, know what it is."""
+    own_code = config.get("auto_map")
+    own_code = isinstance(own_code, Mapping) and ("AutoModelForCausalLM" in own_code or "AutoModel" in own_code)
+    unknown = model_type not in CONFIG_MAPPING_NAMES
+    if own_code and (unknown or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise UsageError(
+            f"{what}, which runs by code that comes with it: give --trust-remote-code if you trust whoever wrote it"
+        )
+    if unknown:
+        made = config.get("transformers_version")
+        by = f"; its config.json was written by {made}" if isinstance(made, str) else ""
+        raise UsageError(
+            f"{what}, which transformers {transformers.__version__}, the one installed, does not know{by}: "
+            "install a newer one, pip install -U transformers"
+        )
+
+
+def longest_window(config: Any) -> int | None:
+    """How many tokens a model takes at a time; None where that is not limited, or not said."""
+    text = config.get_text_config()
+    # Some families have names of their own, which transformers does not map to the common one.
+    for name in ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions"):
+        if isinstance(positions := getattr(text, name, None), int) and positions > 0:
+            return positions
+    return None
 
 
 def _demo_file() -> Path:

@@ -137,6 +137,75 @@ def solve_in_pass(
             handle.remove()
 
 
+def solve_in_passes(
+    block: nn.Module,
+    calls: list[BlockCall],
+    hiddens: HiddenStates,
+    groups: list[list[str]],
+    linears: dict[str, Linear],
+    level: Level,
+    solve: Solve,
+    *,
+    outputs: HiddenStates | None,
+    ranks: Ranks,
+    clock: Clock,
+) -> None:
+    """The same for a block that uses linears more than once: each group's statistics are of all its inputs, in order.
+
+    A linear's later inputs depend on what follows it, so that every batch runs through the whole block once for each group, in
+    which the linears solved before are in place, and those to come are as they were.
+
+    Args:
+        block, calls, hiddens, groups, linears, level, solve, outputs, ranks, clock: see `solve_in_pass`.
+
+    Raises:
+        RepeatedError: an input of a linear is not finite.
+    """
+    for names in groups:
+        stats = _stats_of_all_uses(names, block, calls, hiddens, linears[names[0]], level, ranks, clock)
+        with clock("exchange"):
+            ranks.add_up(stats)
+        solve(names, stats)
+    if outputs is not None:
+        with clock("forward"):
+            run_block(block, calls, hiddens, outputs)
+
+
+def _stats_of_all_uses(
+    names: list[str],
+    block: nn.Module,
+    calls: list[BlockCall],
+    hiddens: HiddenStates,
+    linear: Linear,
+    level: Level,
+    ranks: Ranks,
+    clock: Clock,
+) -> InputStats:
+    """Statistics of a group's inputs, which are those of its first linear, over all batches."""
+    found: list[InputStats] = []
+    windows = 0
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if not found:
+            found.append(InputStats.empty(x.shape[-1], level, x.device))
+        found[0].add(x.reshape(-1, x.shape[-1]))
+        if not found[0].finite:
+            raise RepeatedError(_where_not_finite(names, x, windows, ranks))
+
+    handle = linear.register_forward_pre_hook(gather)
+    try:
+        for i, call in enumerate(calls):
+            with clock("forward"):
+                call.run(block, hiddens.read(i))
+            windows += hiddens.shapes[i][0]
+    finally:
+        handle.remove()
+    if not found:
+        raise RepeatedError(f"{names[0]} is not reached by calibration text: not supported")
+    return found[0]
+
+
 def run_block(block: nn.Module, calls: list[BlockCall], hiddens: HiddenStates, outputs: HiddenStates) -> None:
     """Run all batches through a block as it is."""
     for i, call in enumerate(calls):

@@ -18,8 +18,8 @@ from secateur.formats.layout import all_finite
 from secateur.formats.names import renamed, stored_as
 from secateur.formats.packed import DecodedWeights, PackedWeight
 from secateur.formats.reader import StoredTensors
+from secateur.pipeline.block_names import generalise, split_name
 from secateur.pipeline.source import Source
-from secateur.pipeline.structure import generalise
 
 # What quantizers call the numbers that turn codes into weights, beside the weight or below its name.
 _SCALE = re.compile(r"(?P<owner>.+?)\.(weight[._])?[^.]*(scale|absmax|scb|zero_point|qzeros)[^.]*", re.IGNORECASE)
@@ -182,14 +182,17 @@ class ModelWeights:
         return self.name_to_write(f"{module}.weight").removesuffix(".weight")
 
     def generalised(
-        self, entries: Mapping[str, dict[str, Any]], prefix: str, absent: Iterable[str]
+        self, entries: Mapping[str, dict[str, Any]], lists: Iterable[str], absent: Iterable[str]
     ) -> dict[str, dict[str, Any]]:
         """What `generalise` makes of the entries of modules, by the names that their weights have in the files."""
         found = {self.module_to_write(name): entry for name, entry in entries.items()}
-        first = next(iter(entries))
-        number = first.removeprefix(f"{prefix}.").partition(".")[0]
-        blocks = self.module_to_write(first).partition(f".{number}.")[0]
-        return generalise(found, blocks, {self.module_to_write(name) for name in absent})
+        written = []
+        for name in entries:
+            block, rest = split_name(name, lists)
+            if rest:
+                number = block.rpartition(".")[2]
+                written.append(self.module_to_write(name).partition(f".{number}.")[0])
+        return generalise(found, dict.fromkeys(written), {self.module_to_write(name) for name in absent})
 
     def stored(self, name: str) -> Tensor:
         """A tensor by the name it is stored under."""

@@ -151,7 +151,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
         """Names, dtypes (None for one that weights do not have) and shapes, of which no tensor is read."""
         for file in sorted(set(self._file.values())):
-            opened = self._open(file)
+            opened = self.open_file(file)
             for name in opened.keys():  # noqa: SIM118 - a handle is not a mapping
                 found = opened.get_slice(name)
                 yield name, _STORED_FLOATS.get(found.get_dtype()), tuple(found.get_shape())

@@ -314,7 +314,9 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
     quantization = content.get("quantization_config")
     ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
     files = tuple(weight_files(folder))
-    return Source(name, config, weights, dtype, stored, files, folder, trust_remote_code, ours, from_hub, content)
+    return Source(
+        name, config, weights, dtype, stored, files, folder, trust_remote_code, ours, from_hub, own_config=content
+    )
 
 
 def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:

@@ -2,7 +2,7 @@
 
 The protocol: SmolLM2-135M-Instruct as a plain float32 folder; the test split of WikiText-2 raw, of which the first 60 % of
 the characters are for evaluation (the first 12 windows of 1024 tokens) and the rest for calibration (the first 32 windows
-of 512 tokens).
+of 512 tokens). Windows do not begin with BOS (`--no-bos`): SmolLM2's tokenizer adds none.
 """
 
 from __future__ import annotations

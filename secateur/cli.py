@@ -1051,6 +1051,19 @@ def generate(
     print(text)
 
 
+@app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run_other(
+    command: Annotated[
+        list[str],
+        typer.Argument(help="A command of an installed package, a Python file, or -m and a module; its arguments."),
+    ],
+) -> None:
+    """Run another tool so that it opens secateur's checkpoints: `secateur run -- lm_eval --model hf …`."""
+    from secateur.tool import run_tool
+
+    run_tool(command)
+
+
 def _size(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:

@@ -470,3 +470,31 @@ def test_the_heat_map_is_drawn(suffix, base, model_of, tmp_path):
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     with pytest.raises(UsageError, match=r"must end in \.png or .svg"):
         plot_choices(report.linears, tmp_path / "map.pdf")
+
+
+def test_figures_in_the_heat_map_can_be_read(model_of, monkeypatch, tmp_path):
+    """The contrast of each with its cell is 4.5 or more, as WCAG asks for."""
+    from matplotlib.axes import Axes
+    from matplotlib.colors import to_rgb
+
+    from secateur.evaluate.choice_plot import plot_choices
+
+    def luminance(colour):
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    inks, write = [], Axes.text
+
+    def note(axes, x, y, said, **options):
+        image = axes.images[0]
+        ground = image.cmap(image.norm(image.get_array()[y, x]))
+        low, high = sorted(luminance(colour) + 0.05 for colour in (ground[:3], options["color"]))
+        assert high / low >= 4.5
+        inks.append(options["color"])
+        return write(axes, x, y, said, **options)
+
+    report = secateur.compress(str(model_of("llama")), tmp_path / "out", Recipe("magnitude", 0.5))
+    monkeypatch.setattr(Axes, "text", note)
+    linears = [replace(linear, sparsity=i / 20, bits=2 + i / 2) for i, linear in enumerate(report.linears)]
+    plot_choices(linears, tmp_path / "map.png")
+    assert set(inks) == {"black", "white"}

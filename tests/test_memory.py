@@ -199,7 +199,7 @@ def test_on_a_gpu_the_host_holds_no_more_than_what_waits_there(need):
 
 
 def test_without_a_limit_nothing_is_refused(need, monkeypatch):
-    monkeypatch.setattr("secateur.pipeline.memory.psutil.virtual_memory", lambda: type("Free", (), {"available": 1})())
+    monkeypatch.setattr("secateur.pipeline.memory.free_memory", lambda: 1)
     assert need.choose(None, None, None) == Settings(128, False, "file")
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
-import psutil
 import torch
+
+from secateur.pipeline.free_memory import free_memory
 
 #: Memory that is gone over in turn is this many times the last-level cache, so that nothing of it is left there.
 COLD = 2
@@ -37,7 +38,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory of a device that can be had without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return free_memory()
 
 
 def time_in_turn(

@@ -42,11 +42,19 @@ def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
             continue
         for y, r in enumerate(rows):
             for x, c in enumerate(columns):
-                said = f"{value(cells[r, c]):.{digits}f}" if (r, c) in cells else "–"
-                axes.text(
-                    x, y, said, ha="center", va="center", fontsize="x-small", color="#808080" if said == "–" else "w"
-                )
+                said, ink = "–", "#808080"
+                if (r, c) in cells:
+                    said, ink = f"{values[y][x]:.{digits}f}", _ink(image.cmap(image.norm(values[y][x])))
+                axes.text(x, y, said, ha="center", va="center", fontsize="x-small", color=ink)
     save_plot(figure, file)
+
+
+def _ink(ground: Sequence[float]) -> str:
+    """Black or white, whichever stands out more on a colour: by its relative luminance, as WCAG 2 has it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in ground[:3]]
+    luminance = sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    # The contrast with white is 1.05 / (L + 0.05), and with black (L + 0.05) / 0.05.
+    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
 def by_block(

@@ -11,7 +11,9 @@ import torch
 
 from secateur._version import __version__
 from secateur.errors import RepeatedError
+from secateur.formats.card import write_card
 from secateur.formats.hf import quantization_config
+from secateur.formats.reader import read_json
 from secateur.formats.writer import write_manifest
 from secateur.pipeline.goals import is_open
 from secateur.pipeline.load import open_device
@@ -152,6 +154,7 @@ def put_together(run: Run, report: Report) -> Path:
     if run.weights.untied:
         save_untied(folder)
     report.notes = [*report.notes, *run.source.write_companions(folder)]
+    write_card(folder, run.source.name, read_json(folder / "config.json"))
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     write_manifest(folder, _manifest(run, report))
     return folder

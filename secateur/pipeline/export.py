@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur._version import __version__
 from secateur.errors import UsageError
+from secateur.formats.card import write_card
 from secateur.formats.manifest import MANIFEST_NAME
 from secateur.formats.reader import read_json
 from secateur.formats.writer import ShardWriter, assemble, staged_folder, write_manifest
@@ -97,6 +98,7 @@ def export(
         if weights.untied:
             save_untied(folder)
         notes = source.write_companions(folder)
+        write_card(folder, source.name, read_json(folder / "config.json"))
         write_manifest(folder, _manifest(source, to, weights.unused, notes))
     return notes
 

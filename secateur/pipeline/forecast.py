@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from secateur.calibration.effects import LABELS
@@ -24,6 +23,7 @@ from secateur.formats.paths import check_named
 from secateur.formats.writer import SHARD_BYTES
 from secateur.pipeline.capture import BodyCalls
 from secateur.pipeline.compress import put_together
+from secateur.pipeline.free_memory import free_memory
 from secateur.pipeline.goals import is_open, parse_target
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.library import NEAR, TOKENS, Search, is_both
@@ -165,7 +165,7 @@ def forecast(
             scratch=max(scratch, waiting + fisher + min(disk, SHARD_BYTES)),
             seconds=seconds,
             blocks=len(run.blocks),
-            free_memory=psutil.virtual_memory().available,
+            free_memory=free_memory(),
             free_disk=shutil.disk_usage(place).free,
         )
 

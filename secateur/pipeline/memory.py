@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from secateur.calibration.stats import InputStats, Level
 from secateur.errors import UsageError
 from secateur.formats.reader import MAPPED_BYTES
 from secateur.pipeline.capture import BlockCalls, BodyCalls
+from secateur.pipeline.free_memory import free_memory
 from secateur.pipeline.live import LiveBytes
 from secateur.pipeline.plan import Plan
 from secateur.pipeline.sizes import parse_size, words
@@ -179,7 +179,7 @@ class Footprint:
 
     def fits(self, settings: Settings, host: int | None, device: int | None) -> bool:
         """Whether settings keep to the limits in bytes; without one for the host it is most of what is free."""
-        limit = host or self.base + _FREE_SHARE * psutil.virtual_memory().available
+        limit = host or self.base + _FREE_SHARE * free_memory()
         on_host, on_device = self.peaks(settings)
         return on_host <= limit and (device is None or on_device <= device)
 

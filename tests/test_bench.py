@@ -356,7 +356,7 @@ def test_backends_that_cannot_be_used(folder, fails):
         (["--dtype", "float64"], "--dtype 'float64' is not known: it can be auto, bfloat16, float16, float32"),
         (["--device", "nonsense"], "--device nonsense cannot be used here: "),
         (["--tokens", "1,x"], "--tokens '1,x' is not understood: give whole numbers, such as 1,16"),
-        (["--tokens", ""], "--tokens '' is not understood"),
+        (["--tokens", ""], "--tokens is empty: give a value"),
         (["--tokens", "0"], "--tokens 0: there must be at least one number, and all at least 1"),
         (["--plot", "figures.pdf"], "--plot figures.pdf: the file must end in .png or .svg"),
         (

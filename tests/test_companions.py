@@ -50,7 +50,8 @@ def test_everything_comes_along_that_is_no_weight(name, trusted, own_model, tmp_
         notes = export(str(model), out, "dense", trust_remote_code=trusted)
     assert notes == []
     assert files(out) == {*before, *TAKEN, *(CODE if trusted else ()), MANIFEST_NAME}
-    for file in TAKEN:
+    assert (out / "README.md").read_bytes().endswith((model / "README.md").read_bytes())  # behind our own card
+    for file in set(TAKEN) - {"README.md"}:
         assert (out / file).read_bytes() == (model / file).read_bytes()
     # The manifest has them all, at any depth, and they are as safe as others.
     said = json.loads((out / MANIFEST_NAME).read_text())["files"]
@@ -111,7 +112,7 @@ def test_what_is_too_large_a_link_or_no_file_is_left_and_said(own_model, tmp_pat
         "and 2 more"
     ]
     assert json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["notes"] == notes
-    assert files(tmp_path / "out") == {*files(model), MANIFEST_NAME} - {"large.txt", "a/link.txt", "a/new\nline"}
+    assert files(tmp_path / "out") == {*files(model), MANIFEST_NAME, "README.md"} - {"large.txt", "a/link.txt", "a/new\nline"}
     assert secateur.verify(tmp_path / "out") == []
 
 
@@ -136,7 +137,7 @@ def test_a_folder_in_the_model_is_not_copied_into_itself(name, own_model):
             secateur.compress(str(model), out, RTN)
         else:
             export(str(model), out, "dense")
-        assert files(out) == {*before, MANIFEST_NAME}
+        assert files(out) == {*before, MANIFEST_NAME, "README.md"}
 
 
 @pytest.mark.parametrize("trusted", [False, True])

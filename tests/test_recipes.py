@@ -44,7 +44,7 @@ recipes = _maybe(
     prune=_text, sparsity=_number, pattern=_text, refine=_text, format=_text, dtype=_text, quantize=_text,
     targets=st.lists(_text).map(tuple), ignore=st.lists(_text).map(tuple),
     calibration=_maybe(
-        source=_text, samples=_count, seq_len=_count, seed=st.integers(-(2**63), 2**63), text_field=_text
+        source=_text.filter(str.strip), samples=_count, seq_len=_count, seed=st.integers(-(2**63), 2**63), text_field=_text
     ).map(lambda content: Calibration(**content)),
     quantization=_maybe(
         bits=_count, group_size=_count | _text, symmetric=_flag, search_range=_flag, order=_text, damping=_number,

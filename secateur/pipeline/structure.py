@@ -98,7 +98,8 @@ def kept_in_float32(model: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
 
 def _check_head(source: Source, model: Any) -> None:
     """Raise UsageError where a checkpoint is said to be of a decoder alone, and has no head to predict words with."""
-    found = ", ".join(map(str, getattr(source.config, "architectures", None) or ()))
+    named = getattr(source.config, "architectures", None)
+    found = ", ".join(map(str, named)) if isinstance(named, list) else ""
     if not found or type(model).__name__.lower() in found.lower():
         return
     head = model.get_output_embeddings()

@@ -123,7 +123,7 @@ def test_without_a_pass_over_text_the_longest_list_of_the_decoder_is_taken(saved
 def obvious(source, wanted, order):
     """Masks by running the whole model for each group, in order, and taking all inputs of each linear together."""
     opened = open_source(str(source))
-    ids_NS, _ = calibration_ids(opened, wanted.calibration, torch.device("cpu"), lambda _: None)
+    ids_NS, _, _ = calibration_ids(opened, wanted.calibration, torch.device("cpu"), lambda _: None)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     pattern = parse_pattern(wanted.pattern, wanted.sparsity)
     found = {}

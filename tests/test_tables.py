@@ -136,7 +136,7 @@ def test_eval(says, packed, model_of, text_file):
     assert str(model_of("llama")) in heading
     assert "same most likely token" in stdout
     assert "model.layers.1 " in stdout
-    assert f"5 windows of 16 tokens of {text_file}" in stdout.splitlines()
+    assert f"5 windows of 16 tokens of {text_file}, with BOS" in stdout.splitlines()
 
 
 def test_gate(says, packed, text_file, tmp_path):
@@ -144,7 +144,7 @@ def test_gate(says, packed, text_file, tmp_path):
     assert says("gate", packed, "--baseline", baseline, "--write", "--data", text_file, "--seq-len", 16)[0] == 0
     code, stdout, _ = says("gate", packed, "--baseline", baseline)
     assert code == 0
-    assert f"{packed} against {baseline}" in stdout.splitlines()
+    assert f"{packed} against {baseline}, with BOS" in stdout.splitlines()
     (line,) = [line for line in stdout.splitlines() if "perplexity" in line]
     assert line.count("%") == 3
 

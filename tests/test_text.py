@@ -145,10 +145,15 @@ def test_no_such_file(spec):
         read_text(spec)
 
 
-@pytest.mark.parametrize("spec", ["", "two words", "a:b:c:d", "wikitext2:a:b", "x" * 5000 + "!"])
+@pytest.mark.parametrize("spec", ["two words", "a:b:c:d", "wikitext2:a:b", "x" * 5000 + "!"])
 def test_not_a_spec(spec):
     with pytest.raises(UsageError, match="is not a text"):
         read_text(spec)
+
+
+def test_an_empty_spec():
+    with pytest.raises(UsageError, match="the name of a text is empty"):
+        read_text("")
 
 
 def test_empty_and_unknown_files(tmp_path):

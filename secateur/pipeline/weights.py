@@ -53,6 +53,7 @@ class ModelWeights:
         self._dtypes: dict[str, torch.dtype] = {}
         self._whole: Any = None
         self._kinds: dict[str, tuple[int, torch.dtype]] = {}
+        self._twins: set[str] = set()  # untied ones that the files hold as one tensor: each is written for itself
         self._stored, missing = stored_names(source.weights, model)
         if missing:
             self._load_whole(source, missing)
@@ -109,7 +110,9 @@ class ModelWeights:
     def _untie(self, model: Any) -> None:
         """Make every tied tensor of a model one of its own, with the values that it had in common or those of the files."""
         for name, other in model.all_tied_weights_keys.items():
-            self._stored.setdefault(name, self._stored[other])
+            if name not in self._stored:
+                self._stored[name] = self._stored[other]
+                self._twins.add(name)
             owner, leaf = name.rpartition(".")[::2]
             place(model.get_submodule(owner), leaf, model.get_parameter_or_buffer(name).detach())
         model.all_tied_weights_keys = {}
@@ -162,7 +165,7 @@ class ModelWeights:
 
     def name_to_write(self, name: str) -> str:
         """The name under which such a tensor should be stored again: every tool knows it by the one that it had."""
-        return self._stored.get(name, name)
+        return name if name in self._twins else self._stored.get(name, name)
 
     @property
     def converted(self) -> bool:
@@ -201,7 +204,7 @@ class ModelWeights:
     def bytes_as(self, name: str, dtype: torch.dtype | None) -> int:
         """The bytes of what is stored under a name once it is dense, its floating values as `dtype` (None: as they are)."""
         if name not in self._kinds:  # a packed one has to be decoded to tell
-            tensor = self._weights[name]
+            tensor = self._weights[self._stored[name] if name in self._twins else name]
             self._kinds[name] = tensor.numel(), tensor.dtype
         count, own = self._kinds[name]
         return count * (dtype if dtype is not None and own.is_floating_point else own).itemsize

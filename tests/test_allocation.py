@@ -230,8 +230,18 @@ def test_a_target_size_is_met(methods, base, model_of, tmp_path):
 
 def test_a_target_that_cannot_be_met_says_the_smallest_size_that_can(base, model_of, tmp_path):
     model = str(model_of("llama"))
+
+    def wanted(size):
+        return Recipe(calibration=base.calibration, target_size=size)
+
+    # Headers tell that, before any text is read.
+    with pytest.raises(UsageError, match=r"but [\d.]+ \w+ \(0\.\d+x\) are not compressed") as error:
+        secateur.compress(model, tmp_path / "out", Recipe(calibration=Calibration("missing.txt"), target_size="0.01x"))
+    outside = float(str(error.value).split("(")[1].split("x")[0])
+    with pytest.raises(UsageError, match=r"are not compressed"):
+        secateur.forecast(model, wanted(f"{outside - 0.001:.3f}x"), out=tmp_path)
     with pytest.raises(UsageError, match=r"the smallest that these methods reach is [\d.]+ \w+ \((0\.\d+)x\)") as error:
-        secateur.compress(model, tmp_path / "out", Recipe(calibration=base.calibration, target_size="0.01x"))
+        secateur.compress(model, tmp_path / "out", wanted(f"{outside + 0.002:.3f}x"))
     smallest = float(str(error.value).split("(")[1].split("x")[0])
     assert not (tmp_path / "out").exists()
     report = secateur.compress(

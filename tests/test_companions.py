@@ -112,7 +112,11 @@ def test_what_is_too_large_a_link_or_no_file_is_left_and_said(own_model, tmp_pat
         "and 2 more"
     ]
     assert json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["notes"] == notes
-    assert files(tmp_path / "out") == {*files(model), MANIFEST_NAME, "README.md"} - {"large.txt", "a/link.txt", "a/new\nline"}
+    assert files(tmp_path / "out") == {*files(model), MANIFEST_NAME, "README.md"} - {
+        "large.txt",
+        "a/link.txt",
+        "a/new\nline",
+    }
     assert secateur.verify(tmp_path / "out") == []
 
 

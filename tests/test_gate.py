@@ -373,6 +373,24 @@ def test_the_same_text_may_lie_elsewhere(says, checkpoint, written, text, tmp_pa
     assert says("gate", checkpoint, "--baseline", written, *options)[0] == 0
 
 
+def test_a_relative_path_is_that_of_a_file_beside_the_baseline(says, checkpoint, text, tmp_path, monkeypatch):
+    """Tests are started from anywhere; another text of that name in the working folder is not taken for it."""
+    kept, elsewhere = tmp_path / "kept", tmp_path / "elsewhere"
+    kept.mkdir()
+    elsewhere.mkdir()
+    (kept / "text.txt").write_bytes(Path(text.data).read_bytes())
+    monkeypatch.chdir(kept)
+    write_baseline(str(checkpoint), Path("b.json"), replace(text, data="text.txt"))
+    monkeypatch.chdir(elsewhere)
+    assert says("gate", checkpoint, "--baseline", kept / "b.json")[0] == 0
+    (elsewhere / "text.txt").write_text("another text")
+    assert says("gate", checkpoint, "--baseline", kept / "b.json")[0] == 0
+    # The working folder is next.
+    (elsewhere / "text.txt").write_bytes((kept / "text.txt").read_bytes())
+    (kept / "text.txt").unlink()
+    assert says("gate", checkpoint, "--baseline", kept / "b.json")[0] == 0
+
+
 def test_windows_that_overlap_make_no_baseline(checkpoint, text, tmp_path):
     with pytest.raises(UsageError, match="hang together"):
         write_baseline(str(checkpoint), tmp_path / "baseline.json", replace(text, stride=20))

@@ -15,9 +15,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import secateur
 from secateur.errors import CheckpointError, SecateurError
 from secateur.evaluate.run import size_of
+from secateur.formats.manifest import MANIFEST_NAME
 from secateur.pipeline import run as run_module
 from secateur.pipeline.export import export
 from secateur.pipeline.source import open_source
+from secateur.recipe import Recipe
 
 IDS_NS = torch.randint(2, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
 HALF = [torch.bfloat16, torch.float16]
@@ -347,3 +349,15 @@ def test_an_error_that_would_come_again_does_not_advise_to_resume(own_model, tex
         secateur.compress(str(folder), tmp_path / "out", recipe(text_file))
     with pytest.raises(SecateurError, match="but --resume would come to the same"):
         secateur.compress(str(folder), tmp_path / "out", recipe(text_file), resume=True)
+
+
+# --- weights that were quantized before
+
+
+@pytest.mark.parametrize(("layout", "told"), [("packed-int", True), ("spqr", True), ("bitmap", False)])
+def test_a_source_that_was_quantized_before_is_told(layout, told, packed_of, tmp_path):
+    report = secateur.compress(
+        str(packed_of("llama", layout)), tmp_path / "out", Recipe(prune="magnitude", sparsity=0.5)
+    )
+    assert any("was quantized before" in note for note in report.notes) == told
+    assert json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["notes"] == report.notes

@@ -209,6 +209,16 @@ class Baseline:
         return Text(**{field.name: said[field.name] for field in dataclasses.fields(Text)})
 
     @property
+    def text_here(self) -> Text:
+        """The same by where its file lies: a relative path is that of a file beside the baseline, if there is one.
+
+        Else it is looked up in the working folder, which is another one wherever tests are started from.
+        """
+        beside = self.file.parent / self.text.data
+        found = not os.path.isabs(self.text.data) and os.path.isfile(beside)
+        return dataclasses.replace(self.text, data=str(beside)) if found else self.text
+
+    @property
     def per_window(self) -> dict[str, list[float]]:
         return self.content["per_window"]
 
@@ -252,7 +262,7 @@ def gate(
         UsageError: the baseline is of another text or dtype, or of too few windows for the confidence.
         SecateurError: the model cannot be measured.
     """
-    file, wanted = baseline.file, baseline.text
+    file, wanted = baseline.file, baseline.text_here
     for name, given in (text or {}).items():
         # Where a text lies differs between machines, and what BOS is between tokenizers; whether it is the same tokens tell.
         if name in ("data", "text_field", "bos"):

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.formats import compressed_tensors, spqr_quant
+from secateur.formats.bitmap import Bitmap
 from secateur.formats.folder import is_plain_name
 from secateur.formats.layout import LAYOUT_VERSION, LAYOUTS, Layout, layout_from_config
+from secateur.formats.nm import NMBits
 from secateur.formats.packed import DecodedWeights, PackedWeight
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -331,6 +333,12 @@ def check_no_codes(weights: Mapping[str, Tensor]) -> None:
                 f"{name} is {weights[name].dtype}, the codes of a quantizer that secateur does not read: make the weights "
                 "bfloat16 with what quantized them"
             )
+
+
+def is_rounded(weights: Mapping[str, Tensor]) -> bool:
+    """Whether packed weights are codes, and not just without their zeros."""
+    packed = weights.packed.values() if isinstance(weights, DecodedWeights) else ()
+    return any(not isinstance(weight.layout, Bitmap | NMBits) for weight in packed)
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:

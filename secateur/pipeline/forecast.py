@@ -34,7 +34,7 @@ from secateur.pipeline.plan import plan
 from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.report import Progress
 from secateur.pipeline.run import Run
-from secateur.pipeline.search import ATTEMPTS, bare, candidates, check_memory, dense_bytes
+from secateur.pipeline.search import ATTEMPTS, bare, candidates, check_memory, check_target, dense_bytes
 from secateur.pipeline.source import open_source
 from secateur.pipeline.structure import weight_matrix
 from secateur.pipeline.verify import verify
@@ -212,6 +212,7 @@ def _search(run: Run, recipe: Recipe) -> tuple[float, int, int]:
     """
     run.prepare()
     check_memory(run, recipe)
+    check_target(run, recipe)
     ids_NS, _ = run.calibration_windows()
     few_NS = ids_NS[:_SEARCHED]
     dense = recipe.allocation == "owl"  # it only looks at the dense model

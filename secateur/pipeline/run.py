@@ -405,7 +405,11 @@ class Run:
             self.weights.release()
 
     def _note_what_is_left(self) -> None:
-        """Say which linears and blocks stay dense though nobody asked for that."""
+        """Say what the source has lost already, and which linears and blocks stay dense though nobody asked for that."""
+        if self.source.rounded:
+            self._note(
+                f"{self.source.name} was quantized before: what that lost stays lost, and what is done now comes on top"
+            )
         for prefix in lists_of(self.idle):
             idle = [name for name in self.idle if name.rpartition(".")[0] == prefix]
             which = prefix if prefix not in self.lists else ", ".join(idle)

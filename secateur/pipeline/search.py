@@ -119,9 +119,23 @@ def check_memory(run: Run, recipe: Recipe) -> None:
         run.check_room(run.dense_memory, "a search", instead)
 
 
+def check_target(run: Run, recipe: Recipe) -> None:
+    """Raise UsageError where what is not compressed is larger than the size to reach, which headers tell before any work."""
+    if recipe.target_size is None:
+        return
+    dense, outside = dense_bytes(run), run.bytes_outside()
+    target = parse_target(recipe.target_size).of(dense)
+    if target <= outside:
+        raise UsageError(
+            f"--target-size {recipe.target_size} is {words(target)}, but {words(outside)} ({outside / dense:.3f}x) are not "
+            "compressed (embeddings, norms and the head): give more"
+        )
+
+
 def _search(run: Run, recipe: Recipe, folder: Path, attempt: Attempt) -> dict[str, Any]:
     run.prepare()
     check_memory(run, recipe)
+    check_target(run, recipe)
     ids_NS, settings = run.calibration_windows()
     recipe = replace(recipe, calibration=settings)
     identity = [recipe.to_dict(), run.source.hashes, hash_of(ids_NS), versions(), torch.get_num_threads()]

@@ -37,6 +37,7 @@ from secateur.formats.paths import check_named
 from secateur.formats.reader import (
     check_no_codes,
     config_dtype,
+    is_rounded,
     open_weights,
     read_json,
     stored_dtype,
@@ -95,6 +96,7 @@ class Source:
         from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
         sound: the dtypes (None: those they have) that all values were found to be finite in.
         own_config: what its `config.json` says, or None for a GGUF file.
+        rounded: whether its weights are those of a grid or table, on which somebody has quantized them.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Source:
     from_hub: bool = False
     sound: set[torch.dtype | None] = field(default_factory=set, compare=False)
     own_config: dict[str, Any] | None = None
+    rounded: bool = False
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -315,7 +318,18 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
     ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
     files = tuple(weight_files(folder))
     return Source(
-        name, config, weights, dtype, stored, files, folder, trust_remote_code, ours, from_hub, own_config=content
+        name,
+        config,
+        weights,
+        dtype,
+        stored,
+        files,
+        folder,
+        trust_remote_code,
+        ours,
+        from_hub,
+        own_config=content,
+        rounded=is_rounded(weights),
     )
 
 
@@ -412,7 +426,8 @@ def _open_gguf(name: str, file: Path, dtype: torch.dtype | None) -> Source:
     config.dtype = stored
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     weights = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-    return Source(name, config, weights, stored, stored, (file,), None)
+    rounded = matrix_dtype(file) is None
+    return Source(name, config, weights, stored, stored, (file,), None, rounded=rounded)
 
 
 def _dequantized() -> dict[str, Any]:

@@ -76,9 +76,9 @@ def main() -> int:
         found[name] = hashes(name, str(models[model]), options.split(), args.work / "same-bytes", args.threads)
         if before and found[name] != before["runs"].get(name):
             different.append(name)
+        if args.record:
+            record.write_text(json.dumps({"machine": machine, "runs": found}, indent=2) + "\n")
         print(f"{name}: {'different' if name in different else 'recorded' if args.record else 'the same'}", flush=True)
-    if args.record:
-        record.write_text(json.dumps({"machine": machine, "runs": found}, indent=2) + "\n")
     return int(bool(different))
 
 

@@ -23,19 +23,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`secateur_gate(model, baseline, …)` fails the test if the model is worse than its baseline.
 
-    It takes `reference`, and the limits that `secateur.evaluate.gate.Tolerances` has, by name; shares as numbers below 1 or as
-    text like `1%`. With `--secateur-write` it writes the baseline instead, on `text` (a `secateur.evaluate.text.Text`), or on
-    what the old one was measured on. It returns the `secateur.evaluate.run.Evaluation` of the model.
+    It takes `reference`, and the limits that `secateur.evaluation.gate.gate.Tolerances` has, by name; shares as numbers below 1
+    or as text like `1%`. With `--secateur-write` it writes the baseline instead, on `text` (a
+    `secateur.evaluation.eval_text.Text`), or on what the old one was measured on. It returns the
+    `secateur.evaluation.quality.Evaluation` of the model.
     """
 
     def check(
         model: str | Path, baseline: str | Path, *, text: Any = None, reference: str | None = None, **limits: Any
     ) -> Any:
         from secateur.errors import CheckpointError
-        from secateur.evaluate.gate import TEXT, Baseline, Tolerances, gate, write_baseline
-        from secateur.evaluate.gate_report import markdown
-        from secateur.evaluate.run import Runner
-        from secateur.formats.paths import check_named
+        from secateur.evaluation.gate.gate import TEXT, Baseline, Tolerances, gate, write_baseline
+        from secateur.evaluation.quality import Runner
+        from secateur.formats.folder.paths import check_named
+        from secateur.report.gate_report import markdown
 
         check_named(baseline, "the name of a baseline")
         file, beside = Path(baseline), None if reference is None else str(reference)

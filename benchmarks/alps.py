@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.protocol import SAMPLES, SEQ_LEN, arguments, machine, plain_model, prepare, split_text, table
-from secateur.calibration.stats import InputStats, Level
 from secateur.calibration.tokens import windows
-from secateur.prune import PRUNERS
-from secateur.prune.patterns import NM, Pattern, Unstructured
+from secateur.core.patterns import NM, Pattern, Unstructured
+from secateur.core.registry import PRUNERS
+from secateur.core.stack import Stack
+from secateur.core.stats import InputStats, Level
 
 PATTERNS: dict[str, Pattern] = {"50 %": Unstructured(0.5), "70 %": Unstructured(0.7), "2:4": NM(2, 4)}
 GROUPS = (
@@ -94,7 +95,7 @@ def main() -> None:
             for method in ("sparsegpt", "alps"):
                 stats.forget()
                 begun = time.perf_counter()
-                pruned = PRUNERS[method].solve(torch.cat(weights), stats, pattern, sizes)
+                pruned = PRUNERS[method]().prune(Stack.of(weights, stats), pattern)
                 taken[method] += time.perf_counter() - begun
                 errors[method] = _errors(weights, list(pruned.W_OI.split(sizes)), stats)
             if peer is not None:

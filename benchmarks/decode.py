@@ -34,7 +34,7 @@ SIZES = {
 FORMS = {
     "dense": None,
     "bitmap 50 %": secateur.Recipe(prune="magnitude", sparsity=0.5),
-    "packed-int 4 bits": secateur.Recipe(quantize="rtn", quantization=secateur.Quantization(search_range=False)),
+    "packed-int 4 bits": secateur.Recipe(quantize="rtn", quantization={"search_range": False}),
 }
 
 CODE = """

@@ -18,12 +18,12 @@ import torch
 import secateur
 from benchmarks.protocol import arguments, compress, machine, plain_model, prepare, split_text, table
 from secateur.calibration.tokens import hash_of
-from secateur.evaluate.distributions import divergence, predict, shortened
-from secateur.evaluate.gate import FAILED, Baseline, Tolerances, compare, figures_of
-from secateur.evaluate.perplexity import Quality, Scores, measure
-from secateur.evaluate.run import Evaluation, Runner, Size
-from secateur.evaluate.text import Text
-from secateur.pipeline.source import open_source
+from secateur.evaluation.distributions import divergence, predict, shortened
+from secateur.evaluation.eval_text import Text
+from secateur.evaluation.gate.gate import FAILED, Baseline, Tolerances, compare, figures_of
+from secateur.evaluation.perplexity import Quality, Scores, measure
+from secateur.evaluation.quality import Evaluation, Runner, Size
+from secateur.model.source import open_source
 
 WINDOWS, SEQ_LEN = 16, 512
 DRAWS = 20

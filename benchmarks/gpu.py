@@ -20,12 +20,12 @@ import torch
 import secateur
 from benchmarks import gpu_kernels
 from benchmarks.protocol import random_llama
+from secateur.checkpoint.export import export
 from secateur.errors import one_line
-from secateur.evaluate.perplexity import measure
-from secateur.evaluate.text import Text
+from secateur.evaluation.eval_text import Text
+from secateur.evaluation.perplexity import measure
+from secateur.model.source import open_source
 from secateur.pipeline import run as compress_run
-from secateur.pipeline.export import export
-from secateur.pipeline.source import open_source
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},

@@ -19,8 +19,8 @@ import torch
 
 import secateur
 from benchmarks.protocol import arguments, machine, plain_model, prepare, table
-from secateur.pipeline.inspect import inspect
-from secateur.pipeline.source import open_source
+from secateur.checkpoint.inspect import inspect
+from secateur.model.source import open_source
 
 CODE = """
 import json, sys, time, torch

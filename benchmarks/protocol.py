@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import secateur
 from secateur.calibration.tokens import windows
-from secateur.evaluate.perplexity import measure
-from secateur.pipeline.source import open_source
+from secateur.evaluation.perplexity import measure
+from secateur.model.source import open_source
 
 WORK = Path("bench-out")
 SAMPLES, SEQ_LEN = 32, 512

@@ -24,7 +24,7 @@ from benchmarks.protocol import (
     split_text,
     table,
 )
-from secateur.pipeline.recipe_spec import parse_recipes
+from secateur.recipes.strings import parse_recipes
 
 RECIPES = "magnitude:0.5, wanda:0.4..0.6, wanda:2:4, rtn:4, rtn:8, sparsegpt:0.5"
 

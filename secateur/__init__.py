@@ -4,16 +4,16 @@ Importing it registers its quantizer with transformers, so that `from_pretrained
 """
 
 from secateur._version import __version__
+from secateur.checkpoint.verify import verify
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.hf import backend
-from secateur.formats.hf import register as _register
-from secateur.formats.manifest import Problem
-from secateur.pipeline.compress import compress
-from secateur.pipeline.forecast import Forecast, forecast
-from secateur.pipeline.load import load
-from secateur.pipeline.report import Progress, Report
-from secateur.pipeline.verify import verify
-from secateur.recipe import Calibration, Choice, Quantization, Recipe
+from secateur.formats.folder.manifest import Problem
+from secateur.formats.transformers.quantizer import backend
+from secateur.formats.transformers.quantizer import register as _register
+from secateur.model.load import load
+from secateur.pipeline.outcome import Progress, Report
+from secateur.recipes.recipe import Calibration, Choice, Recipe
+from secateur.runs.compress import compress
+from secateur.runs.forecast import Forecast, forecast
 
 _register()
 
@@ -24,7 +24,6 @@ __all__ = [
     "Forecast",
     "Problem",
     "Progress",
-    "Quantization",
     "Recipe",
     "Report",
     "SecateurError",

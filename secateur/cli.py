@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +22,11 @@ from rich.progress import Progress as Bar
 from typer.core import TyperCommand
 
 from secateur._version import __version__
+from secateur.commands.output import write_any_text
+from secateur.commands.recipe_options import with_recipe
+from secateur.commands.show_methods import methods
+from secateur.commands.tables import Column, print_table
 from secateur.errors import Interrupted, ReportedError, SecateurError, UsageError, one_line
-from secateur.output import write_any_text
-from secateur.tables import Column, print_table
 
 
 class _Command(TyperCommand):
@@ -103,122 +104,8 @@ def _app(
     pass
 
 
-def _recipe(
-    prune: Annotated[str | None, typer.Option(help="Method: magnitude, wanda, sparsegpt or alps.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Share of the weights to remove: 50% or 0.5.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M (keep N of every M) or unstructured.")] = None,
-    refine: Annotated[str | None, typer.Option(help="Improve the mask: dsnot.")] = None,
-    reconstruct: Annotated[
-        bool | None, typer.Option("--reconstruct/--no-reconstruct", help="Give the kept weights their best values.")
-    ] = None,
-    allocation: Annotated[
-        str | None, typer.Option(help="How a total is shared between linears: uniform, owl or search.")
-    ] = None,
-    target_size: Annotated[
-        str | None, typer.Option(help="Find sparsities and bits for this size: 35% of the dense model, or 100MB.")
-    ] = None,
-    max_perplexity_rise: Annotated[
-        str | None, typer.Option(help="Find the smallest size at which perplexity rises by this at most, such as 3%.")
-    ] = None,
-    quantize: Annotated[str | None, typer.Option(help="Method: rtn, gptq, spqr or squeezellm.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Of a code: 2, 3, 4 or 8.")] = None,
-    group_size: Annotated[str | None, typer.Option(help="Weights that share a scale, or row.")] = None,
-    symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="Zero points in the middle of the grid.")
-    ] = None,
-    search_range: Annotated[
-        bool | None, typer.Option(help="Choose the range of each group's grid by squared error.")
-    ] = None,
-    order: Annotated[
-        str | None, typer.Option(help="In which columns are rounded: natural, activation or permuted.")
-    ] = None,
-    damping: Annotated[
-        float | None, typer.Option(help="Added to the Gram matrix's diagonal: so many times its mean.")
-    ] = None,
-    outlier_share: Annotated[str | None, typer.Option(help="Of the weights, kept in 16 bits: 1% or 0.01.")] = None,
-    outlier_threshold: Annotated[float | None, typer.Option(help="Error from which a weight is an outlier.")] = None,
-    scale_bits: Annotated[int | None, typer.Option(help="Of quantized scales and zero points.")] = None,
-    tile_rows: Annotated[int | None, typer.Option(help="Rows that share the grid of their scales.")] = None,
-    sensitivity: Annotated[str | None, typer.Option(help="What a weight counts: fisher or hessian.")] = None,
-    sensitive_share: Annotated[str | None, typer.Option(help="Kept in 16 bits for their sensitivity.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="Glob of linears to compress; repeatable.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Glob of linears to leave alone; repeatable.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="self, docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split]."),
-    ] = None,
-    text_field: Annotated[str | None, typer.Option(help="Where the text of a row stands.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of whatever is drawn.")] = None,
-    bos: Bos = None,
-    format: Annotated[str | None, typer.Option(help="auto, dense, bitmap or nm.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights written: auto, bfloat16, float16, float32.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Built-in name, YAML file or secateur.json; other options override it.")
-    ] = None,
-) -> Any:
-    """The recipe that the options of `compress` and `plan` name."""
-    from secateur.recipe import Recipe
-    from secateur.recipes import find_recipe
-
-    base = find_recipe(recipe) if recipe is not None else Recipe()
-    options = {
-        "bits": bits,
-        "group_size": int(group_size) if group_size is not None and group_size.isdecimal() else group_size,
-        "symmetric": symmetric,
-        "search_range": search_range,
-        "order": order,
-        "damping": damping,
-        "outlier_share": outlier_share,
-        "outlier_threshold": outlier_threshold,
-        "scale_bits": scale_bits,
-        "tile_rows": tile_rows,
-        "sensitivity": sensitivity,
-        "sensitive_share": sensitive_share,
-    }
-    given: dict[str, Any] = {
-        "prune": prune,
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "refine": refine,
-        "reconstruct": reconstruct,
-        "allocation": allocation,
-        "target_size": target_size,
-        "max_perplexity_rise": max_perplexity_rise,
-        "quantize": quantize,
-        "quantization": _override(base.quantization, options),
-        "format": format,
-        "dtype": dtype,
-        "targets": tuple(targets) if targets else None,
-        "ignore": tuple(ignore) if ignore else None,
-    }
-    text = {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed, "text_field": text_field}
-    text["bos"] = bos
-    return _override(base, {**given, "calibration": _override(base.calibration, text)})
-
-
-def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_recipe` in place of its parameter `recipe`, which gets what they name."""
-    # What typer makes options of; annotations are text here.
-    own = signature(command, eval_str=True).parameters
-    options = signature(_recipe, eval_str=True).parameters
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        named = _recipe(**{name: given.pop(name) for name in options})
-        command(**given, recipe=named)
-
-    parameters = [p for name, p in own.items() if name != "recipe"]
-    first = [p for p in parameters if p.default is Parameter.empty]
-    rest = [p for p in parameters if p.default is not Parameter.empty]
-    run.__signature__ = Signature([*first, *options.values(), *rest])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*first, *options.values(), *rest]}
-    return run
-
-
 @app.command()
-@_with_recipe
+@with_recipe
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -241,10 +128,10 @@ def compress(
 
     Under torchrun the work is shared by its processes.
     """
-    from secateur.evaluate.bench_plot import check_plot
-    from secateur.evaluate.choice_plot import plot_choices
-    from secateur.pipeline.compress import compress as run
-    from secateur.pipeline.goals import is_open
+    from secateur.recipes.goals import is_open
+    from secateur.report.bench_plot import check_plot
+    from secateur.report.choice_plot import plot_choices
+    from secateur.runs.compress import compress as run
 
     first = os.environ.get("RANK", "0") == "0"
     if plot is not None and first:
@@ -292,7 +179,7 @@ def _tell_report(report: Any, out: Path, searched: bool) -> None:
 
 def _print_choices(linears: Sequence[Any]) -> None:
     """Show what was chosen: a row for each block, a column for each linear of a block."""
-    from secateur.evaluate.choice_plot import by_block
+    from secateur.report.choice_plot import by_block
 
     blocks, names, cells = by_block(linears)
     rows = []
@@ -304,7 +191,7 @@ def _print_choices(linears: Sequence[Any]) -> None:
 
 
 @app.command("plan")
-@_with_recipe
+@with_recipe
 def forecast(
     model: Model,
     recipe: Any,
@@ -318,7 +205,7 @@ def forecast(
     debug: Debug = False,
 ) -> None:
     """Tell how much memory, disk and time `compress` would take, by compressing the first block."""
-    from secateur.pipeline.forecast import forecast as run
+    from secateur.runs.forecast import forecast as run
 
     with _Display(quiet) as display:
         found = run(
@@ -362,7 +249,7 @@ def recipes(
     debug: Debug = False,
 ) -> None:
     """List the built-in recipes, or write one of them: `secateur recipes NAME > my.yaml`."""
-    from secateur.recipes import NAMES, built_in
+    from secateur.recipes.built_in import NAMES, built_in
 
     found = [built_in(each) for each in (NAMES if name is None else [name])]
     if as_json:
@@ -378,6 +265,9 @@ def recipes(
     columns = [Column("recipe", right=False), Column("good for, and what it costs", right=False)]
     rows = [[each.name, f"{each.good_for}\n{each.costs}\n"] for each in found]
     print_table(screen, columns, rows, lines=False)
+
+
+app.command()(methods)
 
 
 def _duration(seconds: float) -> str:
@@ -521,9 +411,9 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of MODEL and its scores in tasks, and how far it is from a reference."""
     _check_files({"--json": json_file})
-    from secateur.evaluate.run import Runner
-    from secateur.evaluate.run import evaluate as run
-    from secateur.evaluate.text import Text
+    from secateur.evaluation.eval_text import Text
+    from secateur.evaluation.quality import Runner
+    from secateur.evaluation.quality import evaluate as run
 
     result = run(
         model,
@@ -546,7 +436,7 @@ def evaluate(
 
 
 def _print_evaluation(result: Any, model: str, reference: str | None, text: str, stride: int | None) -> None:
-    from secateur.evaluate.text import with_bos
+    from secateur.evaluation.eval_text import with_bos
 
     quality, size, dense = result.quality, result.size, result.reference_size
     overlap = f", {stride} apart" if stride is not None else ""
@@ -642,11 +532,11 @@ def gate(
     debug: Debug = False,
 ) -> None:
     """Say whether MODEL is as good as a baseline: the exit code is 1 if it is worse."""
-    from secateur.evaluate.gate import TEXT, Baseline, Tolerances, write_baseline
-    from secateur.evaluate.gate import gate as run
-    from secateur.evaluate.gate_report import figures, junit, markdown
-    from secateur.evaluate.run import Runner
-    from secateur.evaluate.text import with_bos
+    from secateur.evaluation.eval_text import with_bos
+    from secateur.evaluation.gate.gate import TEXT, Baseline, Tolerances, write_baseline
+    from secateur.evaluation.gate.gate import gate as run
+    from secateur.evaluation.quality import Runner
+    from secateur.report.gate_report import figures, junit, markdown
 
     named = {"data": data, "text_field": text_field, "seq_len": seq_len, "windows": windows, "bos": bos}
     text: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
@@ -750,11 +640,11 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Compress MODEL by many recipes, measure each, and write a report with the frontier of size and quality."""
-    from secateur.evaluate.run import Runner
-    from secateur.evaluate.sweep import Sweep
-    from secateur.evaluate.sweep import sweep as run
-    from secateur.evaluate.text import Text
-    from secateur.pipeline.recipe_spec import parse_recipes
+    from secateur.evaluation.eval_text import Text
+    from secateur.evaluation.quality import Runner
+    from secateur.recipes.strings import parse_recipes
+    from secateur.runs.sweep import Sweep
+    from secateur.runs.sweep import sweep as run
 
     _check_files({"--json": json_file}, out)
     text = {"source": calibration, "samples": samples, "seq_len": calibration_seq_len, "bos": bos}
@@ -835,8 +725,8 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show the layout, sparsity, bits, bytes and error of every linear of MODEL."""
-    from secateur.pipeline.inspect import inspect as run
-    from secateur.pipeline.source import open_source
+    from secateur.checkpoint.inspect import inspect as run
+    from secateur.model.source import open_source
 
     found = run(open_source(model, trust_remote_code))
     if as_json:
@@ -878,7 +768,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Say what is broken in the folder OUT, and where; the exit code is 1 if anything is."""
-    from secateur.pipeline.verify import examine
+    from secateur.checkpoint.verify import examine
 
     _check_files({"--json": json_file})
     found = examine(out, trust_remote_code=trust_remote_code)
@@ -913,8 +803,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time the packed linears of MODEL, against dense ones and against the machine's memory."""
-    from secateur.evaluate.bench import bench as run
-    from secateur.evaluate.bench_plot import check_plot, plot
+    from secateur.evaluation.bench.bench import bench as run
+    from secateur.report.bench_plot import check_plot, plot
 
     counts = tokens.split(",")
     if not all(count.isdecimal() for count in counts):
@@ -945,7 +835,7 @@ def bench(
 
 
 def _print_bench(found: Any, model: str) -> None:
-    from secateur.evaluate.bench import describe
+    from secateur.evaluation.bench.bench import describe
 
     screen.print(escape(f"{model} in {found.dtype} on {found.device}"), soft_wrap=True)
     # A table for each layout, and no lines: so the figures fit into eighty columns.
@@ -1004,7 +894,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the same weights in another form."""
-    from secateur.pipeline.export import export as run
+    from secateur.checkpoint.export import export as run
 
     notes = run(model, out, to, overwrite=overwrite, trust_remote_code=trust_remote_code)
     for note in notes if not quiet else ():
@@ -1033,7 +923,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Let MODEL go on from a prompt."""
-    from secateur.evaluate.run import generate as run
+    from secateur.evaluation.quality import generate as run
 
     text = run(
         model,
@@ -1059,7 +949,7 @@ def run_other(
     ],
 ) -> None:
     """Run another tool so that it opens secateur's checkpoints: `secateur run -- lm_eval --model hf …`."""
-    from secateur.tool import run_tool
+    from secateur.commands.run_tool import run_tool
 
     run_tool(command)
 
@@ -1091,7 +981,7 @@ def _print_json(value: Any) -> None:
 
 def _check_files(files: dict[str, Path | None], out: Path | None = None) -> None:
     """Raise UsageError when a file that an option names cannot be written, see `check_file`."""
-    from secateur.formats.paths import check_file
+    from secateur.formats.folder.paths import check_file
 
     for option, file in files.items():
         if file is not None:
@@ -1119,6 +1009,13 @@ def _interrupt(*_: object) -> None:
     raise Interrupted
 
 
+def _as_flags(text: str) -> str:
+    """A message for the command line: what is called `group_size` in Python and in recipe files is --group-size there."""
+    commands = typer.main.get_group(app).commands.values()
+    options = {parameter.name for command in commands for parameter in command.params}
+    return re.sub(r"`(\w+)`", lambda m: f"--{m[1].replace('_', '-')}" if m[1] in options else m[0], text)
+
+
 def run(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; what goes wrong is one line on standard error, unless --debug."""
     try:
@@ -1134,7 +1031,7 @@ def run(command: Callable[[], object]) -> int:
         if _debug:
             err.print_exception()
         elif isinstance(error, SecateurError):
-            _say(f"error: {error}")
+            _say(f"error: {_as_flags(str(error))}")
         else:
             _say(f"error: {type(error).__name__}: {one_line(error)} (run again with --debug for details)")
         return error.exit_code if isinstance(error, SecateurError) else 1

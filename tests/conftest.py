@@ -338,7 +338,7 @@ def packed_of(model_of: MakeModel, text_file: Path, tmp_path_factory: pytest.Tem
             quantize = {k: options.pop(k) for k in list(options) if k in ("bits", "group_size", "outlier_share")}
             recipe = secateur.Recipe(
                 **options,
-                quantization=secateur.Quantization(**quantize),
+                quantization={**quantize},
                 calibration=secateur.Calibration(source=str(text_file), samples=8, seq_len=32),
             )
             out = tmp_path_factory.mktemp(family) / "packed"

@@ -21,8 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 import secateur
+from secateur.checkpoint.export import export
 from secateur.errors import SecateurError, one_line
-from secateur.pipeline.export import export
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 VOCABULARY, POSITIONS, HIDDEN, INNER = 320, 64, 32, 64

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from secateur.codes import Outliers, Quantized, Table, TwoLevel, Uniform
-from secateur.formats.bitmap import Bitmap
-from secateur.formats.choose import layout_for
-from secateur.formats.nm import NMBits
+from secateur.core.quantized import Outliers, Quantized, Table, TwoLevel, Uniform
+from secateur.formats.layouts.bitmap import Bitmap
+from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.nm import NMBits
 
 FP16, FP32 = torch.float16, torch.float32
 

@@ -8,23 +8,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
-from secateur.formats.manifest import MANIFEST_NAME
-from secateur.formats.reader import read_json
-from secateur.formats.writer import write_manifest
+from secateur.formats.folder.manifest import MANIFEST_NAME
+from secateur.formats.folder.reader import read_json
+from secateur.formats.folder.writer import write_manifest
 
-Q = secateur.Quantization
 _WORDS = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
-_SPQR = Q(bits=3, group_size=4, scale_bits=3, tile_rows=4, outlier_share=0.1)
+_SPQR = {"bits": 3, "group_size": 4, "scale_bits": 3, "tile_rows": 4, "outlier_share": 0.1}
 RECIPES = {
     "bitmap": secateur.Recipe(prune="magnitude", sparsity=0.5),
     "nm": secateur.Recipe(prune="magnitude", pattern="2:4"),
-    "packed-int": secateur.Recipe(quantize="rtn", quantization=Q(bits=4, group_size=4)),
+    "packed-int": secateur.Recipe(quantize="rtn", quantization={"bits": 4, "group_size": 4}),
     "spqr": secateur.Recipe(quantize="spqr", quantization=_SPQR),
     "codebook": secateur.Recipe(
-        quantize="squeezellm", quantization=Q(bits=2, sensitivity="hessian", outlier_share=0.1)
+        quantize="squeezellm", quantization={"bits": 2, "sensitivity": "hessian", "outlier_share": 0.1}
     ),
     "sparse-int": secateur.Recipe(
-        prune="magnitude", sparsity=0.5, quantize="rtn", quantization=Q(bits=3, group_size=4)
+        prune="magnitude", sparsity=0.5, quantize="rtn", quantization={"bits": 3, "group_size": 4}
     ),
     "dense": secateur.Recipe(prune="magnitude", sparsity=0.5, format="dense"),
 }

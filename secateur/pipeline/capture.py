@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, UsageError, one_line
-from secateur.pipeline.structure import Linear, body_of
+from secateur.model.structure import Linear, body_of
 
 
 class NotInTurn(UsageError):  # noqa: N818 - named for what it says

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.formats.layout import all_finite
-from secateur.formats.writer import sync
+from secateur.formats.folder.writer import sync
+from secateur.formats.layouts.layout import all_finite
 
 
 class HiddenStates:

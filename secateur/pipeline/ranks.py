@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from secateur.calibration.stats import InputStats
+from secateur.core.stats import InputStats
 from secateur.errors import ReportedError, SecateurError, UsageError
 
 # A rank may wait for another for as long as that one solves; one that is gone is noticed by its connection.

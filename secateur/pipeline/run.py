@@ -18,29 +18,18 @@ import transformers
 from torch import Tensor, nn
 
 from secateur._version import __version__
-from secateur.calibration.stats import InputStats, Level
+from secateur.calibration.kept_windows import SELF, calibration_ids, is_kept
 from secateur.calibration.tokens import hash_of
+from secateur.core.patterns import NM
+from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError, UsageError
-from secateur.formats.layout import all_finite
-from secateur.formats.reader import StoredTensors
-from secateur.formats.writer import SHARD_BYTES, ShardWriter, entry_bytes
-from secateur.pipeline.block_names import how_to_ignore, lists_of, patterns_of, split_name
-from secateur.pipeline.calibrate import SELF, calibration_ids, is_kept
-from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, group_by_input
-from secateur.pipeline.clock import Clock
-from secateur.pipeline.gradients import KeptFisher
-from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.load import load_source
-from secateur.pipeline.memory import Footprint, Settings, footprint, without_inputs
-from secateur.pipeline.partial import Partial
-from secateur.pipeline.plan import Plan
-from secateur.pipeline.ranks import Ranks
-from secateur.pipeline.report import LinearReport, Progress, Report, peak_memory
-from secateur.pipeline.shared import Shared
-from secateur.pipeline.sizes import words
-from secateur.pipeline.solve import Problem, Solution, solve
-from secateur.pipeline.source import Source
-from secateur.pipeline.structure import (
+from secateur.formats.folder.reader import StoredTensors
+from secateur.formats.folder.writer import SHARD_BYTES, ShardWriter, entry_bytes
+from secateur.formats.layouts.layout import all_finite
+from secateur.model.block_names import how_to_ignore, lists_of, patterns_of, split_name
+from secateur.model.load import load_source
+from secateur.model.source import Source
+from secateur.model.structure import (
     Linear,
     block_linears,
     build_skeleton,
@@ -53,8 +42,7 @@ from secateur.pipeline.structure import (
     shared_parameters,
     weight_matrix,
 )
-from secateur.pipeline.walk import Solve, in_batches, run_block, solve_in_pass, solve_in_passes
-from secateur.pipeline.weights import (
+from secateur.model.weights import (
     OTHER_DTYPE,
     Ahead,
     ModelWeights,
@@ -65,8 +53,20 @@ from secateur.pipeline.weights import (
     release,
     tie,
 )
-from secateur.prune.patterns import NM
-from secateur.recipe import Calibration, Choice, Quantization, Recipe
+from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, group_by_input
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.gradients import KeptFisher
+from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.memory.footprint import Footprint, Settings, footprint, without_inputs
+from secateur.pipeline.outcome import LinearReport, Progress, Report, peak_memory
+from secateur.pipeline.partial import Partial
+from secateur.pipeline.ranks import Ranks
+from secateur.pipeline.shared import Shared
+from secateur.pipeline.solve import Problem, Solution, solve
+from secateur.pipeline.walk import Solve, in_batches, run_block, solve_in_pass, solve_in_passes
+from secateur.recipes.plan import Plan
+from secateur.recipes.recipe import Calibration, Choice, Recipe
+from secateur.units import words
 
 _PROBE_TOKENS = 8
 # Inputs of a block are put on disk when so long has passed since the last time, in seconds, and so many times what it took:
@@ -174,10 +174,8 @@ class Run:
         self.base = psutil.Process().memory_info().rss
         self.writer = ShardWriter(self.partial.folder)
         self.written: set[str] = set()
-        if self.plan.quantizer is not None:
-            # With the method's own defaults filled in, so that the manifest repeats the run in later versions, too.
-            options = asdict(self.plan.quantizer)  # type: ignore[call-overload]
-            self.recipe = replace(self.recipe, quantization=Quantization(**options))
+        # With the methods' own defaults filled in, so that the manifest repeats the run in later versions, too.
+        self.recipe = replace(self.recipe, **self.plan.options())
         self.calibration: dict[str, Any] = {"level": self.plan.level.name.lower()}
 
     def _leave_shared(self) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.calibration.kept_windows import calibration_ids
 from secateur.calibration.tokens import hash_of
-from secateur.formats.manifest import hash_of_values
-from secateur.pipeline.calibrate import calibration_ids
-from secateur.pipeline.source import Source
-from secateur.recipe import Calibration
+from secateur.formats.folder.manifest import hash_of_values
+from secateur.model.source import Source
+from secateur.recipes.recipe import Calibration
 
 
 @dataclass

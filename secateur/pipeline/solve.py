@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.stats import InputStats
-from secateur.codes import Quantized
+from secateur.core.pruned import Pruned
+from secateur.core.quantized import Quantized
+from secateur.core.stack import Stack
+from secateur.core.stats import InputStats
 from secateur.errors import RepeatedError
-from secateur.formats.choose import layout_for
-from secateur.formats.layout import Layout, all_finite, layout_from_config
-from secateur.pipeline.plan import Plan
-from secateur.pipeline.report import LinearReport, relative_error
-from secateur.prune import Pruned
+from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.layout import Layout, all_finite, layout_from_config
+from secateur.pipeline.outcome import LinearReport, relative_error
 from secateur.prune.reconstruct import reconstruct
+from secateur.recipes.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -99,43 +100,42 @@ def solve(
     Raises:
         RepeatedError: a solved weight overflows the dtype that it is to be written in.
     """
-    W_OI, sizes = stacked(problems)
-    dtype = plan.dtype or problems[0].dtype
+    stack = stacked(plan, problems, stats)
     notes: list[str] = []
     if pruned is None:
-        pruned = prune(plan, W_OI, stats, sizes)
+        pruned = prune(plan, stack)
     if pruned is not None:
         notes += pruned.notes
     solved: Sequence[Tensor | Quantized]
     if plan.quantizer is None:
         assert pruned is not None
-        solved = pruned.W_OI.split(sizes)
+        solved = list(stack.split(pruned.W_OI))
     else:
-        fishers = [problem.fisher_OI.to(W_OI.device) for problem in problems if problem.fisher_OI is not None]
-        solved = plan.quantizer.solve(W_OI, stats, sizes, dtype, pruned, torch.cat(fishers) if fishers else None)
+        solved = plan.quantizer.quantize(stack, pruned)
         notes += (note for note in solved[0].notes if note not in notes)  # both may find the same
-    dense = W_OI.split(sizes)
-    solutions = [_pack(plan, p, dense[i], solved[i], stats) for i, p in enumerate(problems)]
+    dense = stack.split(stack.W_OI)
+    solutions = [_pack(plan, p, d, s, stats) for p, d, s in zip(problems, dense, solved, strict=True)]
     names = ", ".join(problem.name for problem in problems)
     return solutions, [f"{names}: {note}" for note in notes]
 
 
-def stacked(problems: Sequence[Problem]) -> tuple[Tensor, list[int]]:
-    """The weights of linears one below the other, in float32, and how many rows each has."""
-    return torch.cat([problem.W_OI.float() for problem in problems]), [len(problem.W_OI) for problem in problems]
+def stacked(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> Stack:
+    """Linears as their methods are given them."""
+    fishers = [problem.fisher_OI for problem in problems if problem.fisher_OI is not None]
+    return Stack.of([problem.W_OI for problem in problems], stats, plan.dtype or problems[0].dtype, fishers)
 
 
-def prune(plan: Plan, W_OI: Tensor, stats: InputStats, sizes: list[int]) -> Pruned | None:
-    """The first half of `solve`: weights as `stacked` gives them, pruned; None where nothing is to be."""
+def prune(plan: Plan, stack: Stack) -> Pruned | None:
+    """The first half of `solve`: what is left of the weights; None where nothing is to be pruned."""
     if plan.pruning is None:
         return None
     pruner, refiner, pattern = plan.pruning.pruner, plan.pruning.refiner, plan.pruning.pattern
-    pruned = pruner.solve(W_OI, stats, pattern, sizes)
+    pruned = pruner.prune(stack, pattern)
     if refiner is not None:
-        keep_OI = refiner.solve(W_OI, pruned.keep_OI, stats, pattern)
-        pruned = Pruned(W_OI * keep_OI, keep_OI, pruned.notes)
+        keep_OI = refiner.refine(stack, pruned.keep_OI, pattern)
+        pruned = Pruned(stack.W_OI * keep_OI, keep_OI, pruned.notes)
     if plan.pruning.reconstruct:
-        best_OI, said = reconstruct(W_OI, pruned.keep_OI, stats, pruned.W_OI)
+        best_OI, said = reconstruct(stack, pruned.keep_OI, pruned.W_OI)
         notes = (*pruned.notes, *(note for note in said if note not in pruned.notes))
         pruned = Pruned(best_OI, pruned.keep_OI, notes)
     return pruned

@@ -13,13 +13,13 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.stats import InputStats, Level
+from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
+from secateur.model.structure import Linear
 from secateur.pipeline.capture import BlockCall
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.ranks import Ranks
-from secateur.pipeline.structure import Linear
 
 Solve = Callable[[list[str], InputStats], object]
 

@@ -3,12 +3,6 @@
 Each method is a file of this folder and registers itself under the name that the user types.
 """
 
-import importlib
-import pkgutil
+from secateur.core.registry import import_all
 
-from secateur.prune.registry import PRUNERS, REFINERS, Pruned, Pruner, Refiner
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-
-__all__ = ["PRUNERS", "REFINERS", "Pruned", "Pruner", "Refiner"]
+import_all(__name__, __path__)

@@ -4,17 +4,21 @@ arXiv:2406.07831.
 O: output features, R: those of one of several stacked linears, I: input features, P: rows that are computed on together.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.calibration.stats import InputStats, Level
-from secateur.prune.patterns import NM, Pattern, drop_lowest, keep_best
-from secateur.prune.reconstruct import conjugate_gradients, damped_gram, rows_at_a_time
-from secateur.prune.registry import Pruned, pruner
-from secateur.sweep import DAMPING, MAX_DAMPING, calibration_notes, dead_notes
+from secateur.core.damping import damping_option
+from secateur.core.options import check_options
+from secateur.core.patterns import NM, Pattern, drop_lowest, keep_best
+from secateur.core.pruned import Pruned
+from secateur.core.registry import pruner
+from secateur.core.stack import Stack
+from secateur.core.stats import Level
+from secateur.solvers.conjugate_gradients import conjugate_gradients, rows_at_a_time
+from secateur.solvers.inverse_cholesky import MAX_DAMPING
 
 # The penalty grows by the same factor from stage to stage, and rests for some iterations within one. The authors let it grow
 # with what changes in the mask, over 30 to 90 iterations; a fixed course of 24 with over-relaxation ends with the same
@@ -26,38 +30,46 @@ _RELAXATION = 1.2
 _PANEL = 256
 
 
-@pruner("alps", Level.GRAM)
-def alps(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] = ()) -> Pruned:
+@pruner
+@dataclass(frozen=True)
+class ALPS:
     """Split the problem between weights that fit the outputs and weights that are sparse, and draw both together.
 
     Minimises ‖X(Ŵ−W)ᵀ‖² + λ‖Ŵ−W‖² with an exact number of weights (problem 1) by the alternating direction method of
     multipliers with a growing penalty (algorithm 1), on inputs scaled to the same norm; then the best weights for the mask that
-    it ends with by conjugate gradients (algorithm 2). A mask that is not N:M is ranked over all weights of a linear. λ is 0.01
-    of the mean diagonal entry of the Gram matrix, or more where that is singular.
+    it ends with by conjugate gradients (algorithm 2). A mask that is not N:M is ranked over all weights of a linear. λ is a
+    share of the mean diagonal entry of the Gram matrix, or more where that is singular.
 
     Memory: three matrices `[I, I]` besides the statistics (four within the eigendecomposition, of which LAPACK has two), and
     five `[O, I]`, or seven for a mask that is not N:M, all float32. One eigendecomposition serves all linears of one input; it
     stays with the statistics.
-
-    Args:
-        W_OI: weights, any floating dtype.
-        stats: inputs at `Level.GRAM`. Weights of a dead input (always zero) are set to zero: nothing depends on them.
-        pattern: how many to keep.
-        rows: how many rows each of the stacked linears has; empty if it is one.
-
-    Raises:
-        ValueError: M does not divide the number of inputs, or the statistics are not finite.
     """
-    if isinstance(pattern, NM):
-        pattern.check_divides(W_OI.shape[1])
-    spectrum = stats.once(("eigen", DAMPING), lambda: eigen(stats))
-    B_OI = W_OI.float().masked_fill(stats.square_I <= 0, 0).mul_(spectrum.scale_I)
-    start_OI, keep_OI = _split(B_OI, spectrum, pattern, list(rows) or [len(W_OI)])
-    H_II, _ = _scaled(stats, spectrum.damping)
-    inverse_II = spectrum.product(1 / spectrum.values_I)
-    found_OI = conjugate_gradients(H_II, inverse_II, B_OI, keep_OI, start_OI).div_(spectrum.scale_I)
-    notes = (*dead_notes(stats), *calibration_notes(stats, DAMPING, spectrum.damping))
-    return Pruned(found_OI, keep_OI, notes)
+
+    damping: float = damping_option()
+
+    name: ClassVar[str] = "alps"
+    paper: ClassVar[str] = "Meng et al. 2024, arXiv:2406.07831"
+    level: ClassVar[Level] = Level.GRAM
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def prune(self, stack: Stack, pattern: Pattern) -> Pruned:
+        """Weights of a dead input (always zero) are set to zero: nothing depends on them.
+
+        Raises:
+            ValueError: M does not divide the number of inputs, or the statistics are not finite.
+        """
+        if isinstance(pattern, NM):
+            pattern.check_divides(stack.features)
+        spectrum = stack.once(("eigen", self.damping), lambda: eigen(stack, self.damping))
+        B_OI = stack.W_OI.masked_fill(stack.dead_I, 0).mul_(spectrum.scale_I)
+        start_OI, keep_OI = _split(B_OI, spectrum, pattern, list(stack.rows))
+        H_II, _ = _scaled(stack, spectrum.damping)
+        inverse_II = spectrum.product(1 / spectrum.values_I)
+        found_OI = conjugate_gradients(H_II, inverse_II, B_OI, keep_OI, start_OI).div_(spectrum.scale_I)
+        notes = (*stack.dead_notes(), *stack.notes(self.damping, spectrum.damping))
+        return Pruned(found_OI, keep_OI, notes)
 
 
 @dataclass(frozen=True)
@@ -87,15 +99,14 @@ class Eigen:
         return out_II
 
 
-def eigen(stats: InputStats) -> Eigen:
+def eigen(stack: Stack, damping: float) -> Eigen:
     """Damped until all eigenvalues are positive.
 
     Raises:
         ValueError: the statistics are not finite, or hold no Gram matrix.
     """
-    damping = DAMPING
     while damping <= MAX_DAMPING:
-        H_II, scale_I = _scaled(stats, damping)
+        H_II, scale_I = _scaled(stack, damping)
         if not torch.isfinite(H_II).all():
             break
         values_I, vectors_II = torch.linalg.eigh(H_II)
@@ -106,8 +117,8 @@ def eigen(stats: InputStats) -> Eigen:
     raise ValueError("the Gram matrix has no eigenvalues with any damping: it holds values that are not finite")
 
 
-def _scaled(stats: InputStats, damping: float) -> tuple[Tensor, Tensor]:
-    H_II = damped_gram(stats, damping)
+def _scaled(stack: Stack, damping: float) -> tuple[Tensor, Tensor]:
+    H_II = stack.damped_gram(damping)
     scale_I = H_II.diagonal().sqrt()
     return H_II.div_(scale_I).div_(scale_I[:, None]), scale_I
 

@@ -3,25 +3,26 @@
 O: output features, I: input features.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
+from secateur.core.patterns import Pattern, keep_best
+from secateur.core.pruned import Pruned
+from secateur.core.registry import pruner
+from secateur.core.stack import Stack
+from secateur.core.stats import Level
 
-from secateur.calibration.stats import InputStats, Level
-from secateur.prune.patterns import Pattern, keep_best
-from secateur.prune.registry import Pruned, pruner
 
+@pruner
+@dataclass(frozen=True)
+class Magnitude:
+    """Keep the weights of largest |W|, compared within each output row, or within each group for N:M."""
 
-@pruner("magnitude", Level.NONE)
-def magnitude(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] = ()) -> Pruned:
-    """Keep the weights of largest |W|, compared within each output row, or within each group for N:M.
+    name: ClassVar[str] = "magnitude"
+    paper: ClassVar[str] = ""
+    level: ClassVar[Level] = Level.NONE
 
-    Args:
-        W_OI: weights, any floating dtype.
-        stats: not looked at.
-        pattern: how many to keep.
-        rows: not looked at: no row is compared with another.
-    """
-    W_OI = W_OI.float()
-    keep_OI = keep_best(W_OI.abs(), pattern)
-    return Pruned(W_OI * keep_OI, keep_OI)
+    def prune(self, stack: Stack, pattern: Pattern) -> Pruned:
+        """Raises ValueError where M does not divide the number of inputs."""
+        keep_OI = keep_best(stack.W_OI.abs(), pattern)
+        return Pruned(stack.W_OI * keep_OI, keep_OI)

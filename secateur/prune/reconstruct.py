@@ -1,24 +1,16 @@
 """The best weights for a given mask: the last step of ALPS (Meng et al. 2024, arXiv:2406.07831, section 3.3), for any pruner.
 
-O: output features, I: input features, P: rows that are computed on together, R: those of them that have not ended.
+O: output features, I: input features.
 """
 
-import torch
 from torch import Tensor
 
-from secateur.calibration.stats import InputStats
-from secateur.sweep import DAMPING, calibration_notes, inverse_cholesky
-
-# A row ends when its error is at most so much above the least that there is, as a share. On Gram matrices of language models
-# that takes 3 to 10 steps.
-_TOLERANCE, _MOST_STEPS = 2e-3, 30
-# Weights that are computed on together, and of how many rows at least.
-_PIECE, _LEAST_ROWS = 2**19, 256
+from secateur.core.stack import Stack
+from secateur.solvers.conjugate_gradients import conjugate_gradients
+from secateur.solvers.inverse_cholesky import DAMPING
 
 
-def reconstruct(
-    W_OI: Tensor, keep_OI: Tensor, stats: InputStats, start_OI: Tensor | None = None
-) -> tuple[Tensor, tuple[str, ...]]:
+def reconstruct(stack: Stack, keep_OI: Tensor, start_OI: Tensor | None = None) -> tuple[Tensor, tuple[str, ...]]:
     """Minimise ‖X(Ŵ−W)ᵀ‖² + λ‖Ŵ−W‖² over the weights Ŵ that are zero outside a mask.
 
     λ is 0.01 of the mean diagonal entry of the Gram matrix, or more where that is singular. Each row is a least squares problem
@@ -29,9 +21,9 @@ def reconstruct(
     arguments.
 
     Args:
-        W_OI: the dense weights, any floating dtype.
+        stack: the dense weights, and inputs at `Level.GRAM`. Weights of a dead input (always zero) become zero: nothing depends
+            on them.
         keep_OI: bool, which weights may be other than zero.
-        stats: inputs at `Level.GRAM`. Weights of a dead input (always zero) become zero: nothing depends on them.
         start_OI: weights to begin from; None: the dense ones where they are kept.
 
     Returns:
@@ -40,91 +32,8 @@ def reconstruct(
     Raises:
         ValueError: the statistics are not finite.
     """
-    dead_I = stats.square_I <= 0
-    W_OI = W_OI.float().masked_fill(dead_I, 0)
-    start_OI = W_OI if start_OI is None else start_OI.float().masked_fill(dead_I, 0)
-    U_II, used = stats.once(("inverse", DAMPING), lambda: inverse_cholesky(stats.upper()))
-    found_OI = conjugate_gradients(damped_gram(stats, used), U_II.T @ U_II, W_OI, keep_OI, start_OI * keep_OI)
-    return found_OI, calibration_notes(stats, DAMPING, used)
-
-
-def damped_gram(stats: InputStats, damping: float) -> Tensor:
-    """The matrix that `inverse_cholesky` inverts, as a new `[I, I]` tensor: symmetric, float32."""
-    gram_II = stats.gram()
-    diagonal_I = gram_II.diagonal()
-    mean = diagonal_I.mean().item() or 1.0
-    diagonal_I.copy_(torch.where(diagonal_I <= 0, mean, diagonal_I) + damping * mean)
-    return gram_II
-
-
-def conjugate_gradients(
-    gram_II: Tensor,
-    inverse_II: Tensor,
-    W_OI: Tensor,
-    keep_OI: Tensor,
-    start_OI: Tensor,
-    tolerance: float = _TOLERANCE,
-    most_steps: int = _MOST_STEPS,
-) -> Tensor:
-    """For each row minimise (ŵ−w)G(ŵ−w)ᵀ over the ŵ that are zero where `keep_OI` is false.
-
-    The preconditioner M of a row is the block of G⁻¹ on its mask. It is never smaller than the inverse of G's block, the exact
-    one, so rᵀMr of a residual r bounds what the row can still gain: it ends when that is a small share of its error.
-
-    Args:
-        gram_II: G, symmetric and positive definite.
-        inverse_II: its inverse.
-        W_OI, keep_OI: see `reconstruct`.
-        start_OI: where to begin, zero outside the mask. No row ends with a larger error.
-        tolerance: how much the error of a row may be above the least possible, as a share.
-        most_steps: that a row may take to come there.
-    """
-    X_OI = start_OI.clone()
-    height = rows_at_a_time(W_OI)
-    for W_PI, keep_PI, X_PI in zip(*(M_OI.split(height) for M_OI in (W_OI, keep_OI, X_OI)), strict=True):
-        _descend(gram_II, inverse_II, W_PI, keep_PI, X_PI, tolerance, most_steps)
-    return X_OI
-
-
-def rows_at_a_time(W_OI: Tensor) -> int:
-    """How many rows to compute on together: what stays in a CPU's cache, and makes products that are large enough."""
-    O, I = W_OI.shape
-    if W_OI.device.type != "cpu":
-        return O
-    pieces = -(-O // max(_LEAST_ROWS, _PIECE // I))
-    return -(-O // pieces)
-
-
-def _descend(
-    gram_II: Tensor, inverse_II: Tensor, W_PI: Tensor, keep_PI: Tensor, X_PI: Tensor, tolerance: float, most_steps: int
-) -> None:
-    """Turn X_PI from where to begin into what is found. R are the rows that have not ended, at `left_R` of them all."""
-    away_PI = W_PI - X_PI
-    residual_RI = away_PI @ gram_II
-    first_P = (away_PI * residual_RI).sum(1)
-    left_R = torch.arange(len(W_PI), device=W_PI.device)
-    keep_RI, X_RI, error_R = keep_PI, X_PI.clone(), first_P
-    residual_RI.mul_(keep_RI)
-    direction_RI = (residual_RI @ inverse_II).mul_(keep_RI)
-    gain_R = (residual_RI * direction_RI).sum(1)
-    for step in range(most_steps + 1):
-        open_R = ~(gain_R <= tolerance * error_R)  # what is not a number does not end before the check below
-        if not open_R.all():
-            X_PI[left_R[~open_R]] = X_RI[~open_R]
-            state = (left_R, keep_RI, X_RI, residual_RI, direction_RI, gain_R, error_R)
-            left_R, keep_RI, X_RI, residual_RI, direction_RI, gain_R, error_R = (part[open_R] for part in state)
-        if step == most_steps or not len(left_R):
-            break
-        image_RI = (direction_RI @ gram_II).mul_(keep_RI)
-        length_R1 = (gain_R / (direction_RI * image_RI).sum(1))[:, None]
-        X_RI.addcmul_(length_R1, direction_RI)
-        residual_RI.addcmul_(length_R1, image_RI, value=-1)
-        error_R = error_R - length_R1[:, 0] * gain_R
-        preconditioned_RI = torch.mm(residual_RI, inverse_II, out=image_RI).mul_(keep_RI)
-        before_R, gain_R = gain_R, (residual_RI * preconditioned_RI).sum(1)
-        direction_RI.mul_((gain_R / before_R)[:, None]).add_(preconditioned_RI)
-    if len(left_R):
-        # Rounding may spoil rows that are so hard to solve.
-        away_RI = W_PI[left_R] - X_RI
-        better_R = ((away_RI @ gram_II) * away_RI).sum(1) <= first_P[left_R]
-        X_PI[left_R[better_R]] = X_RI[better_R]
+    W_OI = stack.W_OI.masked_fill(stack.dead_I, 0)
+    start_OI = W_OI if start_OI is None else start_OI.float().masked_fill(stack.dead_I, 0)
+    U_II, used = stack.inverse(DAMPING)
+    found_OI = conjugate_gradients(stack.damped_gram(used), U_II.T @ U_II, W_OI, keep_OI, start_OI * keep_OI)
+    return found_OI, stack.notes(DAMPING, used)

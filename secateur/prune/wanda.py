@@ -3,13 +3,16 @@
 O: output features, I: input features.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.calibration.stats import InputStats, Level
-from secateur.prune.patterns import Pattern, keep_best
-from secateur.prune.registry import Pruned, pruner
+from secateur.core.patterns import Pattern, keep_best
+from secateur.core.pruned import Pruned
+from secateur.core.registry import pruner
+from secateur.core.stack import Stack
+from secateur.core.stats import InputStats, Level
 
 
 def wanda_score(W_OI: Tensor, stats: InputStats) -> Tensor:
@@ -17,15 +20,19 @@ def wanda_score(W_OI: Tensor, stats: InputStats) -> Tensor:
     return W_OI.float().abs() * stats.norm()
 
 
-@pruner("wanda", Level.MOMENTS)
-def wanda(W_OI: Tensor, stats: InputStats, pattern: Pattern, rows: Sequence[int] = ()) -> Pruned:
-    """Keep the weights whose magnitude times input norm is largest within their output row (or group for N:M).
+@pruner
+@dataclass(frozen=True)
+class Wanda:
+    """Keep the weights whose magnitude times input norm is largest within their output row, or their group for N:M.
 
-    Args:
-        W_OI: weights, any floating dtype.
-        stats: inputs at `Level.MOMENTS` or above; a dead input (always zero) is pruned first.
-        pattern: how many to keep.
-        rows: not looked at: no row is compared with another.
+    A dead input (always zero) is pruned first.
     """
-    keep_OI = keep_best(wanda_score(W_OI, stats), pattern)
-    return Pruned(W_OI.float() * keep_OI, keep_OI)
+
+    name: ClassVar[str] = "wanda"
+    paper: ClassVar[str] = "Sun et al. 2023, arXiv:2306.11695"
+    level: ClassVar[Level] = Level.MOMENTS
+
+    def prune(self, stack: Stack, pattern: Pattern) -> Pruned:
+        """Raises ValueError where M does not divide the number of inputs."""
+        keep_OI = keep_best(wanda_score(stack.W_OI, stack.stats), pattern)
+        return Pruned(stack.W_OI * keep_OI, keep_OI)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from secateur.codes import BITS, Uniform
-from secateur.errors import UsageError
+from secateur.core.quantized import Uniform
+from secateur.core.stack import Stack
+from secateur.quant.storage import storage_dtype
 
 # The ranges that a search tries, as shares of the whole one.
 SHARES = tuple(1 - 0.05 * step for step in range(14))
@@ -91,18 +93,20 @@ def _either(first_O: Tensor, one_O: Tensor | None, other_O: Tensor | None) -> Te
     return None if one_O is None or other_O is None else torch.where(first_O, one_O, other_O)
 
 
-def check_bits(bits: int) -> None:
-    """Raise UsageError unless there is such a grid."""
-    if bits not in BITS:
-        raise UsageError(f"--bits {bits} is not possible: a grid has {', '.join(map(str, BITS))} bits")
+class HasGrid(Protocol):
+    """A method with the options of `grid_options`."""
 
+    @property
+    def bits(self) -> int: ...
 
-def check_group_size(group_size: int | str) -> None:
-    """Raise UsageError unless it is a number of weights or `row`."""
-    if group_size != ROW and (isinstance(group_size, str) or group_size < 2):
-        raise UsageError(
-            f"--group-size {group_size} is not possible: give how many weights share a scale, 2 at least, or '{ROW}'"
-        )
+    @property
+    def group_size(self) -> int | str: ...
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def search_range(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,13 @@ class Grid:
     symmetric: bool
     search_range: bool
     half: torch.dtype
+
+    @classmethod
+    def of(cls, method: HasGrid, stack: Stack) -> Grid:
+        """The grid that a method's options ask for; a group size of `row` is a whole row."""
+        size = stack.features if method.group_size == ROW else int(method.group_size)
+        half = storage_dtype(stack.W_OI, stack.dtype)
+        return cls(method.bits, size, method.symmetric, method.search_range, half)
 
     @property
     def levels(self) -> int:

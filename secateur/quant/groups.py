@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from secateur.codes import take_kept
+from secateur.core.quantized import take_kept
 from secateur.quant.grid import Fitted
 
 

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of checkpoints, by atheris: `python tests/fuzz/checkpoint.py FOLDERS SCRATCH [libFuzzer's options]`.
 
-FOLDERS holds sound tiny checkpoints (tests/test_hostile.py makes them). What libFuzzer hands over decides how one of them is
-changed, by the same rules as in the tests.
+FOLDERS holds sound tiny checkpoints (tests/formats/test_hostile.py makes them). What libFuzzer hands over decides how one of
+them is changed, by the same rules as in the tests.
 """
 
 import shutil

@@ -1,0 +1,122 @@
+"""`export`: the same weights in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur._version import __version__
+from secateur.checkpoint.forms import FORMS, Form
+from secateur.errors import UsageError
+from secateur.formats.folder.card import write_card
+from secateur.formats.folder.manifest import MANIFEST_NAME
+from secateur.formats.folder.reader import read_json
+from secateur.formats.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
+from secateur.model.source import Source, open_source, save_config, save_untied
+from secateur.model.structure import build_skeleton, find_blocks
+from secateur.model.weights import ModelWeights, converted
+
+
+def export(
+    model: str,
+    out: str | Path,
+    to: str,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[str]:
+    """Write a model as another folder.
+
+    Args:
+        model: what `compress` takes too.
+        out: the folder to make.
+        to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
+            becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
+            codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `spqr`: for the package spqr_quant.
+        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
+        trust_remote_code: whether code that comes with the model may run.
+        progress: told the name of each packed linear.
+
+    Returns:
+        What a user should know of it.
+
+    Raises:
+        SecateurError: the model cannot be read or written in this form, the form is unknown or the folder cannot be written.
+    """
+    if to not in FORMS:
+        raise UsageError(f"--to {to!r} is not known: it can be {', '.join(FORMS)}")
+    form: Form = FORMS[to]()
+    with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
+        source = open_source(model, trust_remote_code, dtype=form.dtype)
+        skeleton = build_skeleton(source, source.dtype)
+        weights = ModelWeights(source, skeleton)
+        blocks = find_blocks(skeleton)
+        linears = blocks.linears
+        writer = ShardWriter(folder)
+
+        def as_written(name: str, tensor: Tensor) -> Tensor:
+            return converted(name, tensor, form.dtype, "--to dense keeps them")
+
+        def write_waiting() -> None:
+            if waiting:
+                for name, tensor in weights.unconverted(waiting).items():
+                    writer.add(name, tensor)
+                waiting.clear()
+
+        waiting: dict[str, Tensor] = {}  # of one block, where transformers converted them
+        for name in skeleton.state_dict():
+            if name not in weights:
+                continue
+            if waiting and _block(name) != _block(next(iter(waiting))):
+                write_waiting()
+            module = name.removesuffix(".weight")
+            linear = linears.get(module) if module != name else None
+            parts = form.pack(module, linear, weights) if linear is not None else None
+            if parts is None:
+                tensor = as_written(name, weights[name])
+                if weights.converted and to == "dense":
+                    waiting[name] = tensor
+                else:
+                    writer.add(weights.name_to_write(name), tensor)
+                continue
+            progress(module)
+            stored = weights.module_to_write(module)
+            for part, tensor in parts.items():
+                writer.add(f"{stored}.{part}", tensor)
+        write_waiting()
+        for name in weights.unused:
+            writer.add(name, converted(name, weights.stored(name), None, ""))
+        writer.flush()
+        assemble(writer.files, folder, folder)
+        quantization = form.config(skeleton, blocks.lists, linears, weights)
+        save_config(source, folder, form.dtype, quantization, type(skeleton).__name__)
+        if weights.untied:
+            save_untied(folder)
+        notes = source.write_companions(folder)
+        write_card(folder, source.name, read_json(folder / "config.json"))
+        write_manifest(folder, _manifest(source, to, weights.unused, notes))
+    return notes
+
+
+def _block(name: str) -> str:
+    """What the names of all tensors of a block begin with; nothing for those in none."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1])
+
+
+def _manifest(source: Source, to: str, unused: list[str], notes: list[str]) -> dict[str, Any]:
+    """How the weights came about, if the source knows, and that they were exported."""
+    known = {}
+    if source.folder is not None and (source.folder / MANIFEST_NAME).exists():
+        known = read_json(source.folder / MANIFEST_NAME)
+        known.pop("files", None)
+    exported = {"to": to, "from": source.name, "sha256": source.hashes, "secateur": __version__}
+    said = known.get("notes")
+    notes = [*(said if isinstance(said, list) else []), *notes]
+    return {**known, **({"notes": notes} if notes else {}), "unused": unused, "exported": exported}

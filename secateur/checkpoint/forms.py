@@ -1,0 +1,222 @@
+"""The forms that `export` writes a model's linears in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.quantized import Quantized, Uniform
+from secateur.errors import UsageError
+from secateur.formats.foreign import pack_quantized, spqr_quant
+from secateur.formats.foreign.pack_quantized import PackQuantized
+from secateur.formats.foreign.spqr_quant import SpQRQuant
+from secateur.formats.layouts.bitmap import Bitmap
+from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.coded import HALF_DTYPES
+from secateur.formats.layouts.layout import Layout
+from secateur.formats.layouts.nm import NMBits
+from secateur.formats.layouts.sparse_int import CodedLayout
+from secateur.formats.transformers.quantizer import quantization_config
+from secateur.model.structure import Linear, is_transposed
+from secateur.model.weights import ModelWeights
+
+
+class Form(Protocol):
+    """How linears are written; what a form does not take is written dense.
+
+    Attributes:
+        dtype: that every tensor written dense must have; None: the one that it has.
+    """
+
+    dtype: torch.dtype | None
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
+        ...
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        """The `quantization_config` for the linears that were packed.
+
+        Args:
+            model: the whole model.
+            lists: names of its lists of blocks.
+            linears: those of the blocks.
+            weights: which know what modules are called in the files.
+        """
+        ...
+
+
+class Dense:
+    """Every tensor as any tool reads it."""
+
+    dtype: torch.dtype | None = None
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        return None
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        return None
+
+
+class Secateur:
+    """Packed linears keep their layout, or take the one of ours that holds the same; dense ones become `bitmap` where that is
+    smaller. What spqr_quant rounds on the way, and float32 scales that no 16 bits hold, stay dense.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        name = f"{module}.weight"
+        packed = weights.packed(name)
+        layout: Layout
+        if packed is not None and isinstance(packed.layout, CodedLayout):
+            layout, parts = packed.layout, {part: tensor.clone() for part, tensor in weights.parts(name).items()}
+        elif packed is not None and isinstance(packed.layout, PackQuantized):
+            weight = _with_half_scales(packed.layout.read(weights.parts(name)))
+            if weight is None:
+                return None
+            layout = layout_for(weight)
+            parts = layout.pack(weight)
+        elif packed is not None and isinstance(packed.layout, SpQRQuant):
+            return None
+        else:
+            dense = weights[name]
+            W_OI = dense.T.contiguous() if is_transposed(linear) else dense
+            bits = torch.count_nonzero(dense).item() * 8 * dense.element_size() + dense.numel()
+            if packed is None and bits >= 8 * dense.nbytes:
+                return None
+            layout = packed.layout if packed is not None and isinstance(packed.layout, NMBits) else Bitmap()
+            parts = layout.pack(W_OI)
+        self.entries[module] = {**layout.to_config(), **({"transposed": True} if is_transposed(linear) else {})}
+        return {f"weight.{part}": tensor for part, tensor in parts.items()}
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        absent = set(linears) - set(self.entries)
+        return quantization_config(weights.generalised(self.entries, lists, absent)) if self.entries else None
+
+
+class CompressedTensors:
+    """The format `pack-quantized` of compressed-tensors: integer codes of 4 or 8 bits."""
+
+    dtype: torch.dtype | None = None
+
+    def __init__(self) -> None:
+        self.schemes: dict[str, pack_quantized.Scheme] = {}
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        weight = _quantized(module, linear, weights, "compressed-tensors")
+        if weight is None:
+            return None
+        try:
+            parts = pack_quantized.pack(weight)
+        except ValueError as error:
+            raise _not_possible(module, "compressed-tensors", error) from error
+        self.schemes[module] = pack_quantized.Scheme.of(weight)
+        return parts
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        _check_some(self.schemes, "compressed-tensors", "gptq or rtn")
+        schemes = {name: scheme for module, scheme in self.schemes.items() for name in _names(module, weights)}
+        return pack_quantized.quantization_config(schemes, _other_linears(model, self.schemes, weights))
+
+
+class SpQR:
+    """What the package spqr_quant reads: SpQR of 3 bits in tiles of 16 × 16, and everything else in float16."""
+
+    dtype: torch.dtype | None = torch.float16
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.packed: dict[str, None] = {}
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        weight = _quantized(module, linear, weights, "spqr")
+        if weight is None:
+            return None
+        try:
+            if linear.bias is not None:
+                raise ValueError("it has a bias, for which spqr_quant's linears have no place")
+            parts = spqr_quant.pack(weight)
+        except ValueError as error:
+            raise _not_possible(module, "spqr", error) from error
+        self.packed[module] = None
+        for name in _names(module, weights):
+            self.sizes.update({f"{name}.{part}": tensor.numel() for part, tensor in parts.items()})
+        return parts
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        _check_some(self.packed, "spqr", "spqr --bits 3 --group-size 16")
+        return spqr_quant.config(self.sizes, _other_linears(model, self.packed, weights))
+
+
+FORMS: dict[str, type[Form]] = {
+    "dense": Dense,
+    "secateur": Secateur,
+    "compressed-tensors": CompressedTensors,
+    "spqr": SpQR,
+}
+
+
+def _with_half_scales(weight: Quantized) -> Quantized | None:
+    """The same with scales of 16 bits, if there are such."""
+    codes = weight.codes
+    assert isinstance(codes, Uniform)
+    for dtype in HALF_DTYPES:
+        scale_OG = codes.scale_OG.to(dtype)
+        if torch.equal(scale_OG.to(codes.scale_OG.dtype), codes.scale_OG):
+            return replace(weight, codes=replace(codes, scale_OG=scale_OG))
+    return None
+
+
+def _quantized(module: str, linear: Linear, weights: ModelWeights, form: str) -> Quantized | None:
+    """The codes of a linear, or None where it is dense."""
+    packed = weights.packed(f"{module}.weight")
+    if packed is None:
+        return None
+    try:
+        if not isinstance(packed.layout, CodedLayout):
+            raise ValueError(f"layout {packed.layout.name!r} has no codes")
+        if is_transposed(linear):
+            raise ValueError("its module keeps weights as [in, out], which only torch.nn.Linear's are read as")
+        return packed.layout.read(weights.parts(f"{module}.weight"))
+    except ValueError as error:
+        raise _not_possible(module, form, error) from error
+
+
+def _not_possible(module: str, form: str, error: ValueError) -> UsageError:
+    return UsageError(f"{module} cannot be written as {form}: {error}; --to dense writes any model")
+
+
+def _check_some(packed: dict[str, Any], form: str, how: str) -> None:
+    if not packed:
+        raise UsageError(
+            f"the model has no quantized linears to write as {form}: "
+            f"compress it with --quantize {how} first, or give --to dense"
+        )
+
+
+def _other_linears(model: nn.Module, packed: dict[str, Any], weights: ModelWeights) -> list[str]:
+    """The linears of the whole model that are not packed, the head among them."""
+    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    return [name for other in others for name in _names(other, weights)]
+
+
+def _names(module: str, weights: ModelWeights) -> list[str]:
+    """What a module is called here and, by the files, in the releases that knew it by another name: tools read both."""
+    return list(dict.fromkeys([module, weights.module_to_write(module)]))

@@ -1,0 +1,103 @@
+"""What is in a checkpoint: the layout, sparsity, bits, bytes and error of every linear of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from secateur.formats.folder.manifest import MANIFEST_NAME
+from secateur.formats.folder.reader import read_json
+from secateur.formats.foreign.pack_quantized import PackQuantized
+from secateur.formats.foreign.spqr_quant import SpQRQuant
+from secateur.formats.layouts.sparse_int import CodedLayout
+from secateur.model.source import Source
+from secateur.model.structure import build_skeleton, find_blocks, weight_matrix
+from secateur.model.weights import ModelWeights
+from secateur.pipeline.outcome import LinearReport
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by its linears.
+
+    Attributes:
+        linears: those of the blocks; their `error` is what the manifest says, NaN without one.
+        parameters: of the whole model.
+        weight_bytes: of all weight files.
+    """
+
+    linears: list[LinearReport]
+    parameters: int
+    weight_bytes: int
+
+    @property
+    def linear_weights(self) -> int:
+        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+    @property
+    def linear_bytes(self) -> int:
+        return sum(linear.bytes for linear in self.linears)
+
+    @property
+    def sparsity(self) -> float:
+        zeros = sum(linear.sparsity * linear.shape[0] * linear.shape[1] for linear in self.linears)
+        return zeros / self.linear_weights
+
+
+def inspect(source: Source) -> Inspection:
+    """Read every linear of a checkpoint once and report on it.
+
+    Raises:
+        CheckpointError: files are damaged.
+    """
+    model = build_skeleton(source, torch.float32)
+    weights = ModelWeights(source, model)
+    errors = _errors(source)
+    linears = []
+    for name, linear in find_blocks(model).linears.items():
+        key = f"{name}.weight"
+        if key not in weights:
+            continue  # tied to one that is listed
+        weight = weights[key]
+        packed = weights.packed(key)
+        stored, outliers = int(torch.count_nonzero(weight)), 0
+        if packed is None:
+            size, layout = weight.nbytes, "dense"
+        else:
+            parts = weights.parts(key)
+            size, layout = sum(tensor.nbytes for tensor in parts.values()), packed.layout.name
+            if isinstance(packed.layout, CodedLayout):
+                quantized = packed.layout.read(parts)
+                stored, outliers = quantized.stored, quantized.outlier_count
+            elif isinstance(packed.layout, PackQuantized | SpQRQuant):
+                stored = weight.numel()  # a zero is a level like any other
+        error, kind = errors.get(name, (float("nan"), "not recorded"))
+        O, I = weight_matrix(linear).shape
+        linears.append(
+            LinearReport(
+                name=name,
+                shape=(O, I),
+                layout=layout,
+                sparsity=1 - stored / weight.numel(),
+                outliers=outliers / weight.numel(),
+                bits=8 * size / weight.numel(),
+                bytes=size,
+                error=error,
+                error_kind=kind,
+            )
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    return Inspection(linears, parameters, sum(file.stat().st_size for file in source.files))
+
+
+def _errors(source: Source) -> dict[str, tuple[float, str]]:
+    """The errors in the manifest, as far as they are of the form that they should have."""
+    if source.folder is None or not (source.folder / MANIFEST_NAME).exists():
+        return {}
+    linears = read_json(source.folder / MANIFEST_NAME).get("linears")
+    found = {}
+    for name, entry in linears.items() if isinstance(linears, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("error"), int | float):
+            found[name] = (float(entry["error"]), str(entry.get("error_kind")))
+    return found

@@ -1,0 +1,1 @@
+"""The commands: their options, one call, and what they print."""

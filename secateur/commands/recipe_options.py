@@ -1,0 +1,166 @@
+"""The options of `compress` and `plan` that make a recipe: those of every recipe, and each method's from its own fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from secateur.core.options import Option, options_of
+from secateur.core.registry import ROLES
+from secateur.errors import UsageError
+from secateur.recipes.built_in import find_recipe
+from secateur.recipes.methods import OPTIONS_KEY, options_by_name
+from secateur.recipes.recipe import Recipe
+
+_METHODS, _TEXT, _SEARCH, _OUTPUT = "Method", "Calibration", "Search", "What is compressed and written"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An option of every recipe.
+
+    Attributes:
+        type: as typer takes it.
+        help: a noun phrase.
+        panel: under which heading it stands.
+        key: of the recipe, or of its calibration, where it has another name there.
+    """
+
+    type: Any
+    help: str
+    panel: str
+    key: str = ""
+
+
+def _names(role: str) -> str:
+    return ", ".join(sorted(ROLES[role]))
+
+
+def _recipe_options() -> dict[str, _Given]:
+    return {
+        "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
+        "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
+        "pattern": _Given(str, "N:M (keep N of every M) or unstructured.", _METHODS),
+        "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _METHODS),
+        "reconstruct": _Given(bool, "Best values for the kept weights.", _METHODS),
+        "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
+        "allocation": _Given(str, "How a total is shared between linears: uniform, owl or search.", _SEARCH),
+        "target_size": _Given(str, "Size to reach by search: 35% of the dense model, or 100MB.", _SEARCH),
+        "max_perplexity_rise": _Given(str, "Greatest rise of perplexity to accept in a search, such as 3%.", _SEARCH),
+        "targets": _Given(list[str], "Glob of linears to compress; repeatable.", _OUTPUT),
+        "ignore": _Given(list[str], "Glob of linears to leave alone; repeatable.", _OUTPUT),
+        "format": _Given(str, "Layout of the result: auto, dense, bitmap or nm.", _OUTPUT),
+        "dtype": _Given(str, "Precision of the weights written: auto, bfloat16, float16, float32.", _OUTPUT),
+    }
+
+
+_CALIBRATION = {
+    "calibration": _Given(
+        str, "self, docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split].", _TEXT, "source"
+    ),
+    "text_field": _Given(str, "Field of a row that holds its text.", _TEXT),
+    "samples": _Given(int, "Number of calibration windows.", _TEXT),
+    "seq_len": _Given(int, "Tokens in a window.", _TEXT),
+    "seed": _Given(int, "Random seed.", _TEXT),
+    "bos": _Given(bool, "Windows that begin with BOS, where the tokenizer adds one.", _TEXT),
+}
+_RECIPE = _Given(str, "Built-in recipe, YAML file or secateur.json; other options override it.", _METHODS)
+
+
+def _parameter(name: str, kind: Any, help: str, panel: str, opposite: str = "") -> Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    flags = (f"{flag}/--{opposite or f'no-{name}'.replace('_', '-')}",) if kind is bool else (flag,)
+    option = typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _type_of(method: Any, name: str, option: Option) -> Any:
+    hint = get_type_hints(method)[name]
+    types = [each for each in getattr(hint, "__args__", (hint,)) if each is not type(None)]
+    # A share or a number that a word may stand for is text until the method has seen it.
+    return str if option.share or len(types) > 1 else types[0]
+
+
+def _of_methods() -> Iterator[Parameter]:
+    """An option of several methods is one: it goes to each of them that the recipe names."""
+    for name, methods in options_by_name().items():
+        option = options_of(methods[0])[name]
+        ranges = dict.fromkeys(filter(None, (options_of(method)[name].range for method in methods)))
+        values = f" ({next(iter(ranges))})" if len(ranges) == 1 else ""
+        panel = f"Options of {', '.join(method.name for method in methods)}"
+        help = option.help.removesuffix(".") + f"{values}."
+        yield _parameter(name, _type_of(methods[0], name, option), help, panel, option.opposite)
+
+
+def parameters() -> list[Parameter]:
+    """All options that make a recipe, as a command's signature holds them."""
+    every = {**_recipe_options(), "recipe": _RECIPE, **_CALIBRATION}
+    fixed = [_parameter(name, given.type, given.help, given.panel) for name, given in every.items()]
+    return [*fixed, *_of_methods()]
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a recipe in place of its parameter `recipe`, which gets what they name."""
+    options = {parameter.name: parameter for parameter in parameters()}
+    own = signature(command, eval_str=True).parameters  # annotations are text here
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        recipe = recipe_of({name: given.pop(name) for name in options})
+        command(**given, recipe=recipe)
+
+    rest = [p.replace(kind=Parameter.KEYWORD_ONLY) for name, p in own.items() if name != "recipe"]
+    first = [p for p in rest if p.default is Parameter.empty]
+    last = [p for p in rest if p.default is not Parameter.empty]
+    run.__signature__ = Signature([*first, *options.values(), *last])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*first, *options.values(), *last]}
+    return run
+
+
+def recipe_of(given: dict[str, Any]) -> Recipe:
+    """The recipe that options name: what `--recipe` says, and what is given besides.
+
+    Raises:
+        UsageError: an option belongs to none of the methods of the recipe.
+    """
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    base = find_recipe(given.pop("recipe")) if "recipe" in given else Recipe()
+    text = {each.key or name: given.pop(name) for name, each in _CALIBRATION.items() if name in given}
+    plain = {name: given.pop(name) for name in _recipe_options() if name in given}
+    for name in ("targets", "ignore"):
+        if name in plain:
+            plain[name] = tuple(plain[name])
+    calibration = dataclasses.replace(base.calibration, **text) if text else base.calibration
+    recipe = dataclasses.replace(base, calibration=calibration, **plain)
+    return dataclasses.replace(recipe, **_options_by_method(recipe, given))
+
+
+def _options_by_method(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of methods, by what a recipe calls those of each of its methods, with those that it has already."""
+    found = {key: dict(getattr(recipe, key)) for key in OPTIONS_KEY.values()}
+    for name, value in given.items():
+        takers = options_by_name()[name]
+        roles = [role for role in OPTIONS_KEY if getattr(recipe, role) in [method.name for method in takers]]
+        if not roles:
+            raise UsageError(f"`{name}` is an option of {', '.join(m.name for m in takers)}: {_instead(recipe)}")
+        for role in roles:
+            found[OPTIONS_KEY[role]][name] = _read(ROLES[role][getattr(recipe, role)], name, value)
+    return found
+
+
+def _instead(recipe: Recipe) -> str:
+    named = [getattr(recipe, role) for role in OPTIONS_KEY if getattr(recipe, role)]
+    return f"{' and '.join(named)} would not heed it, leave it out" if named else "name one by `prune` or `quantize`"
+
+
+def _read(method: Any, name: str, value: Any) -> Any:
+    """Text from the command line as the number that the method takes, where it is one; the method says what is wrong."""
+    if isinstance(value, str) and not options_of(method)[name].share and value.lstrip("-").isdecimal():
+        return int(value)
+    return value

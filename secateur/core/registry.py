@@ -1,0 +1,111 @@
+"""The contracts of methods, and the names under which they are found.
+
+A method is a frozen dataclass whose fields are its options (see `options`), in a file of its own, registered by a decorator
+under the name that the user types. It computes in float32, returns new tensors and changes nothing that it is given.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+from secateur.core.patterns import Pattern
+from secateur.core.pruned import Pruned
+from secateur.core.quantized import Quantized
+from secateur.core.stack import Stack
+from secateur.core.stats import Level
+
+
+class Pruner(Protocol):
+    """Chooses weights to remove. Making one raises UsageError where an option makes no sense.
+
+    Attributes:
+        name: what the user types.
+        paper: where it was published; "" if nowhere.
+        level: the least statistics of the inputs that it works from.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def level(self) -> Level: ...
+
+    def prune(self, stack: Stack, pattern: Pattern) -> Pruned:
+        """New weights of linears that read the same input, zero where the mask is false; the mask fits the pattern."""
+        ...
+
+
+class Refiner(Protocol):
+    """Makes a mask better. Attributes: see `Pruner`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def level(self) -> Level: ...
+
+    def refine(self, stack: Stack, keep_OI: Tensor, pattern: Pattern) -> Tensor:
+        """A better mask of the same pattern for the dense weights of a stack."""
+        ...
+
+
+class Quantizer(Protocol):
+    """Rounds weights to a grid or table. Attributes: see `Pruner`; `all_bits`: what `bits` may be, rising."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    all_bits: ClassVar[tuple[int, ...]]
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        ...
+
+    @property
+    def level(self) -> Level: ...
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether it wants the squared gradient of the loss for every weight."""
+        ...
+
+    def quantize(self, stack: Stack, pruned: Pruned | None = None) -> list[Quantized]:
+        """One quantized weight for each linear of a stack.
+
+        Where `pruned` is given its `keep_OI` is their mask, and what is not kept is exactly zero.
+        """
+        ...
+
+
+PRUNERS: dict[str, type[Pruner]] = {}
+REFINERS: dict[str, type[Refiner]] = {}
+QUANTIZERS: dict[str, type[Quantizer]] = {}
+#: By what a recipe calls the part that they play.
+ROLES: dict[str, dict[str, Any]] = {"prune": PRUNERS, "refine": REFINERS, "quantize": QUANTIZERS}
+
+_M = TypeVar("_M", bound=type[Any])
+
+
+def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
+    def register(method: _M) -> _M:
+        table[method.name] = method
+        return method
+
+    return register
+
+
+#: Register a class as a pruning method, as a refiner of masks, as a quantization method.
+pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
+
+
+def import_all(package: str, path: Iterable[str]) -> None:
+    """Import every file of a package, so that what is in it registers itself."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

@@ -1,0 +1,294 @@
+"""`eval` and `generate`: open a model by name, run it, say what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from secateur._version import __version__
+from secateur.calibration.tokens import hash_of
+from secateur.errors import UsageError
+from secateur.evaluation.blocks import BlockError, block_errors
+from secateur.evaluation.eval_text import Text, scored_bytes
+from secateur.evaluation.perplexity import Quality, measure
+from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
+from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
+from secateur.kernels.backends import AUTO, check_backend
+from secateur.model.load import load_source, open_device, parse_dtype
+from secateur.model.source import Source, open_source
+from secateur.model.structure import build_skeleton
+from secateur.model.weights import conflicts, stored_names
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model takes on disk: the bytes of its weight files, and their bits for each of its parameters."""
+
+    bytes: int
+    parameters: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of `eval`.
+
+    Attributes:
+        text: what was measured on, with `sha256` of the tokens, and `bytes` that the scored ones stand for. `bos` is whether
+            windows did begin with it.
+        bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be compared.
+        blocks: where the error is made, if that was asked for.
+        seconds: it took.
+        tasks: scores in tasks, if that was asked for.
+        cache_tokens: of the reference's predictions that `quality.kl` looks at one by one; None: all.
+    """
+
+    model: str
+    reference: str | None
+    text: dict[str, Any]
+    quality: Quality
+    bits_per_byte: float
+    size: Size
+    reference_size: Size | None
+    blocks: tuple[BlockError, ...] | None
+    seconds: float
+    tasks: tuple[TaskScore, ...] = ()
+    cache_tokens: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, the means over each window and at each position included, as JSON holds it."""
+        scores = self.quality.scores
+        quality = {f.name: getattr(self.quality, f.name) for f in dataclasses.fields(Quality) if f.name != "scores"}
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **found,
+            "quality": quality,
+            "size": self.size.to_dict(),
+            "reference_size": self.reference_size.to_dict() if self.reference_size else None,
+            "blocks": [dataclasses.asdict(block) for block in self.blocks] if self.blocks else None,
+            "tasks": [dataclasses.asdict(score) for score in self.tasks],
+            "per_window": scores.windows(),
+            "per_position": scores.positions(),
+        }
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How models are opened and run to be measured.
+
+    Attributes:
+        dtype: to compute in; `auto` is that of the files.
+        device: where.
+        batch_tokens: run at a time, see `measure`.
+        trust_remote_code: whether code that comes with a model may run.
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch_tokens: int | None = None
+    trust_remote_code: bool = False
+
+    def open(self, model: str, verify: bool = False) -> Source:
+        """Open whatever `compress` takes as MODEL."""
+        return open_source(model, self.trust_remote_code, verify, parse_dtype(self.dtype))
+
+    def load(self, source: Source) -> Any:
+        """The model of an open source, its weights unpacked, ready to run."""
+        return load_source(source, parse_dtype(self.dtype) or source.dtype, open_device(self.device))
+
+    def keep(
+        self,
+        source: Source,
+        ids_KS: Tensor,
+        cache: Path,
+        tokens: int | None,
+        *,
+        stride: int | None = None,
+        bos: Sequence[int] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> KeptReference:
+        """What a model predicts, from the cache if it is there, see `keep_reference`."""
+        identity = {
+            "model": source.hashes,
+            "dtype": self.dtype,
+            "device": open_device(self.device).type,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        }
+        return keep_reference(
+            cache,
+            identity,
+            lambda: self.load(source),
+            ids_KS,
+            stride=stride,
+            bos=bos,
+            tokens=tokens,
+            batch_tokens=self.batch_tokens,
+            progress=progress,
+        )
+
+
+def evaluate(
+    model: str,
+    reference: str | None = None,
+    text: Text = Text(),  # noqa: B008 - it is frozen
+    *,
+    runner: Runner = Runner(),
+    cache: Path | None = None,
+    cache_tokens: int | None = KEPT_TOKENS,
+    by_block: bool = False,
+    tasks: Sequence[str] = (),
+    few_shot: int | None = None,
+    limit: int | None = None,
+    verify: bool = False,
+    accept: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] | None = None,
+    task_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure a model on the first windows of a text, and its distance from a reference if one is given.
+
+    Args:
+        model, reference: whatever `compress` takes as MODEL.
+        text: which windows of which text.
+        runner: how models are run.
+        cache: a folder where the reference's predictions are kept, and taken from if they are there. Divergences are then of
+            the `cache_tokens` likeliest tokens and all others as one.
+        cache_tokens: see `keep_reference`.
+        by_block: also compare the two models block by block.
+        tasks, few_shot, limit: what is measured besides, see `run_tasks`.
+        verify: whether the model's files (not the reference's) have to be those that its manifest names.
+        accept: called with the hash of the text's tokens before any model is run; what it raises ends the evaluation.
+        progress: called with (windows done, windows in total).
+        task_progress: as `progress` of `run_tasks`.
+
+    Raises:
+        SecateurError: a model, the text or a task cannot be had, or something measured is not finite.
+    """
+    began = time.monotonic()
+    check_tasks(tasks, few_shot, limit)
+    if reference is None and (by_block or cache is not None):
+        raise UsageError(f"{'--by-block' if by_block else '--reference-cache'} needs a --reference to compare with")
+    source = runner.open(model, verify)
+    tokenizer = source.tokenizer()
+    ids_KS, bos = text.cut(tokenizer), text.bos_ids(tokenizer)
+    sha256 = hash_of(ids_KS)
+    accept(sha256)
+    other = runner.open(reference) if reference is not None else None
+    beside: KeptReference | None = None
+    dense: Any = None
+    if other is not None and cache is not None:
+        beside = runner.keep(other, ids_KS, cache, cache_tokens, stride=text.stride, bos=bos, progress=progress)
+    loaded = runner.load(source)
+    if other is not None and (beside is None or by_block or tasks):
+        dense = runner.load(other)
+    # Before the text is measured, so that a task that is not known is found soon.
+    scores = run_tasks(
+        loaded,
+        tokenizer,
+        tasks,
+        reference=dense,
+        few_shot=few_shot,
+        limit=limit,
+        trust_remote_code=runner.trust_remote_code,
+        progress=task_progress,
+    )
+    quality = measure(
+        loaded,
+        ids_KS,
+        dense if beside is None else beside,
+        stride=text.stride,
+        bos=bos,
+        batch_tokens=runner.batch_tokens,
+        progress=progress,
+    )
+    size = scored_bytes(tokenizer, ids_KS, text.stride, bos)
+    return Evaluation(
+        model=model,
+        reference=reference,
+        text={**dataclasses.asdict(text), "bos": bool(bos), "sha256": sha256, "bytes": size},
+        quality=quality,
+        bits_per_byte=bits_per_byte(quality, size),
+        size=size_of(source),
+        reference_size=size_of(other) if other is not None else None,
+        blocks=tuple(block_errors(loaded, dense, ids_KS, progress=progress)) if by_block else None,
+        seconds=time.monotonic() - began,
+        tasks=scores,
+        cache_tokens=None if beside is None else beside.tokens,
+    )
+
+
+def bits_per_byte(quality: Quality, size: int) -> float:
+    """The loss in bits for each of the `size` bytes that the scored tokens stand for; NaN where they stand for none."""
+    return quality.loss * quality.tokens / math.log(2) / size if size > 0 else math.nan
+
+
+def size_of(source: Source) -> Size:
+    """What an open model takes on disk."""
+    model = build_skeleton(source, source.dtype)
+    untied = conflicts(source.weights, stored_names(source.weights, model)[0], model)
+    parameters = sum(p.numel() for p in [*model.parameters(), *map(model.get_parameter, untied)])
+    return Size(sum(file.stat().st_size for file in source.files), parameters)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    backend: str = AUTO,
+    trust_remote_code: bool = False,
+    verify: bool = False,
+) -> str:
+    """What a model writes after a prompt, without the prompt. `verify` is as in `evaluate`.
+
+    Raises:
+        SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
+    """
+    check_backend(backend)
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature {temperature:g} is not possible: give 0 or more, such as 0.7")
+    target = open_device(device)
+    source = open_source(model, trust_remote_code, verify, parse_dtype(dtype))
+    tokenizer = source.tokenizer()
+    loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError(f"{model} has no chat template: leave --chat out")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
+    if batch["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt is empty: give at least one word")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    with torch.no_grad():
+        out = loaded.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,377 @@
+"""Reading a checkpoint folder as a mapping from weight names to dense tensors, whatever lies on disk.
+
+Nothing here trusts the files: safetensors checks every offset against the file, names in an index must stay in the folder
+(and its links, see `folder`), and each layout checks its tensors before it uses them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.formats.folder.entries import is_plain_name
+from secateur.formats.foreign import compressed_tensors, spqr_quant
+from secateur.formats.layouts.bitmap import Bitmap
+from secateur.formats.layouts.layout import LAYOUT_VERSION, LAYOUTS, Layout, layout_from_config
+from secateur.formats.layouts.nm import NMBits
+from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAPPED_BYTES = 64 * 2**20
+# What is said about tensors, in headers and JSON, takes up to 25 times its size in memory. So much of it there may be beside so
+# many bytes of weights; real checkpoints have a thousandth.
+_SPARE_TEXT = 2**20
+_WEIGHTS_PER_TEXT = 16
+# torch can do next to nothing with them.
+_UNREADABLE = {torch.complex64, torch.float4_e2m1fn_x2}
+#: Where configs say the dtype of a model: as transformers 5 does, and as those before it did.
+DTYPE_KEYS = ("dtype", "torch_dtype")
+_STORED_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_FLOATS.values()}
+_PARTS = {part for layout in LAYOUTS.values() for part in layout.parts}
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a JSON file of a checkpoint folder. Raises CheckpointError when it cannot be read, or is far too large."""
+    try:
+        weights = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _SPARE_TEXT + weights // _WEIGHTS_PER_TEXT:
+                raise CheckpointError(f"{path} has {size} bytes, far too many beside weight files of {weights}")
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object in such bytes. Raises CheckpointError when they hold something else."""
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it cannot be read, is too large, or holds something else."""
+    return parse_json(read_limited(path), path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or names a file that is missing or outside the folder.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        if (folder / SINGLE_NAME).exists():
+            return [folder / SINGLE_NAME]
+        found = sorted(folder.glob("*.safetensors"))
+        if found:
+            return found
+        others = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"}]
+        hint = f"; it has {others[0]}, a pickle, which secateur never opens: convert it first" if others else ""
+        raise CheckpointError(f"{folder} holds no weights: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
+    names = read_json(index_path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(f"{index_path} has no usable 'weight_map'")
+    files = []
+    for name in sorted(set(names.values())):
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index_path} names {name!r}, which is not a safetensors file in this folder")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is missing: {INDEX_NAME} names it")
+        files.append(folder / name)
+    return files
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files under the names they have there, read at each access.
+
+    A tensor is a view of the mapped file. What has been read of a mapping stays in memory until it is dropped, so a file is
+    mapped anew whenever some tens of megabytes have been read from it: not for every tensor, because that costs the
+    reading of its header.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._file: dict[str, Path] = {}
+        self._mapped: tuple[Path, Any] | None = None
+        self._left = 0
+        for file in files:
+            _check_header(file)
+            for name in self.open_file(file).keys():  # noqa: SIM118 - a handle is not a mapping
+                if name in self._file:
+                    raise CheckpointError(f"tensor {name!r} is both in {self._file[name]} and in {file}")
+                self._file[name] = file
+
+    @staticmethod
+    def open_file(file: Path) -> Any:
+        """A safetensors file, mapped. Raises CheckpointError when it is none."""
+        try:
+            return safe_open(str(file), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file[name]
+        mapped = self._mapped
+        if mapped is None or mapped[0] != file or self._left <= 0:
+            mapped = self._mapped = (file, self.open_file(file))
+            self._left = MAPPED_BYTES
+        try:
+            tensor = mapped[1].get_tensor(name)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
+        if tensor.dtype in _UNREADABLE:
+            raise CheckpointError(
+                f"tensor {name!r} in {file} is {tensor.dtype}, which no weight of a language model is"
+            )
+        self._left -= tensor.nbytes
+        return tensor
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self._file[name]
+
+    def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
+        """Names, dtypes (None for one that weights do not have) and shapes, of which no tensor is read."""
+        for file in sorted(set(self._file.values())):
+            opened = self.open_file(file)
+            for name in opened.keys():  # noqa: SIM118 - a handle is not a mapping
+                found = opened.get_slice(name)
+                yield name, _STORED_FLOATS.get(found.get_dtype()), tuple(found.get_shape())
+
+    def release(self) -> None:
+        """Map files anew from here on: what has been read so far leaves the memory with the tensors that it was read as."""
+        self._mapped = None
+
+    def __contains__(self, name: object) -> bool:
+        # Not Mapping's own, which would read the tensor to find out.
+        return name in self._file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+class HeldTensors(Mapping[str, Tensor]):
+    """Tensors of files that are kept open: they can be read where the folder was moved, deleted or replaced in the meantime.
+
+    Pickled, they are read.
+    """
+
+    def __init__(self, stored: StoredTensors, names: Iterable[str]) -> None:
+        self._file = {name: stored.file_of(name) for name in names}
+        self._open = {file: _OpenFile(file) for file in set(self._file.values())}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file[name]
+        if not self._open[file].intact():
+            self._open[file] = _OpenFile(file)
+        return self._open[file].get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __deepcopy__(self, memo: Any) -> HeldTensors:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _CopiedTensors(self).__reduce__()
+
+
+class _CopiedTensors(dict[str, Tensor]):
+    """What `HeldTensors` are once they were pickled."""
+
+    def __reduce__(self) -> Any:
+        # As bytes: tensors that are handed to another process have to live until it has started, and these need not.
+        return _copied, (save(dict(self)),)
+
+
+def _copied(content: bytes) -> _CopiedTensors:
+    return _CopiedTensors(load(content))
+
+
+class _OpenFile:
+    """A file of tensors, and whether somebody wrote to it since it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("rb")
+            finalize(self, self._file.close)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        self._written = self._last_written()
+        self._mapped = StoredTensors.open_file(path)
+
+    def _last_written(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def intact(self) -> bool:
+        return self._last_written() == self._written
+
+    def get(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._mapped.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path} was written to since it was loaded: {error}") from error
+        return tensor
+
+
+def _check_header(file: Path) -> None:
+    """Raise CheckpointError when the header of a safetensors file is so long that it is not about weights."""
+    try:
+        with file.open("rb") as opened:
+            header, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    if _SPARE_TEXT + size // _WEIGHTS_PER_TEXT < header < size:  # one beyond the file safetensors refuses
+        raise CheckpointError(f"{file} has a header of {header} bytes, far too many for a file of {size}")
+
+
+def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:
+    """Module patterns of a `quantization_config` of secateur, each with its layout and whether it is stored transposed.
+
+    Raises:
+        CheckpointError: the layout version is unknown, or something is missing or makes no sense.
+    """
+    version = config.get("layout_version")
+    if version != LAYOUT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has layout version {version!r}, and this secateur reads {LAYOUT_VERSION}: "
+            "install a version that matches"
+        )
+    modules = config.get("modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError("the checkpoint's quantization_config has no 'modules'")
+    return {pattern: (layout_from_config(entry), entry.get("transposed") is True) for pattern, entry in modules.items()}
+
+
+def find_entry(modules: Mapping[str, tuple[Layout, bool]], module: str) -> tuple[Layout, bool] | None:
+    """The entry whose pattern (`*` stands for anything) matches a module's name; the exact name comes first."""
+    if module in modules:
+        return modules[module]
+    return next((entry for pattern, entry in modules.items() if fnmatchcase(module, pattern)), None)
+
+
+def packed_weights(stored: Mapping[str, Tensor], modules: Mapping[str, tuple[Layout, bool]]) -> dict[str, PackedWeight]:
+    """The packed weights among stored names such as `….up_proj.weight.bitmask`."""
+    parts_of: dict[str, dict[str, str]] = {}
+    for name in stored:
+        weight, _, part = name.rpartition(".")
+        if part in _PARTS and weight.endswith(".weight"):
+            parts_of.setdefault(weight, {})[part] = name
+    packed = {}
+    for weight, parts in parts_of.items():
+        entry = find_entry(modules, weight.removesuffix(".weight"))
+        if entry is None:
+            raise CheckpointError(f"{weight} is stored packed, but the config does not name its layout")
+        packed[weight] = PackedWeight(entry[0], parts, entry[1])
+    return packed
+
+
+def open_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint folder: dense, in secateur's layouts, or in an old sparse layout of compressed-tensors.
+
+    Args:
+        folder: a Hugging Face folder.
+        config: its `config.json`.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the weights are quantized in a way that is not read here.
+    """
+    stored = StoredTensors(weight_files(folder))
+    quantization, method = config.get("quantization_config"), None
+    if quantization is None and isinstance(config.get("compression_config"), dict):
+        quantization, method = config["compression_config"], compressed_tensors.QUANT_METHOD
+    if quantization is None:
+        return stored
+    if isinstance(quantization, dict):
+        method = method or quantization.get("quant_method")
+    if method == "secateur":
+        return DecodedWeights(stored, packed_weights(stored, parse_quantization_config(quantization)))
+    if method == compressed_tensors.QUANT_METHOD:
+        return DecodedWeights(stored, compressed_tensors.packed_weights(stored, quantization))
+    if method == spqr_quant.QUANT_METHOD:
+        return DecodedWeights(stored, spqr_quant.packed_weights(stored, quantization))
+    raise CheckpointError(
+        f"{folder} is quantized with {method!r}: secateur reads dense checkpoints, its own, spqr_quant's, "
+        "and compressed-tensors' pack-quantized, sparse-bitmask and sparse-24-bitmask"
+    )
+
+
+def check_no_codes(weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a tensor holds floats of eight bits: a quantizer's codes, which are no weights without it."""
+    packed = weights.packed if isinstance(weights, DecodedWeights) else {}
+    for name in weights:
+        if name not in packed and weights[name].is_floating_point() and weights[name].element_size() == 1:
+            raise CheckpointError(
+                f"{name} is {weights[name].dtype}, the codes of a quantizer that secateur does not read: make the weights "
+                "bfloat16 with what quantized them"
+            )
+
+
+def is_rounded(weights: Mapping[str, Tensor]) -> bool:
+    """Whether packed weights are codes, and not just without their zeros."""
+    packed = weights.packed.values() if isinstance(weights, DecodedWeights) else ()
+    return any(not isinstance(weight.layout, Bitmap | NMBits) for weight in packed)
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a `config.json` says its model has, at the top or for the text part; None where it says no usable one."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in DTYPE_KEYS:
+            found = _FLOATS.get(str(part.get(key)))
+            if found is not None:
+                return found
+    return None
+
+
+def stored_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of most bytes of a checkpoint's matrices: of those in blocks, which are numbered, where there are any.
+
+    Raises:
+        CheckpointError: there are no matrices.
+    """
+    stored = weights.stored if isinstance(weights, DecodedWeights) else weights
+    sizes: dict[bool, dict[torch.dtype, int]] = {True: {}, False: {}}
+    for name, dtype, shape in stored.headers() if isinstance(stored, StoredTensors) else _headers(stored):
+        if name in weights and dtype is not None and len(shape) == 2:
+            found = sizes[any(part.isdigit() for part in name.split("."))]
+            found[dtype] = found.get(dtype, 0) + dtype.itemsize * math.prod(shape)
+    most = sizes[True] or sizes[False]
+    if most:
+        return max(most, key=lambda dtype: most[dtype])
+    if isinstance(weights, DecodedWeights) and weights.packed:
+        return weights[next(iter(weights.packed))].dtype
+    raise CheckpointError("the checkpoint holds no weight matrices")
+
+
+def _headers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
+    for name, tensor in tensors.items():
+        yield name, tensor.dtype if tensor.dtype in _FLOATS.values() else None, tuple(tensor.shape)

@@ -1,0 +1,100 @@
+"""Weights that lie packed in a checkpoint, and the view of a checkpoint in which they are dense.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.formats.layouts.layout import Layout
+from secateur.kernels.packed import Packed
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """How the parts of a weight look in its file, so that the weight can be stored again without the file.
+
+    Attributes:
+        layout: its codec.
+        tensors: part of the layout → dtype and shape, which may be chosen in more than one way.
+    """
+
+    layout: Layout
+    tensors: dict[str, tuple[torch.dtype, torch.Size]]
+
+    def __call__(self, weight: Packed) -> dict[str, Tensor]:
+        """The parts, bit for bit as they were read."""
+        parts = self.layout.store(weight)
+        return {
+            part: parts[part].to(dtype).reshape(shape) for part, (dtype, shape) in self.tensors.items() if part in parts
+        }
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Where and how one weight is stored.
+
+    Attributes:
+        layout: its codec.
+        parts: part of the layout → name of the tensor in the files.
+        transposed: the weight belongs to a Conv1D module, which keeps it as `[I, O]`.
+    """
+
+    layout: Layout
+    parts: dict[str, str]
+    transposed: bool = False
+
+    def decode(self, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight as its module keeps it. Raises CheckpointError, naming it, when its parts are damaged."""
+        try:
+            W_OI = self.layout.unpack({part: stored[key] for part, key in self.parts.items()})
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
+        return W_OI.T.contiguous() if self.transposed else W_OI
+
+    def load(self, name: str, stored: Mapping[str, Tensor]) -> Packed:
+        """The weight as kernels compute on it, `[O, I]`. Raises CheckpointError as `decode` does."""
+        return self.read(name, stored)[0]
+
+    def read(self, name: str, stored: Mapping[str, Tensor]) -> tuple[Packed, StoredForm]:
+        """The same, and how it is stored."""
+        tensors = {part: stored[key] for part, key in self.parts.items()}
+        form = StoredForm(self.layout, {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()})
+        try:
+            return self.layout.load(tensors), form
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be read from layout {self.layout.name!r}: {error}") from error
+
+
+class DecodedWeights(Mapping[str, Tensor]):
+    """A compressed checkpoint's weights under their own names, each decoded when it is asked for.
+
+    What is not packed is passed through.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], packed: dict[str, PackedWeight]) -> None:
+        self.stored = stored
+        self.packed = packed
+        parts = {name for weight in packed.values() for name in weight.parts.values()}
+        self._plain = dict.fromkeys(name for name in stored if name not in parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.packed.get(name)
+        return self.stored[name] if weight is None else weight.decode(name, self.stored)
+
+    def __contains__(self, name: object) -> bool:
+        # Not Mapping's own, which would decode the weight to find out.
+        return name in self.packed or name in self._plain
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._plain
+        yield from self.packed
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self.packed)

@@ -1,0 +1,165 @@
+"""Putting modules that compute on packed weights in the place of a model's linears, and dense ones back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import CheckpointError
+from secateur.formats.layouts.packed_weight import StoredForm
+from secateur.kernels.backends import choose
+from secateur.kernels.module import PackedLinear
+from secateur.kernels.packed import Packed
+
+#: The device maps that share a model out between the devices that there are.
+SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+class PackedPlainLinear(PackedLinear, nn.Linear):  # type: ignore[misc, override]
+    """In place of an `nn.Linear`, which it is to those that look for them: what puts adapters on linears, say."""
+
+    transposed = False
+
+
+class PackedConv1D(PackedLinear, Conv1D):
+    """In place of transformers' `Conv1D`."""
+
+    transposed = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.nf, self.nx = self.out_features, self.in_features
+
+    __repr__ = nn.Module.__repr__
+
+
+def replace_linears(
+    model: nn.Module,
+    weights: Mapping[str, Callable[[], tuple[Packed, StoredForm]]],
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Let the linears of a model, which may be on the meta device, compute on packed weights.
+
+    They have yet to be placed on their device: see `place_linears`. A linear stays as it is, to be given a dense weight, where
+    `dense` is the backend, and where it is of a class of its own, which may do more than multiply.
+
+    Args:
+        model: to be changed.
+        weights: module name → what reads its weight, and how that is stored.
+        backend: `auto` or a name.
+        device: where most of the model will be.
+        dtype: of the inputs.
+
+    Returns:
+        The names of the modules that were replaced.
+
+    Raises:
+        CheckpointError: a weight is damaged, or of another shape than the module's.
+        UsageError: there is no such backend, or it cannot be used.
+    """
+    replaced = []
+    plain = [name for name in weights if type(model.get_submodule(name)) in (nn.Linear, Conv1D)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # Reading is checking, which other threads do while this one waits for the first.
+        for name, (weight, form) in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
+            module = model.get_submodule(name)
+            transposed = isinstance(module, Conv1D)
+            shape = module.get_parameter("weight").shape
+            wanted = (shape[1], shape[0]) if transposed else tuple(shape)
+            if weight.shape != wanted:
+                raise CheckpointError(
+                    f"{name}.weight is {list(weight.shape)} in the file, but {list(wanted)} in the model"
+                )
+            if choose(weight, backend, device, dtype).name == "dense":
+                continue
+            cls = PackedConv1D if transposed else PackedPlainLinear
+            packed = cls(weight, module._parameters.get("bias"), backend, dtype, form)
+            model.set_submodule(name, packed.train(module.training))
+            replaced.append(name)
+    return replaced
+
+
+def place_linears(model: Any) -> None:
+    """Make packed linears ready where the model's `hf_device_map` has them; without one, where the rest of the model is.
+
+    Where parts of a model are offloaded, packed weights stay in the CPU's memory and compute there: accelerate offloads
+    parameters, and they are none.
+
+    Raises:
+        UsageError: a backend cannot be used there.
+    """
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    several = len(set(places.values())) > 1
+    kept = []
+    for name, module in packed_linears(model):
+        parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+        place = next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")
+        if place == "disk":
+            kept.append(module.nbytes)
+        module.place(torch.device("cpu" if place == "disk" else place), fetch=several)
+    if kept:
+        warnings.warn(
+            f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in the CPU's memory: only what is dense goes to disk",
+            stacklevel=2,
+        )
+
+
+def main_device(device_map: Any) -> torch.device:
+    """Where most of a model computes, of what transformers takes as a `device_map`."""
+    if isinstance(device_map, dict):
+        places = list(device_map.values())
+        device_map = next((place for place in places if place not in ("cpu", "disk")), "cpu" if places else None)
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, str) and device_map in SHARED_OUT:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_map)
+
+
+def show_sizes(model: nn.Module) -> list[PackedLinear]:
+    """Let packed linears have a parameter, without memory, of their size: what shares a model out between devices counts those.
+
+    Returns:
+        The linears, for `hide_sizes`.
+    """
+    linears = [module for _, module in packed_linears(model)]
+    for linear in linears:
+        size = torch.empty(linear.nbytes, dtype=torch.uint8, device="meta")
+        linear.register_parameter("size", nn.Parameter(size, requires_grad=False))
+    return linears
+
+
+def hide_sizes(linears: Iterable[PackedLinear]) -> None:
+    """Take that away again."""
+    for linear in linears:
+        linear._parameters.pop("size", None)
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """The modules of a model that compute on packed weights, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+def densify(model: nn.Module) -> None:
+    """Put ordinary linears with dense weights back."""
+    for name, packed in list(packed_linears(model)):
+        W_OI = packed.dense()
+        if packed.transposed:
+            linear: Any = Conv1D(packed.out_features, packed.in_features)
+            W_OI = W_OI.T.contiguous()
+        else:
+            with torch.device("meta"):
+                linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
+        linear.weight = nn.Parameter(W_OI.to(packed.dtype), requires_grad=False)
+        linear.bias = packed.bias
+        model.set_submodule(name, linear.train(packed.training))

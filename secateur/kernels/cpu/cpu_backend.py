@@ -1,0 +1,117 @@
+"""The backend `cpu`: compiled kernels that compute on packed weights as they lie in memory.
+
+O: output features, T: tokens.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.kernels.backends import backend
+from secateur.kernels.packed import Packed, SparseWeight, TableGrid, TwoLevelGrid, UniformGrid, map_tensors
+from secateur.kernels.plain import dense_rows, times_rows
+
+_VERSION = "_".join(torch.__version__.split("+")[0].split(".")[:2])
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why the compiled kernels cannot be used; None if they are loaded.
+
+    The library is named after the release of torch that it was compiled for, since it works with no other.
+    """
+    folder = Path(__file__).parents[1]
+    found = sorted(folder.glob("_cpu_torch*.so"))
+    mine = [file for file in found if file.name.startswith(f"_cpu_torch{_VERSION}.")]
+    if not mine:
+        other = f" (there are some for another release of torch: {found[0].name})" if found else ""
+        return f"its compiled kernels are not installed{other}: reinstall secateur with a C++ compiler and --no-build-isolation"
+    try:
+        torch.ops.load_library(str(mine[0]))
+    except OSError as error:
+        return f"its compiled kernels cannot be loaded ({str(error).splitlines()[0]}): reinstall secateur"
+    _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """What the operators return, for `torch.compile` and `torch.export`."""
+
+    def fake_sparse(x: Tensor, *parts: Tensor | None) -> Tensor:
+        return fake(x, *parts, start=parts[2])
+
+    def fake_coded(x: Tensor, bits: int, codes: Tensor, start: Tensor, *parts: Any) -> Tensor:
+        return fake(x, codes, start, *parts, start=start)
+
+    def fake(x: Tensor, *parts: Any, start: Tensor | None) -> Tensor:
+        assert start is not None
+        # One real tensor among fake ones would otherwise be given memory that nobody fills.
+        for part in parts:
+            torch._check(
+                not isinstance(part, Tensor) or part.device == x.device, lambda: "secateur: parts on other devices"
+            )
+        return x.new_empty(x.shape[0], start.shape[0] - 1)
+
+    torch.library.register_fake("secateur::sparse_linear", fake_sparse)
+    torch.library.register_fake("secateur::coded_linear", fake_coded)
+
+
+@backend
+class Cpu:
+    """Up to eight tokens take one pass over the packed weight; for more, tiles of rows are unpacked, and torch multiplies."""
+
+    name: ClassVar[str] = "cpu"
+
+    def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it computes on the CPU, not on {device.type}: use triton, cuda-2:4 or dense"
+        problem = missing()
+        return None if problem is None else f"{problem}; until then use dense"
+
+    def prepare(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> Packed:
+        return map_tensors(weight, lambda tensor: tensor.to(device).contiguous())
+
+    def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if isinstance(weight, SparseWeight):
+            found: Tensor = torch.ops.secateur.sparse_linear(
+                x_TI, weight.values_V, weight.bitmask_OB, weight.start_O1, bias_O
+            )
+            return found
+        grid, outliers = weight.grid, weight.outliers
+        uniform = grid if isinstance(grid, UniformGrid) else None
+        levels = grid if isinstance(grid, TwoLevelGrid) else None
+        table_OC = grid.table_OC if isinstance(grid, TableGrid) else None
+        found = torch.ops.secateur.coded_linear(
+            x_TI,
+            weight.bits,
+            weight.codes_S,
+            weight.start_O1,
+            weight.count_O,
+            weight.group_start_O1,
+            0 if isinstance(grid, TableGrid) else grid.group_size,
+            uniform.scale_Γ if uniform else None,
+            uniform.zero_Γ if uniform else None,
+            levels.pair_Γ if levels else None,
+            levels.second_TG4 if levels else None,
+            levels.tile_rows if levels else 0,
+            table_OC,
+            weight.bitmask_OB,
+            weight.order_I,
+            outliers.start_O1 if outliers else None,
+            outliers.column_N if outliers else None,
+            outliers.value_N if outliers else None,
+            bias_O,
+        )
+        return found
+
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        return times_rows(grad_TO, weight.shape[1], dense_rows(weight))
+
+    def packed(self, weight: Any) -> Packed:
+        found: Packed = weight
+        return found

@@ -1,0 +1,110 @@
+"""The backend `triton`: weights stay packed in the memory of a GPU, and its kernels expand them in registers.
+
+This file prepares weights; `triton_linear` computes, and is imported only then: Triton may not be installed.
+
+O: output features, I: input features, B: bytes of a row's mask, V: values, W: chunks of a row, T: tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from secateur.kernels.backends import backend
+from secateur.kernels.packed import (
+    FLOAT_DTYPES,
+    CodedWeight,
+    Packed,
+    SparseWeight,
+    TableGrid,
+    UniformGrid,
+    map_tensors,
+)
+from secateur.kernels.triton.triton_weight import CHUNK, TritonWeight
+
+
+@backend
+class Triton:
+    """Pruned and quantized weights on CUDA devices; not weights that are both."""
+
+    name: ClassVar[str] = "triton"
+
+    def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed: install it, or use backend 'dense' or 'torch'"
+        # Triton's interpreter computes with tensors of the CPU, slowly: for tests.
+        if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"its kernels run on CUDA devices, not on {device.type}, where backends 'dense' and 'torch' do"
+        if dtype not in FLOAT_DTYPES:
+            return f"it computes in float32, bfloat16 and float16, not in {dtype}, which backend 'torch' may"
+        if isinstance(weight, CodedWeight) and weight.bitmask_OB is not None:
+            return "it has no kernel for layout 'sparse-int', which backends 'dense' and 'torch' take"
+        return None
+
+    def prepare(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> TritonWeight:
+        weight = map_tensors(weight, lambda tensor: tensor.to(device).contiguous())
+        return _sparse(weight) if isinstance(weight, SparseWeight) else _coded(weight)
+
+    def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        from secateur.kernels.triton.triton_linear import linear
+
+        if weight.order_I is not None:
+            x_TI = x_TI[:, weight.order_I]
+        return linear(weight, x_TI.contiguous(), bias_O)
+
+    def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
+        from secateur.kernels.triton.triton_linear import gradient
+
+        grad_TI = gradient(weight, grad_TO.contiguous())
+        if weight.order_I is None:
+            return grad_TI
+        return torch.empty_like(grad_TI).index_copy_(1, weight.order_I.long(), grad_TI)
+
+    def packed(self, weight: Any) -> Packed:
+        found: Packed = weight.packed
+        return found
+
+
+def _sparse(weight: SparseWeight) -> TritonWeight:
+    """N:M goes the same way: to know where its rows start saves nothing once chunks have starts."""
+    bitmask_OB = weight.bitmask_OB
+    O, B = bitmask_OB.shape
+    bits_256 = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8, device=bitmask_OB.device)
+    count_OB = pad(bits_256[bitmask_OB.int()], (0, -B % (CHUNK // 8)))
+    count_OW = count_OB.view(O, -1, CHUNK // 8).sum(2)
+    start_OW = weight.start_O1[:-1, None] + count_OW.cumsum(1) - count_OW
+    # Four bytes for 256 weights: 1.4 % of a weight of 16 bits at a density of 50 %.
+    start_OW = start_OW.int() if weight.values_V.numel() < 2**31 else start_OW
+    return TritonWeight(
+        weight.shape, {"values_V": weight.values_V, "bitmask_OB": bitmask_OB, "start_OW": start_OW}, {}, weight
+    )
+
+
+def _coded(weight: CodedWeight) -> TritonWeight:
+    grid, I = weight.grid, weight.shape[1]
+    zero = second = None
+    group, tile_rows = I, 1
+    if isinstance(grid, TableGrid):
+        kind, scale = "table", grid.table_OC
+    elif isinstance(grid, UniformGrid):
+        kind, scale, zero, group = "uniform", grid.scale_Γ, grid.zero_Γ, grid.group_size
+        if zero is None:
+            kind = "symmetric"
+    else:
+        scale, second, group, tile_rows = grid.pair_Γ, grid.second_TG4, grid.group_size, grid.tile_rows
+        kind = "two-level" if scale.ndim == 1 else "two-level bytes"
+    constants = {
+        "BITS": weight.bits,
+        "GRID": kind,
+        # One group a row is as good in whole words, and a file may claim groups of any size.
+        "GROUP": min(group, -(-I // 8) * 8),
+        "TILE_ROWS": tile_rows,
+        "RAGGED": I % 8 != 0,
+    }
+    tensors = {"codes_S": weight.codes_S, "scale": scale, "zero": zero, "second": second}
+    return TritonWeight(weight.shape, tensors, constants, weight)

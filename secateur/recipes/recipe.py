@@ -1,0 +1,343 @@
+"""What the user asked for, as plain values that can be written down and read back.
+
+Whether a method of that name exists, and whether it fits the model, is the pipeline's to check before work starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import reprlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from secateur.core.options import given_options
+from secateur.errors import UsageError
+from secateur.recipes.methods import OPTIONS_KEY, with_shares
+from secateur.shares import parse_share
+
+# Numbers that may also be given as text, such as 50%.
+_SHARES = ("sparsity",)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the statistics are gathered on.
+
+    Attributes:
+        source: `self`, `docs`, a path, `wikitext2`, `c4`, or `hub-id[:config][:split]`.
+        samples, seq_len: how many windows of how many tokens; None takes 128 × 2048 (32 × 512 for the demo model), within
+            what the model's positions allow.
+        seed: of whatever is drawn.
+        text_field: where the text of a JSON line or table row stands.
+        bos: whether every window begins with the token that the tokenizer puts before a text, where it puts one; and every
+            window of text that the model writes begins as that text does.
+    """
+
+    source: str = "self"
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    text_field: str = "text"
+    bos: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("the source of the calibration text is empty: name one, such as self or docs")
+        for name in ("samples", "seq_len"):
+            value = getattr(self, name)
+            least = 2 if name == "seq_len" else 1  # one token alone has no context
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}: it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one linear, where they differ; with neither it is left alone.
+
+    Attributes:
+        sparsity: share of its weights to remove; None prunes nothing.
+        bits: of its codes; None does not quantize it.
+    """
+
+    sparsity: float | None = None
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _read_shares(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is to be compressed: pruned, quantized, or both.
+
+    Attributes:
+        prune: name of the pruning method, or the method itself, such as `SparseGPT(block=64)`; the same goes for `refine` and
+            `quantize`.
+        pruning, refining, quantization: the options of each of them that are given; the others are the method's to choose.
+        sparsity: share of weights to remove.
+        pattern: `unstructured` or `N:M`.
+        refine: name of the mask refiner, if any.
+        targets: glob patterns of the names of linears to compress; none means all inside the blocks.
+        ignore: glob patterns of linears to leave alone.
+        format: `auto` (by the pattern or the quantizer), or the name of a layout, or `dense`.
+        dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
+        calibration: the text.
+        quantize: name of the quantization method, if any.
+        reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
+        allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
+        target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
+            bytes in words such as `100MB`.
+        max_perplexity_rise: the same for the smallest size at which perplexity rises by so much at most: `3%` or `0.03`.
+        linears: what was chosen for each linear, by name: nothing is searched then.
+    """
+
+    prune: str = ""
+    sparsity: float | None = None
+    pattern: str | None = None
+    refine: str | None = None
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    format: str = "auto"
+    dtype: str = "auto"
+    calibration: Calibration = field(default_factory=Calibration)
+    quantize: str | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
+    reconstruct: bool = False
+    allocation: str = "uniform"
+    target_size: str | None = None
+    max_perplexity_rise: str | None = None
+    linears: dict[str, Choice] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=dict)
+    refining: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for role, key in OPTIONS_KEY.items():
+            method = getattr(self, role)
+            if method is not None and not isinstance(method, str):
+                object.__setattr__(self, role, method.name)
+                object.__setattr__(self, key, given_options(method))
+            object.__setattr__(self, key, with_shares(getattr(self, key)))
+        _read_shares(self)
+        rise = self.max_perplexity_rise
+        if isinstance(rise, int | float):
+            object.__setattr__(self, "max_perplexity_rise", repr(rise))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""
+        content = dataclasses.asdict(self)
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
+        linears = {name: _given(choice) for name, choice in self.linears.items()}
+        return {**plain, "linears": linears}
+
+    def flags(self) -> list[str]:
+        """The options of `secateur compress` that give this recipe, as a command line has them; without what a search chose."""
+        given = _differing(replace(self, linears={}).to_dict(), Recipe().to_dict())
+        text = given.pop("calibration", {})
+        given |= {"calibration" if name == "source" else name: value for name, value in text.items()}
+        for key in OPTIONS_KEY.values():
+            given |= given.pop(key, {})
+        flags = []
+        for name, value in given.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                off = "asymmetric" if name == "symmetric" else f"no-{flag}"
+                flags.append(f"--{flag if value else off}")
+            else:
+                for each in value if isinstance(value, list) else [value]:
+                    flags += [f"--{flag}", str(each)]
+        return flags
+
+    def to_yaml(self) -> str:
+        """A recipe file for people, which `read` reads: what differs from the defaults."""
+        content = _differing(self.to_dict(), Recipe().to_dict())
+        # In ASCII: PyYAML does not escape all line ends of Unicode otherwise, and reads them as spaces.
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=_ANY_WIDTH)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Recipe:
+        """The recipe behind plain values; what is left out keeps its default.
+
+        Raises:
+            UsageError: an unknown key or a value of the wrong type, named.
+        """
+        content = _checked(cls, content, "recipe")
+        calibration = _checked(Calibration, content.pop("calibration", {}), "recipe's calibration")
+        linears = content.pop("linears", {})
+        if not isinstance(linears, dict) or not all(isinstance(name, str) for name in linears):
+            raise UsageError("'linears' of the recipe must be a mapping of names to what is chosen for each")
+        choices = {name: Choice(**_checked(Choice, each, f"choice for {name}")) for name, each in linears.items()}
+        return cls(
+            **content,
+            linears=choices,
+            calibration=Calibration(**calibration),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """The recipe in a YAML (or JSON) file, or in the manifest of a checkpoint.
+
+        Raises:
+            UsageError: the file cannot be read or holds no recipe, or names a key twice.
+        """
+        try:
+            content = _parse(_read_limited(path))
+        except RecursionError as error:
+            raise UsageError(f"recipe {path} is not a recipe: its brackets are nested too deep") from error
+        except _DuplicateKeyError as error:
+            raise UsageError(f"recipe {path} {error}: leave one of them out") from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"recipe {path} cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if isinstance(content, dict) and isinstance(content.get("recipe"), dict):
+            content = content["recipe"]
+            # A run of a version that knew nothing of `bos` is repeated as it was.
+            if isinstance(content.get("calibration"), dict):
+                content["calibration"].setdefault("bos", False)
+        return cls.from_dict(content)
+
+
+# YAML 1.1 takes 2:4 for minutes and seconds, and 1e-3, which JSON writes, for a word. Here the one is a word and the other a
+# number. What we write is quoted wherever either reading would not take it for the word that it is.
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
+_ANY_WIDTH = 1 << 30  # lines are not folded
+# Of a manifest, which is JSON; and of YAML, of which a second reads a tenth as much.
+_MOST_BYTES, _MOST_YAML = 2**28, 2**20
+
+
+class _DuplicateKeyError(Exception):
+    """Says which key is there twice, of which only the last would count."""
+
+    def __init__(self, key: str, where: str = "") -> None:
+        super().__init__(f"has the key {reprlib.repr(key)} twice{where}")
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Not when values are made: `<<` has brought in others by then, which may be overridden.
+        node: Any = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise _DuplicateKeyError(key.value, f", in lines {lines[name]} and {line}")
+                lines[name] = line
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+
+
+def _read_limited(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, and a recipe {_MOST_BYTES} at most")
+    return path.read_text(encoding="utf-8")
+
+
+def _parse(text: str) -> Any:
+    # A manifest is JSON, of which YAML does not read all: characters that JSON escapes as two, for one.
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        if len(text) > _MOST_YAML:
+            raise ValueError(
+                f"it has {len(text)} characters, and YAML may have {_MOST_YAML} at most; as JSON: {error}"
+            ) from error
+        return yaml.load(text, Loader=_Loader)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _read_shares(options: Choice | Recipe) -> None:
+    """Put numbers in the place of shares that were given as text."""
+    for name in _SHARES:
+        value = getattr(options, name, None)
+        if isinstance(value, str):
+            object.__setattr__(options, name, parse_share(value, f"--{name.replace('_', '-')}"))
+
+
+def _given(options: Choice) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+
+
+def _differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key == "linears":
+            found |= {key: value} if value else {}
+        elif isinstance(value, dict):
+            value = _differing(value, defaults.get(key, {}))
+            if value:
+                found[key] = value
+        elif key not in defaults or value != defaults[key]:
+            found[key] = value
+    return found
+
+
+def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UsageError(f"the {what} must be a mapping of options to values")
+    hints = get_type_hints(cls)
+    checked = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise UsageError(f"the {what} has an unknown key {key!r}: it may have {', '.join(hints)}")
+        if hints[key] == tuple[str, ...]:
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                raise UsageError(f"{key!r} of the {what} must be a list of patterns")
+            value = tuple(value)
+        elif key in OPTIONS_KEY.values():
+            if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+                raise UsageError(f"{key!r} of the {what} must be a mapping of options to values")
+        elif key not in ("calibration", "linears"):
+            if hints[key] == float | None and type(value) is int:
+                value = float(value)
+            if key in _SHARES and isinstance(value, str):
+                value = parse_share(value, f"{key!r} of the {what}:")
+            taken = hints[key]
+            if key == "max_perplexity_rise":
+                taken = taken | float | int
+            if (type(value) is bool and taken not in (bool, bool | None)) or not isinstance(value, taken):
+                raise UsageError(f"{key!r} of the {what} is {_shown(value)}, which is not a {_plain(hints[key])}")
+        checked[key] = value
+    return checked
+
+
+def _shown(value: Any) -> str:
+    # A few lines of YAML can stand for lists of lists beyond any memory.
+    if isinstance(value, list | dict):
+        return "[…]" if isinstance(value, list) else "{…}"
+    return reprlib.repr(value)
+
+
+def _plain(hint: Any) -> str:
+    name = getattr(hint, "__name__", None) or str(hint)
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    return " or ".join(names.get(part.strip(), part.strip()) for part in name.split("|") if part.strip() != "None")

@@ -1,0 +1,69 @@
+"""What became of every linear, drawn as a heat map: a row for each block, a column for each linear of a block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from secateur.pipeline.outcome import LinearReport
+from secateur.report.bench_plot import check_plot, save_plot
+
+# Dark where much is left, light where little is; figures stand in the cells of models of so few blocks.
+_COLOURS = "viridis_r"
+_MOST_LABELLED = 40
+
+
+def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
+    """Write a heat map of the sparsity and one of the bits per weight of every linear.
+
+    Raises:
+        UsageError: the file has another ending than .png or .svg, cannot be written, or matplotlib is missing.
+    """
+    check_plot(file)
+    # Not pyplot, which would keep figures for the whole process and may look for a screen.
+    from matplotlib.figure import Figure
+
+    rows, columns, cells = by_block(linears)
+    figure = Figure(figsize=(2 + 1.7 * len(columns), 2.2 + 0.28 * len(rows)), layout="constrained", dpi=130)
+    panels = figure.subplots(1, 2)
+    for axes, (title, value, digits) in zip(
+        panels,
+        (("sparsity", lambda linear: linear.sparsity, 2), ("bits per weight", lambda linear: linear.bits, 1)),
+        strict=True,
+    ):
+        values = [[value(cells[r, c]) if (r, c) in cells else float("nan") for c in columns] for r in rows]
+        image = axes.imshow(values, aspect="auto", cmap=_COLOURS if title == "sparsity" else "viridis")
+        figure.colorbar(image, ax=axes, label=title)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small", parse_math=False)
+        axes.set_yticks(range(len(rows)), rows, fontsize="small", parse_math=False)
+        axes.set_ylabel("block")
+        if len(rows) > _MOST_LABELLED:
+            continue
+        for y, r in enumerate(rows):
+            for x, c in enumerate(columns):
+                said, ink = "–", "#808080"
+                if (r, c) in cells:
+                    said, ink = f"{values[y][x]:.{digits}f}", _ink(image.cmap(image.norm(values[y][x])))
+                axes.text(x, y, said, ha="center", va="center", fontsize="x-small", color=ink)
+    save_plot(figure, file)
+
+
+def _ink(ground: Sequence[float]) -> str:
+    """Black or white, whichever stands out more on a colour: by its relative luminance, as WCAG 2 has it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in ground[:3]]
+    luminance = sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    # The contrast with white is 1.05 / (L + 0.05), and with black (L + 0.05) / 0.05.
+    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
+
+
+def by_block(
+    linears: Sequence[LinearReport],
+) -> tuple[list[str], list[str], dict[tuple[str, str], LinearReport]]:
+    """Names of blocks and of linears in a block, in order, and which linear stands where."""
+    cells = {}
+    for linear in linears:
+        number = re.search(r"\.(\d+)\.", linear.name)
+        block, rest = (number[1], linear.name[number.end() :]) if number else ("", linear.name)
+        cells[block, rest] = linear
+    return list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells

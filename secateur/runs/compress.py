@@ -1,0 +1,189 @@
+"""`compress`: from a model and a recipe to a smaller checkpoint folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur._version import __version__
+from secateur.checkpoint.verify import verify as verify_folder
+from secateur.errors import RepeatedError
+from secateur.formats.folder.card import write_card
+from secateur.formats.folder.reader import read_json
+from secateur.formats.folder.writer import write_manifest
+from secateur.formats.transformers.quantizer import quantization_config
+from secateur.model.load import open_device
+from secateur.model.source import open_source, save_config, save_untied
+from secateur.pipeline.memory.footprint import limit_memory
+from secateur.pipeline.outcome import Progress, Report, peak_memory
+from secateur.pipeline.partial import partial_folder
+from secateur.pipeline.ranks import Ranks, open_ranks
+from secateur.pipeline.run import Run, versions
+from secateur.pipeline.shared import Shared
+from secateur.recipes.built_in import as_recipe
+from secateur.recipes.goals import is_open
+from secateur.recipes.plan import plan
+from secateur.recipes.recipe import Recipe
+from secateur.search.search import search
+
+
+def compress(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    device: str = "cpu",
+    batch_tokens: int | None = None,
+    max_memory: str | int | None = None,
+    resume: bool = False,
+    verify: bool = True,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+    shared: Shared | None = None,
+) -> Report:
+    """Compress a model and write the result to the folder `out`.
+
+    Under torchrun all processes call it with the same arguments; they share the work, and the first writes.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a `.gguf` file or `demo`.
+        out: the folder to make. Nothing stands under this name until the run has ended well; until then `OUT.partial` has
+            what is done.
+        recipe: what to do: a recipe, a dict as a recipe file would hold it, the name of a built-in recipe, or a recipe file.
+        device: where blocks are run and solved.
+        batch_tokens: how many tokens are run at a time; None chooses by the memory that is free, or `max_memory`.
+        max_memory: the most memory of the host that each process may have in use, in bytes or in words such as `8GiB`. The C
+            library then gives back what is freed at once, from here on in this process.
+        resume: whether to go on with a run that was interrupted, if there is one. The result has the same bytes.
+        verify: whether to check the new checkpoint before it gets its name.
+        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, and an unfinished run be begun again.
+        trust_remote_code: whether code that comes with the model may run.
+        progress: told of every step, in the first process.
+        shared: what other runs on the same model have found, the open model included.
+
+    Raises:
+        SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
+    """
+    started = time.monotonic()
+    recipe = as_recipe(recipe)
+    inputs = {"MODEL": model, "the calibration text": recipe.calibration.source}
+    resolved, searching = plan(recipe), 0.0
+    limit = limit_memory(max_memory)
+    with (
+        open_ranks(open_device, device) as ranks,
+        partial_folder(out, overwrite, resume, ranks, inputs) as partial,
+        torch.no_grad(),
+    ):
+        progress = progress if ranks.first else lambda _: None
+        progress(Progress("opening the model"))
+        source = shared.source if shared is not None else open_source(model, trust_remote_code, dtype=resolved.dtype)
+        if is_open(recipe):
+            alone, began = Ranks(ranks.device), time.monotonic()
+            recipe = search(
+                lambda r: Run(source, r, plan(r), alone, partial, batch_tokens, limit, progress, shared),
+                recipe,
+                ranks,
+                partial.folder,
+                lambda r, folder: compress(
+                    model,
+                    folder,
+                    r,
+                    device=str(ranks.device),
+                    batch_tokens=batch_tokens,
+                    verify=False,
+                    shared=Shared(source, folder.parent) if shared is None else shared,
+                ),
+            )
+            resolved, searching = plan(recipe), time.monotonic() - began
+        run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
+        if searching:
+            run.clock.seconds["searching"] = searching
+        run.run()
+        report = _finish(run, overwrite, verify)
+    report.out = Path(out)
+    report.seconds = time.monotonic() - started
+    report.peak_bytes = peak_memory()
+    return report
+
+
+def _finish(run: Run, overwrite: bool, verify: bool) -> Report:
+    """Put the checkpoint together, in the first process, and give it its name."""
+    report = run.report()
+    if not run.ranks.first:
+        return report
+    if run.partial.complete:
+        run.progress(Progress("the run had ended: cleaning up"))
+        run.partial.clean_up()
+    else:
+        run.progress(Progress("writing"))
+        with run.clock("ending"):
+            folder = put_together(run, report)
+            if verify:
+                run.progress(Progress("verifying"))
+                _verify(run, folder)
+            run.partial.finish(overwrite)
+    report.bytes = sum(f.stat().st_size for f in run.partial.out.glob("*.safetensors"))
+    report.phases = dict(run.clock.seconds)
+    return report
+
+
+def _verify(run: Run, folder: Path) -> None:
+    problems = verify_folder(folder, trust_remote_code=run.source.trust_remote_code)
+    # A source may come without a tokenizer, if nothing is to be calibrated.
+    problems = [p for p in problems if p.where != "tokenizer" or run.source.has_tokenizer]
+    if problems:
+        raise RepeatedError(
+            f"the new checkpoint is not sound, which should not happen unless the disk is failing: {problems[0]} "
+            f"({len(problems)} problems in all)"
+        )
+
+
+def put_together(run: Run, report: Report) -> Path:
+    """Make the checkpoint of what a run has recorded; the folder that it is in."""
+    folder = run.partial.assemble()
+    quantization = None
+    if run.entries:
+        absent = set(run.names) - run.chosen
+        quantization = quantization_config(run.weights.generalised(run.entries, run.lists, absent))
+    save_config(run.source, folder, run.plan.dtype, quantization, type(run.model).__name__)
+    if run.weights.untied:
+        save_untied(folder)
+    report.notes = [*report.notes, *run.source.write_companions(folder)]
+    write_card(folder, run.source.name, read_json(folder / "config.json"))
+    report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    write_manifest(folder, _manifest(run, report))
+    return folder
+
+
+def _manifest(run: Run, report: Report) -> dict[str, Any]:
+    return {
+        "secateur": __version__,
+        "versions": {name: version for name, version in versions().items() if name != "secateur"},
+        "source": {"model": run.source.name, "sha256": run.source.hashes},
+        "recipe": run.recipe.to_dict(),
+        "calibration": report.calibration,
+        "parameters": report.parameters,
+        "weight_bytes": report.bytes,
+        "sparsity": report.sparsity,
+        "bits": report.bits,
+        "notes": report.notes,
+        "unused": run.weights.unused,
+        "linears": {
+            linear.name: {
+                "shape": list(linear.shape),
+                "layout": linear.layout,
+                "sparsity": linear.sparsity,
+                "outliers": linear.outliers,
+                "bits": linear.bits,
+                "bytes": linear.bytes,
+                "error": linear.error,
+                "error_kind": linear.error_kind,
+            }
+            for linear in report.linears
+        },
+    }

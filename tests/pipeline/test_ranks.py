@@ -1,0 +1,208 @@
+"""Runs of several processes: the same result but for the order of sums, one clear error when a process dies, and a way on."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_resume import in_a_process
+
+import secateur
+from secateur.calibration.text import read_text
+from secateur.calibration.tokens import windows
+from secateur.errors import UsageError
+from secateur.evaluation.perplexity import measure
+from secateur.pipeline.ranks import Ranks
+
+SAMPLES, SEQ_LEN = 9, 32
+BLOCKS = 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(model_of):
+    return model_of("llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def job(model, text_file):
+    def make(recipe, runs, **more):
+        calibration = {"source": str(text_file), "samples": SAMPLES, "seq_len": SEQ_LEN}
+        return {
+            "what": "ranks",
+            "model": str(model),
+            "recipe": {**recipe, "calibration": calibration},
+            "runs": runs,
+            **more,
+        }
+
+    return make
+
+
+RECIPES = {
+    "magnitude": {"prune": "magnitude", "sparsity": 0.5},
+    "sparsegpt": {"prune": "sparsegpt", "sparsity": 0.5},
+    "gptq": {"quantize": "gptq", "prune": "wanda", "pattern": "2:4"},
+    "squeezellm": {"quantize": "squeezellm", "quantization": {"bits": 3}},
+}
+
+
+@pytest.fixture(scope="module")
+def made(job, tmp_path_factory):
+    """The folders that 1, 2 and 4 processes make by each recipe."""
+    root = tmp_path_factory.mktemp("ranks")
+    sizes = {name: (1, 2, 4) if name == "sparsegpt" else (1, 2) for name in RECIPES}
+    runs = {name: [[size, str(root / f"{name}-{size}")] for size in sizes[name]] for name in RECIPES}
+    _, found = in_a_process(*(job(RECIPES[name], runs[name]) for name in RECIPES))
+    assert found == [[[0] * size for size in sizes[name]] for name in RECIPES]
+    return {name: [Path(out) for _, out in runs[name]] for name in RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_number_of_processes_does_not_matter(name, made, model, text_file):
+    folders = made[name]
+    with secateur.backend("dense"):
+        models = [secateur.load(folder) for folder in folders]
+    names = [linear["name"] for linear in linears(folders[0])]
+    weights = [torch.cat([m.get_submodule(linear).weight.flatten() for linear in names]) for m in models]
+    ids_KS = windows(read_text(str(text_file), "text", 10**6), tokenizer_of(model), SEQ_LEN, 12, what="text")
+    perplexity = [measure(m, ids_KS).perplexity for m in models]
+    for found, quality in zip(weights[1:], perplexity[1:], strict=True):
+        assert ((found == 0) == (weights[0] == 0)).float().mean() >= 0.999
+        assert torch.linalg.norm(found - weights[0]) <= 0.02 * torch.linalg.norm(weights[0])
+        assert quality == pytest.approx(perplexity[0], rel=1e-3)
+    for folder in folders[1:]:
+        assert [linear["name"] for linear in linears(folder)] == names
+        stored, expected = (load_file(f / "model.safetensors") for f in (folder, folders[0]))
+        assert stored.keys() == expected.keys()
+
+
+def linears(folder):
+    found = json.loads((folder / "secateur.json").read_text())["linears"]
+    return [{"name": name, **linear} for name, linear in found.items()]
+
+
+def tokenizer_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("size", "dies"), [(2, 0), (3, 2)])
+def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(size, dies, job, tmp_path):
+    recipe, out = RECIPES["sparsegpt"], [[size, str(tmp_path / "out")]]
+    said, codes = in_a_process(
+        job(recipe, [[size, str(tmp_path / "whole")]]), job(recipe, out, dies=[dies, 2]), job(recipe, out, resume=True)
+    )
+    assert codes == [[[0] * size], [[-9 if rank == dies else 1 for rank in range(size)]], [[0] * size]]
+    (told,) = first_words(said)
+    assert re.fullmatch(
+        r"SecateurError: another process of this run is gone, and this one cannot go on alone: see what was said of it; "
+        rf"2 blocks are kept in {re.escape(str(tmp_path))}/out.partial: run again with --resume to go on",
+        told,
+    )
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def first_words(said):
+    return [line for line in said if not line.startswith("ReportedError: another process of this run has said")]
+
+
+def test_what_all_processes_meet_is_told_once(job, model, tmp_path):
+    (tmp_path / "there").mkdir()
+    few = job(RECIPES["sparsegpt"], [[4, str(tmp_path / "few")]])
+    few["recipe"]["calibration"]["samples"] = 3
+    dying = job(RECIPES["sparsegpt"], [[2, str(tmp_path / "out")]], dies=[1, 2])
+    said, codes = in_a_process(job(RECIPES["sparsegpt"], [[3, str(tmp_path / "there")]]), few, dying)
+    assert codes == [[[2, 1, 1]], [[2] * 4], [[1, -9]]]
+    there, split, _ = first_words(said)
+    assert "there exists already: choose another folder" in there
+    assert split == "UsageError: 3 windows cannot be split over 4 processes: give more --samples"
+    recipe = secateur.Recipe.from_dict(dying["recipe"])
+    with pytest.raises(UsageError, match="was begun with another number of processes, 2 and not 1"):
+        secateur.compress(str(model), tmp_path / "out", recipe, resume=True)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+# --- torchrun itself
+
+
+def torchrun(*args):
+    # Not by the name of the script, which may not be on the path.
+    return [sys.executable, "-m", "torch.distributed.run", *args]
+
+
+def test_two_machines_on_one(model, text_file, tmp_path):
+    """Two launches, as on two machines, that meet at a port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "secateur", "compress", str(model), str(tmp_path / "out"), "--prune", "wanda", "--sparsity", "0.5"]
+    command += ["--calibration", str(text_file), "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launches = []
+    for node in range(2):
+        meet = [
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            f"--node-rank={node}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+        ]
+        launches.append(
+            subprocess.Popen(
+                torchrun(*meet, *command),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                cwd=Path(__file__).parents[2],
+            )
+        )
+    said = [launch.communicate(timeout=120)[0] for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], said
+    assert "block 4 of 4" in said[0]
+    assert "block 4 of 4" not in said[1], "one process tells"
+    assert len(linears(tmp_path / "out")) == 7 * BLOCKS
+
+
+# --- pieces
+
+
+def test_one_process_keeps_what_it_says():
+    alone = Ranks(CPU)
+    assert alone.first
+    assert alone.share({"a": [1]}) == {"a": [1]}
+    assert alone.gather(3) == [3]
+    assert alone.mine(torch.arange(5)).tolist() == [0, 1, 2, 3, 4]
+
+
+@given(costs=st.lists(st.floats(0.1, 100), max_size=12), size=st.integers(1, 5))
+def test_work_is_dealt_out_whole_and_evenly(costs, size):
+    hands = Ranks(CPU, 0, size).deal(costs)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in hand) for hand in hands]
+    # Nobody has more than the least laden would, if it took what he was given last.
+    assert max(loads) <= min(loads) + max(costs, default=0) + 1e-9
+
+
+@given(count=st.integers(1, 40), size=st.integers(1, 8))
+def test_windows_are_split_without_rest(count, size):
+    if count < size:
+        with pytest.raises(UsageError, match="cannot be split over"):
+            Ranks(CPU, 0, size).mine(torch.arange(count))
+        return
+    parts = [Ranks(CPU, rank, size).mine(torch.arange(count)).tolist() for rank in range(size)]
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

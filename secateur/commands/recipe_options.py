@@ -7,11 +7,11 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
-from secateur.core.options import Option, options_of
+from secateur.core.options import Option, options_of, types_of
 from secateur.core.registry import ROLES
 from secateur.errors import UsageError
 from secateur.recipes.built_in import find_recipe
@@ -81,7 +81,7 @@ def _parameter(name: str, kind: Any, help: str, panel: str, opposite: str = "") 
 
 
 def _type_of(method: Any, name: str, option: Option) -> Any:
-    hint = get_type_hints(method)[name]
+    hint = types_of(method)[name]
     types = [each for each in getattr(hint, "__args__", (hint,)) if each is not type(None)]
     # A share or a number that a word may stand for is text until the method has seen it.
     return str if option.share or len(types) > 1 else types[0]

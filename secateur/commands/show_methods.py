@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from secateur.commands.tables import Column, print_table
-from secateur.core.options import given_options, options_of
+from secateur.core.options import given_options, options_of, types_of
 from secateur.core.registry import ROLES
 from secateur.errors import UsageError, did_you_mean
 from secateur.recipes.methods import OPTIONS_KEY  # importing it registers all methods
@@ -53,7 +53,7 @@ def _about(role: str, method: Any) -> dict[str, Any]:
         "options": {
             option: {
                 "default": values.get(option),
-                "type": str(get_type_hints(method)[option]).removeprefix("<class '").removesuffix("'>"),
+                "type": str(types_of(method)[option]).removeprefix("<class '").removesuffix("'>"),
                 "values": about.range,
                 "help": about.help,
             }

@@ -6,11 +6,11 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any
 
 import secateur.prune
 import secateur.quant  # noqa: F401 - both register what is in them
-from secateur.core.options import options_of
+from secateur.core.options import options_of, types_of
 from secateur.core.registry import ROLES
 from secateur.errors import UsageError, did_you_mean, one_line
 from secateur.shares import parse_share
@@ -63,7 +63,7 @@ def checked(method: Any, name: str, value: Any) -> Any:
     if name not in options:
         has = f"which has {', '.join(f'`{option}`' for option in options)}" if options else "which has none"
         raise UsageError(f"`{name}` is not an option of {method.name}, {has}")
-    hint = get_type_hints(method)[name]
+    hint = types_of(method)[name]
     types: tuple[type, ...] = tuple(getattr(hint, "__args__", (hint,)))
     if options[name].share and isinstance(value, str):
         value = parse_share(value, f"`{name}`")

@@ -1,12 +1,17 @@
 """Runs of `compress` in forked processes, which need not import anything and can be killed.
 
 A script of its own, `python forked.py JOBS`, that prints as JSON what it found for each job: a test process has threads,
-which do not survive a fork.
+which do not survive a fork, and what one of them holds at that moment is held for ever in the child. So this one never
+has a second thread: BLAS gets none, and the store at which processes meet is a process, too.
 """
 
-import contextlib
-import json
 import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read as numpy is imported
+
+import contextlib
+import faulthandler
+import json
 import random
 import shutil
 import signal
@@ -24,6 +29,9 @@ from secateur.pipeline.run import Run
 
 torch.set_num_threads(1)
 
+# A process that hangs says where, and ends; none takes a tenth of this.
+HANGS_AFTER_S = 180
+
 
 def forked(work):
     """Run a function in a new process; its process id."""
@@ -31,6 +39,7 @@ def forked(work):
     child = os.fork()
     if child == 0:
         code = 1
+        faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
                 work()
@@ -98,7 +107,7 @@ def ranks(job):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store = forked(lambda port=port: keep_store(port))
         children = []
         for rank in range(size):
 
@@ -125,8 +134,15 @@ def ranks(job):
 
             children.append(forked(work))
         found.append([wait(child) for child in children])
-        del store
+        os.kill(store, signal.SIGKILL)
+        wait(store)
     return found
+
+
+def keep_store(port):
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    signal.pause()
+    del store
 
 
 if __name__ == "__main__":

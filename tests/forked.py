@@ -24,8 +24,8 @@ import torch
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.pipeline import run as run_module
-from secateur.pipeline.run import Run
+from secateur.pipeline import kept_inputs
+from secateur.pipeline.recorder import Recorder
 
 torch.set_num_threads(1)
 
@@ -122,14 +122,14 @@ def ranks(job):
                 )
                 recipe = secateur.Recipe.from_dict(job["recipe"])
 
-                put = Run._put
+                put = Recorder.put
 
-                def dying(run, *args, **kwargs):
-                    if [rank, run.block] == job.get("dies"):
+                def dying(recorder, solution, in_place):
+                    if [rank, recorder.number_of[solution.name]] == job.get("dies"):
                         os.kill(os.getpid(), signal.SIGKILL)
-                    put(run, *args, **kwargs)
+                    put(recorder, solution, in_place)
 
-                Run._put = dying
+                Recorder.put = dying
                 secateur.compress(job["model"], out, recipe, resume=job.get("resume", False))
 
             children.append(forked(work))
@@ -147,9 +147,9 @@ def keep_store(port):
 
 if __name__ == "__main__":
     found = []
-    usual = run_module._HIDDEN_EVERY, run_module._HIDDEN_SHARE
+    usual = kept_inputs._HIDDEN_EVERY, kept_inputs._HIDDEN_SHARE
     for job in json.loads(sys.argv[1]):
-        run_module._HIDDEN_EVERY, run_module._HIDDEN_SHARE = (
+        kept_inputs._HIDDEN_EVERY, kept_inputs._HIDDEN_SHARE = (
             job.get("hidden_every", usual[0]),
             job.get("hidden_share", usual[1]),
         )

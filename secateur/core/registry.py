@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
@@ -20,6 +23,7 @@ from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
+from secateur.errors import one_line
 
 
 class Pruner(Protocol):
@@ -109,3 +113,13 @@ def import_all(package: str, path: Iterable[str]) -> None:
     """Import every file of a package, so that what is in it registers itself."""
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
+
+
+@cache
+def load_others(group: str, what: str) -> None:
+    """Import the modules that other packages name as entry points of a group; one that cannot be is told, and left out."""
+    for entry in entry_points(group=group):
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(f"the {what} of {entry.value} cannot be loaded: {one_line(error)}", stacklevel=2)

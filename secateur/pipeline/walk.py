@@ -1,12 +1,16 @@
-"""The block-by-block walk: statistics, solving and propagation in one forward pass of each block.
+"""The walk through one block: statistics, solving and propagation in one forward pass.
 
-O: output features, I: input features, T: tokens, N: windows, S: tokens of a window.
+Every batch runs up to the first linear of a group and hands its input over. When all have arrived the group is solved, its new
+weights are put in place, and the batches go on: every later linear sees what the earlier ones have become.
+
+T: tokens, I: input features, N: windows, S: tokens of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import greenlet
@@ -21,195 +25,193 @@ from secateur.pipeline.clock import Clock
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.ranks import Ranks
 
+#: What is done with a group of linears, given the statistics of their input over the batches of all processes.
 Solve = Callable[[list[str], InputStats], object]
+
+
+class Way(Enum):
+    """How batches pass a block. The same sums in the same order, and so the same result, unless linears are used again."""
+
+    #: A batch stands where it is until its group is solved, so that nothing is computed twice. It keeps what the rest of
+    #: the block needs of it.
+    PAUSE = auto()
+    #: A batch begins again for every group: where memory does not hold all batches half way.
+    RESTART = auto()
+    #: A batch runs through the whole block for every group: where linears are used more than once. A linear's later inputs
+    #: depend on what follows it; those solved before are in place then, and those to come are as they were.
+    REPEAT = auto()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block and what passes it.
+
+    Attributes:
+        block: with its weights in place.
+        calls: for each batch, how the block is called.
+        hiddens: the block's inputs; their memory is let go of when they are taken for the last time.
+        outputs: takes the block's outputs; None where nobody reads them.
+        ranks: the processes that have a part of the batches each.
+        clock: measures the phases.
+    """
+
+    block: nn.Module
+    calls: Sequence[BlockCall]
+    hiddens: HiddenStates
+    outputs: HiddenStates | None
+    ranks: Ranks
+    clock: Clock
+
+    def run(self) -> None:
+        """Run all batches through the block as it is."""
+        assert self.outputs is not None
+        for i, call in enumerate(self.calls):
+            with self.clock("forward"):
+                self.outputs.append(call.run(self.block, self.hiddens.take(i)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The linears of a block that are looked at.
+
+    Attributes:
+        groups: names of linears that read the same input, in the order in which they are reached.
+        linears: by name.
+        again: whether one of them is used more than once.
+        level: what is gathered of their inputs.
+        solve: puts new weights in place.
+    """
+
+    groups: list[list[str]]
+    linears: dict[str, Linear]
+    again: bool
+    level: Level
+    solve: Solve
+
+    def way(self, pause: bool) -> Way:
+        """How batches pass, where they may pause or not."""
+        return Way.REPEAT if self.again else Way.PAUSE if pause else Way.RESTART
 
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A batch has come to the first linear of a group, with this input."""
+    """A batch has come to a linear of a group, with this input."""
 
     group: int
     x: Tensor
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: it ends a pass that has come as far as it should
-    def __init__(self, arrival: _Arrival) -> None:
-        self.arrival = arrival
-
-
-def solve_in_pass(
-    block: nn.Module,
-    calls: list[BlockCall],
-    hiddens: HiddenStates,
-    groups: list[list[str]],
-    linears: dict[str, Linear],
-    level: Level,
-    solve: Solve,
-    *,
-    outputs: HiddenStates | None,
-    pause: bool,
-    ranks: Ranks,
-    clock: Clock,
-) -> None:
+def walk(passage: Passage, target: Target, way: Way) -> None:
     """Run all batches through a block, solving each group of linears when its input is known.
 
-    Every batch runs up to the first linear of the group and hands its input over. When all have arrived the group is solved,
-    its new weights are put in place, and the batches go on: every later linear sees what the earlier ones have become.
-
-    A batch that pauses stands where it is until its group is solved, so that nothing is computed twice; it keeps only what the
-    rest of the block needs of it, and is a greenlet, a stack of its own in this thread. Where memory does not hold all batches
-    half way, each begins again for every group instead: the same sums in the same order, and so the same result.
-
-    Args:
-        block: with its weights in place.
-        calls: for each batch, how the block is called.
-        hiddens: the block's inputs; its memory is let go of.
-        groups: names of linears that read the same input, in the order in which they are reached.
-        linears: the linears by name.
-        level: what is gathered.
-        solve: given a group and its statistics, over the batches of all processes, puts new weights in place.
-        outputs: takes the block's outputs; None, where nobody reads them, ends the pass once all groups are solved.
-        pause: whether batches pause.
-        ranks: the processes that have a part of the batches each.
-        clock: measures the phases.
+    Without outputs the pass ends once all groups are solved.
 
     Raises:
-        RepeatedError: an input of a linear is not finite.
+        RepeatedError: an input of a linear is not finite, or linears are not reached in the same order by every batch.
     """
-    walk = greenlet.getcurrent()
-    group_of = {name: i for i, names in enumerate(groups) for name in names}
-    solved: set[int] = set()
-
-    def stop_at(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if group_of[name] in solved:
-                return
-            arrival = _Arrival(group_of[name], args[0])
-            if not pause:
-                raise _Stopped(arrival)
-            walk.switch(arrival)
-
-        return hook
-
-    def start(i: int) -> Callable[[], Tensor]:
-        return lambda: calls[i].run(block, hiddens.take(i))
-
-    batches = [greenlet.greenlet(start(i)) for i in range(len(calls))] if pause else []
-
-    def arrive(i: int) -> Any:
-        """Run batch i up to the next group."""
-        if pause:
-            return batches[i].switch()
-        try:
-            return calls[i].run(block, hiddens.read(i))
-        except _Stopped as stop:
-            return stop.arrival
-
-    handles = [linears[name].register_forward_pre_hook(stop_at(name)) for name in group_of]
+    batches = _Batches(passage, target, way)
     try:
-        for expected, names in enumerate(groups):
-            stats = None
-            windows = 0
-            for i in range(len(calls)):
-                with clock("forward"):
-                    arrival = arrive(i)
-                if not isinstance(arrival, _Arrival) or arrival.group != expected:
-                    raise RepeatedError(f"{names[0]} is not reached in the same order for every text: not supported")
-                with clock("statistics"):
-                    if stats is None:
-                        stats = InputStats.empty(arrival.x.shape[-1], level, arrival.x.device)
-                    stats.add(arrival.x.reshape(-1, arrival.x.shape[-1]))
-                    if not stats.finite:
-                        raise RepeatedError(_where_not_finite(names, arrival.x, windows, ranks))
-                windows += len(arrival.x)
-                del arrival
-            assert stats is not None
-            with clock("exchange"):
-                ranks.add_up(stats)
-            solve(names, stats)
-            solved.add(expected)
-        if outputs is not None:
-            for i in range(len(calls)):
-                with clock("forward"):
-                    outputs.append(batches.pop(0).switch() if pause else calls[i].run(block, hiddens.take(i)))
+        for group, names in enumerate(target.groups):
+            batches.group = group
+            stats = _gather(passage, target, batches, names)
+            with passage.clock("exchange"):
+                passage.ranks.add_up(stats)
+            target.solve(names, stats)
+        batches.group = len(target.groups)
+        if passage.outputs is not None:
+            for i in range(len(passage.calls)):
+                with passage.clock("forward"):
+                    passage.outputs.append(batches.end(i))
     finally:
-        for handle in handles:
-            handle.remove()
+        batches.close()
 
 
-def solve_in_passes(
-    block: nn.Module,
-    calls: list[BlockCall],
-    hiddens: HiddenStates,
-    groups: list[list[str]],
-    linears: dict[str, Linear],
-    level: Level,
-    solve: Solve,
-    *,
-    outputs: HiddenStates | None,
-    ranks: Ranks,
-    clock: Clock,
-) -> None:
-    """The same for a block that uses linears more than once: each group's statistics are of all its inputs, in order.
-
-    A linear's later inputs depend on what follows it, so that every batch runs through the whole block once for each group, in
-    which the linears solved before are in place, and those to come are as they were.
-
-    Args:
-        block, calls, hiddens, groups, linears, level, solve, outputs, ranks, clock: see `solve_in_pass`.
-
-    Raises:
-        RepeatedError: an input of a linear is not finite.
-    """
-    for names in groups:
-        stats = _stats_of_all_uses(names, block, calls, hiddens, linears[names[0]], level, ranks, clock)
-        with clock("exchange"):
-            ranks.add_up(stats)
-        solve(names, stats)
-    if outputs is not None:
-        with clock("forward"):
-            run_block(block, calls, hiddens, outputs)
-
-
-def _stats_of_all_uses(
-    names: list[str],
-    block: nn.Module,
-    calls: list[BlockCall],
-    hiddens: HiddenStates,
-    linear: Linear,
-    level: Level,
-    ranks: Ranks,
-    clock: Clock,
-) -> InputStats:
-    """Statistics of a group's inputs, which are those of its first linear, over all batches."""
-    found: list[InputStats] = []
+def _gather(passage: Passage, target: Target, batches: _Batches, names: list[str]) -> InputStats:
+    """The statistics of a group's input over the batches of this process."""
+    stats: InputStats | None = None
     windows = 0
-
-    def gather(_: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if not found:
-            found.append(InputStats.empty(x.shape[-1], level, x.device))
-        found[0].add(x.reshape(-1, x.shape[-1]))
-        if not found[0].finite:
-            raise RepeatedError(_where_not_finite(names, x, windows, ranks))
-
-    handle = linear.register_forward_pre_hook(gather)
-    try:
-        for i, call in enumerate(calls):
-            with clock("forward"):
-                call.run(block, hiddens.read(i))
-            windows += hiddens.shapes[i][0]
-    finally:
-        handle.remove()
-    if not found:
+    for i in range(len(passage.calls)):
+        for x in batches.inputs(i):
+            with passage.clock("statistics"):
+                if stats is None:
+                    stats = InputStats.empty(x.shape[-1], target.level, x.device)
+                stats.add(x.reshape(-1, x.shape[-1]))
+                if not stats.finite:
+                    raise RepeatedError(_where_not_finite(names, x, windows, passage.ranks))
+            del x
+        windows += passage.hiddens.shapes[i][0]
+    if stats is None:
         raise RepeatedError(f"{names[0]} is not reached by calibration text: not supported")
-    return found[0]
+    return stats
 
 
-def run_block(block: nn.Module, calls: list[BlockCall], hiddens: HiddenStates, outputs: HiddenStates) -> None:
-    """Run all batches through a block as it is."""
-    for i, call in enumerate(calls):
-        outputs.append(call.run(block, hiddens.take(i)))
+class _Batches:
+    """The batches on their way through a block. Each is a greenlet: a stack of its own in this thread.
+
+    Attributes:
+        group: whose input is wanted: those before it are solved.
+    """
+
+    def __init__(self, passage: Passage, target: Target, way: Way) -> None:
+        self._passage, self._target, self._way = passage, target, way
+        self._home = greenlet.getcurrent()
+        self._standing: dict[int, greenlet.greenlet] = {}
+        self.group = 0
+        self._handles = [
+            target.linears[name].register_forward_pre_hook(self._hook(group))
+            for group, names in enumerate(target.groups)
+            for name in (names[:1] if way is Way.REPEAT else names)
+        ]
+
+    def close(self) -> None:
+        """Leave the block as it was, and let go of what stands in it."""
+        for handle in self._handles:
+            handle.remove()
+        while self._standing:
+            self._standing.popitem()[1].throw()
+
+    def _hook(self, group: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if group == self.group or (group > self.group and self._way is not Way.REPEAT):
+                self._home.switch(_Arrival(group, args[0]))
+
+        return stop
+
+    def inputs(self, i: int) -> Iterator[Tensor]:
+        """What the group reads of batch i: one input, or all where linears are used again."""
+        batch = self._standing.pop(i, None) or self._start(i, last=self._way is Way.PAUSE)
+        if self._way is Way.REPEAT:
+            while isinstance(arrival := self._go_on(batch), _Arrival):
+                yield arrival.x
+                del arrival
+            return
+        arrival = self._go_on(batch)
+        if not isinstance(arrival, _Arrival) or arrival.group != self.group:
+            name = self._target.groups[self.group][0]
+            raise RepeatedError(f"{name} is not reached in the same order for every text: not supported")
+        if self._way is Way.PAUSE:
+            self._standing[i] = batch
+        else:
+            batch.throw()
+        yield arrival.x
+
+    def end(self, i: int) -> Tensor:
+        """The block's output for batch i."""
+        output: Tensor = (self._standing.pop(i, None) or self._start(i, last=True)).switch()
+        return output
+
+    def _start(self, i: int, last: bool) -> greenlet.greenlet:
+        passage = self._passage
+
+        def run() -> Tensor:
+            hidden = passage.hiddens.take(i) if last else passage.hiddens.read(i)
+            return passage.calls[i].run(passage.block, hidden)
+
+        return greenlet.greenlet(run)
+
+    def _go_on(self, batch: greenlet.greenlet) -> Any:
+        with self._passage.clock("forward"):
+            return batch.switch()
 
 
 def _where_not_finite(names: list[str], x: Tensor, windows_before: int, ranks: Ranks) -> str:

@@ -17,7 +17,7 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
-from secateur.recipes.goals import check_goals, placeholder
+from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
 from secateur.recipes.recipe import Choice, Recipe
 
@@ -104,20 +104,20 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UsageError: a name is unknown (the nearest one is offered), or options contradict each other.
     """
-    check_goals(recipe)
+    _check_choices(recipe)
     recipe = placeholder(recipe)
     if not recipe.prune and recipe.quantize is None:
         raise UsageError(
-            f"no method is given: --prune can be {', '.join(sorted(PRUNERS))}, --quantize {', '.join(sorted(QUANTIZERS))}"
+            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}"
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if quantizer is not None and recipe.format in _SPARSE_FORMATS:
-        raise UsageError(f"--format {recipe.format} does not hold quantized weights: give auto or dense")
+        raise UsageError(f"`format` {recipe.format} does not hold quantized weights: give auto or dense")
     if recipe.format == "nm" and not isinstance(pattern, NM):
-        raise UsageError("--format nm needs a --pattern N:M: an unstructured mask fits bitmap or dense")
+        raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     layout: Layout | None = None
     if isinstance(pattern, NM) and recipe.format in ("auto", "nm"):
         layout = NMBits(pattern.n, pattern.m)
@@ -125,6 +125,17 @@ def plan(recipe: Recipe) -> Plan:
         layout = Bitmap()
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
     return Plan(pruning, quantizer, layout, recipe.format == "dense", dtype)
+
+
+def _check_choices(recipe: Recipe) -> None:
+    """Raise UsageError where something is chosen for a linear that no method does."""
+    for name, choice in recipe.linears.items():
+        if choice.sparsity is not None:
+            Unstructured(choice.sparsity)
+            if not recipe.prune:
+                raise UsageError(f"a sparsity is chosen for {name}, but no method is given: `prune` is missing")
+        if choice.bits is not None and recipe.quantize is None:
+            raise UsageError(f"bits are chosen for {name}, but no method is given: `quantize` is missing")
 
 
 def _pruning(recipe: Recipe) -> Pruning | None:

@@ -17,17 +17,19 @@ from secateur.formats.folder.reader import read_json
 from secateur.formats.folder.writer import write_manifest
 from secateur.formats.transformers.quantizer import quantization_config
 from secateur.model.load import open_device
-from secateur.model.source import open_source, save_config, save_untied
-from secateur.pipeline.memory.footprint import limit_memory
+from secateur.model.source import Source, open_source, save_config, save_untied
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.job import Job
+from secateur.pipeline.memory.room import limit_memory
 from secateur.pipeline.outcome import Progress, Report, peak_memory
 from secateur.pipeline.partial import partial_folder
-from secateur.pipeline.ranks import Ranks, open_ranks
-from secateur.pipeline.run import Run, versions
+from secateur.pipeline.ranks import open_ranks
+from secateur.pipeline.run import Run, run, versions
 from secateur.pipeline.shared import Shared
 from secateur.recipes.built_in import as_recipe
-from secateur.recipes.goals import is_open
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
+from secateur.search.goal import goal_of
 from secateur.search.search import search
 
 
@@ -72,7 +74,7 @@ def compress(
     started = time.monotonic()
     recipe = as_recipe(recipe)
     inputs = {"MODEL": model, "the calibration text": recipe.calibration.source}
-    resolved, searching = plan(recipe), 0.0
+    resolved, goal = plan(recipe), goal_of(recipe)
     limit = limit_memory(max_memory)
     with (
         open_ranks(open_device, device) as ranks,
@@ -82,29 +84,18 @@ def compress(
         progress = progress if ranks.first else lambda _: None
         progress(Progress("opening the model"))
         source = shared.source if shared is not None else open_source(model, trust_remote_code, dtype=resolved.dtype)
-        if is_open(recipe):
-            alone, began = Ranks(ranks.device), time.monotonic()
-            recipe = search(
-                lambda r: Run(source, r, plan(r), alone, partial, batch_tokens, limit, progress, shared),
-                recipe,
-                ranks,
-                partial.folder,
-                lambda r, folder: compress(
-                    model,
-                    folder,
-                    r,
-                    device=str(ranks.device),
-                    batch_tokens=batch_tokens,
-                    verify=False,
-                    shared=Shared(source, folder.parent) if shared is None else shared,
-                ),
-            )
-            resolved, searching = plan(recipe), time.monotonic() - began
-        run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, progress, shared)
-        if searching:
-            run.clock.seconds["searching"] = searching
-        run.run()
-        report = _finish(run, overwrite, verify)
+        job = Job(source, recipe, resolved, ranks, batch_tokens, limit, progress, shared)
+        clock = Clock(ranks.device)
+        if goal is not None:
+
+            def attempt(chosen: Recipe, folder: Path) -> None:
+                common = Shared(source, folder.parent) if shared is None else shared
+                here = str(ranks.device)
+                compress(model, folder, chosen, device=here, batch_tokens=batch_tokens, verify=False, shared=common)
+
+            with clock("searching"):
+                job = job.with_recipe(search(job, goal, partial.folder, attempt))
+        report = _finish(run(job, partial, clock), overwrite, verify)
     report.out = Path(out)
     report.seconds = time.monotonic() - started
     report.peak_bytes = peak_memory()
@@ -113,29 +104,29 @@ def compress(
 
 def _finish(run: Run, overwrite: bool, verify: bool) -> Report:
     """Put the checkpoint together, in the first process, and give it its name."""
-    report = run.report()
-    if not run.ranks.first:
+    report, partial = run.report(), run.partial
+    if not run.job.ranks.first:
         return report
-    if run.partial.complete:
-        run.progress(Progress("the run had ended: cleaning up"))
-        run.partial.clean_up()
+    if partial.complete:
+        run.job.say("the run had ended: cleaning up")
+        partial.clean_up()
     else:
-        run.progress(Progress("writing"))
+        run.job.say("writing")
         with run.clock("ending"):
             folder = put_together(run, report)
             if verify:
-                run.progress(Progress("verifying"))
-                _verify(run, folder)
-            run.partial.finish(overwrite)
-    report.bytes = sum(f.stat().st_size for f in run.partial.out.glob("*.safetensors"))
+                run.job.say("verifying")
+                _verify(run.job.source, folder)
+            partial.finish(overwrite)
+    report.bytes = sum(f.stat().st_size for f in partial.out.glob("*.safetensors"))
     report.phases = dict(run.clock.seconds)
     return report
 
 
-def _verify(run: Run, folder: Path) -> None:
-    problems = verify_folder(folder, trust_remote_code=run.source.trust_remote_code)
+def _verify(source: Source, folder: Path) -> None:
+    problems = verify_folder(folder, trust_remote_code=source.trust_remote_code)
     # A source may come without a tokenizer, if nothing is to be calibrated.
-    problems = [p for p in problems if p.where != "tokenizer" or run.source.has_tokenizer]
+    problems = [p for p in problems if p.where != "tokenizer" or source.has_tokenizer]
     if problems:
         raise RepeatedError(
             f"the new checkpoint is not sound, which should not happen unless the disk is failing: {problems[0]} "
@@ -145,16 +136,16 @@ def _verify(run: Run, folder: Path) -> None:
 
 def put_together(run: Run, report: Report) -> Path:
     """Make the checkpoint of what a run has recorded; the folder that it is in."""
-    folder = run.partial.assemble()
+    folder, prepared, source = run.partial.assemble(), run.prepared, run.job.source
     quantization = None
-    if run.entries:
-        absent = set(run.names) - run.chosen
-        quantization = quantization_config(run.weights.generalised(run.entries, run.lists, absent))
-    save_config(run.source, folder, run.plan.dtype, quantization, type(run.model).__name__)
-    if run.weights.untied:
+    if run.recorder.entries:
+        absent = set(prepared.names) - prepared.chosen
+        quantization = quantization_config(prepared.weights.generalised(run.recorder.entries, prepared.lists, absent))
+    save_config(source, folder, run.job.plan.dtype, quantization, type(prepared.model).__name__)
+    if prepared.weights.untied:
         save_untied(folder)
-    report.notes = [*report.notes, *run.source.write_companions(folder)]
-    write_card(folder, run.source.name, read_json(folder / "config.json"))
+    report.notes = [*report.notes, *source.write_companions(folder)]
+    write_card(folder, source.name, read_json(folder / "config.json"))
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     write_manifest(folder, _manifest(run, report))
     return folder
@@ -164,15 +155,15 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
     return {
         "secateur": __version__,
         "versions": {name: version for name, version in versions().items() if name != "secateur"},
-        "source": {"model": run.source.name, "sha256": run.source.hashes},
-        "recipe": run.recipe.to_dict(),
+        "source": {"model": run.job.source.name, "sha256": run.job.source.hashes},
+        "recipe": run.job.recipe.to_dict(),
         "calibration": report.calibration,
         "parameters": report.parameters,
         "weight_bytes": report.bytes,
         "sparsity": report.sparsity,
         "bits": report.bits,
         "notes": report.notes,
-        "unused": run.weights.unused,
+        "unused": run.prepared.weights.unused,
         "linears": {
             linear.name: {
                 "shape": list(linear.shape),

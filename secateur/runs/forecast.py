@@ -25,21 +25,27 @@ from secateur.model.free_memory import free_memory
 from secateur.model.load import open_device
 from secateur.model.source import open_source
 from secateur.model.structure import weight_matrix
+from secateur.pipeline.calibrate import whole_memory, windows_of
 from secateur.pipeline.capture import BodyCalls
-from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.memory.footprint import Footprint, Settings, limit_memory
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.job import Job
+from secateur.pipeline.memory.choose_settings import choose_settings
+from secateur.pipeline.memory.footprint import Footprint, Settings
+from secateur.pipeline.memory.measure import measure, measure_without_inputs
+from secateur.pipeline.memory.room import limit_memory
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import Partial
 from secateur.pipeline.ranks import Ranks
-from secateur.pipeline.run import Run
+from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
 from secateur.recipes.built_in import as_recipe
-from secateur.recipes.goals import is_open, parse_target
+from secateur.recipes.goals import with_methods
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.runs.compress import put_together
+from secateur.search.candidates import bare
 from secateur.search.effects import LABELS
-from secateur.search.library import NEAR, TOKENS, Search, is_both
-from secateur.search.search import ATTEMPTS, bare, candidates, check_memory, check_target, dense_bytes
+from secateur.search.goal import Goal, goal_of
+from secateur.search.searcher import TOKENS, Searcher
 
 # Batches that the first block is measured with; and how long it may take, in seconds, to be measured again with all warm.
 _BATCHES = 2
@@ -100,9 +106,9 @@ def forecast(
         SecateurError: as `compress`; `UsageError` where nothing keeps to `max_memory`, too.
     """
     recipe = as_recipe(recipe)
-    resolved = plan(recipe)
+    resolved, goal = plan(recipe), goal_of(recipe)
     limit = limit_memory(max_memory)
-    check_named(out, "--out")
+    check_named(out, "`out`")
     ranks = Ranks(open_device(device))
     place = Path(out).absolute()
     while not os.path.isdir(place):
@@ -122,136 +128,159 @@ def forecast(
         source = open_source(model, trust_remote_code, dtype=resolved.dtype)
         _ = source.hashes  # kept with it: the runs below do not take the time again
         opened = time.perf_counter() - began
-        known = None
-        for attempt in range(2):
-            progress(Progress("measuring the first block"))
-            source.sound.clear()  # a run would check them
-            partial = Partial(Path(folder) / f"out-{attempt}", ranks)
-            partial.open(overwrite=False, resume=False)
-            run = Run(source, recipe, resolved, ranks, partial, batch_tokens, limit, say)
-            began = time.perf_counter()
-            share, known = _first_block(run, known)
-            if time.perf_counter() - began > _SOON:
-                break
-        assert known is not None
-        need, settings = known
-        seconds, disk = _extrapolate(run, share)
+        job = Job(source, recipe, resolved, ranks, batch_tokens, limit, say)
+        begun = _measured(job, Path(folder))
+        seconds, disk = _extrapolate(begun.run, begun.share)
         seconds["opening"] += opened
-        host, on_device = need.peaks(settings)
-        if run.device.type != "cuda":
-            host = max(host, run.whole_bytes())
-        scratch = 0
-        if is_open(recipe):
-            apart = Partial(Path(folder) / "search", ranks)
-            apart.open(overwrite=False, resume=False)
-            simple = bare(recipe)
-            run_alone = Run(source, simple, plan(simple), ranks, apart, batch_tokens, limit, say)
-            searching, whole, scratch = _search(run_alone, recipe)
-            if recipe.max_perplexity_rise is not None:
-                searching += ATTEMPTS * sum(seconds.values())
-            seconds = {"searching": searching, **seconds}
-            host = max(host, whole)
-            if recipe.target_size is not None:
-                disk = parse_target(recipe.target_size).of(dense_bytes(run_alone))
-            elif recipe.max_perplexity_rise is not None:
-                disk = dense_bytes(run_alone)  # at most
-        waiting = (3 if settings.hidden == "file" else 2) * need.tokens * need.hidden
-        fisher = run.partial.fisher_file.stat().st_size if run.fisher is not None else 0
+        host, on_device = begun.need.peaks(begun.settings)
+        if job.device.type != "cuda":
+            host = max(host, whole_memory(begun.run.job, begun.run.prepared))
+        searched = _Searched(0.0, 0, 0, None)
+        if goal is not None:
+            searched = _searched(job, goal, Path(folder))
+            seconds = {"searching": searched.seconds + goal.models * sum(seconds.values()), **seconds}
+            disk = disk if searched.result is None else searched.result
         return Forecast(
-            settings=settings if run.plan.level else None,
-            host=host,
+            settings=begun.settings if resolved.level else None,
+            host=max(host, searched.host),
             device=on_device,
             disk=disk,
-            scratch=max(scratch, waiting + fisher + min(disk, SHARD_BYTES)),
+            scratch=max(searched.scratch, begun.scratch + min(disk, SHARD_BYTES)),
             seconds=seconds,
-            blocks=len(run.blocks),
+            blocks=len(begun.run.prepared.blocks),
             free_memory=free_memory(),
             free_disk=shutil.disk_usage(place).free,
         )
 
 
-def _first_block(run: Run, known: tuple[Footprint, Settings] | None) -> tuple[float, tuple[Footprint, Settings]]:
-    """Compress the first block on some of the windows; the share of them, and how the run would be carried out."""
-    with run.clock("opening"):
-        run.prepare()
-        ids_NS = run.calibrate()
-        run.begin(ids_NS)
-    if ids_NS is not None:
-        run.gather_fisher(ids_NS[:_GRADIENTS])
-    if ids_NS is None or run.plan.level == Level.NONE:
-        if known is None:
-            need = run.measure_without_inputs(exact=True)
-            known = need, run.choose(lambda _: need, run.batch_tokens)
-        run.write_outside()
-        run.solve_block_without_inputs(0)
-        return 1.0, known
-    catcher = run.enter_blocks(ids_NS)
-    if known is None:
-        need = run.measure(catcher, ids_NS, exact=True)
-        known = need, run.choose(lambda _: need, run.batch_tokens)
-    settings = known[1]
-    run.write_outside()
-    few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
-    calls, hiddens = run.catch(catcher, few_NS, settings, run.hidden_file(settings, 0))
-    if isinstance(catcher, BodyCalls):
-        run.solve_body(
-            catcher, calls, hiddens, settings.pause, end=1, ended=lambda _: run.end_block(0, None, keep=True)
-        )
-        return len(few_NS) / len(ids_NS), known
-    outputs = HiddenStates(hiddens.keep_on, run.hidden_file(settings, 1))
-    run.solve_block(0, catcher, calls, hiddens, outputs, settings.pause)
-    run.end_block(0, outputs)
-    return len(few_NS) / len(ids_NS), known
+@dataclass(frozen=True)
+class _Measured:
+    """A run that has ended after its first block.
 
-
-def _search(run: Run, recipe: Recipe) -> tuple[float, int, int]:
-    """Seconds of the search of a recipe, and the most bytes that it has in memory and on the disk.
-
-    Args:
-        run: by the recipe that it solves candidates by.
+    Attributes:
+        run: that has.
+        share: of the windows that went through it.
+        need, settings: what the whole run holds in memory, and how it would be carried out.
     """
-    run.prepare()
-    check_memory(run, recipe)
-    check_target(run, recipe)
-    ids_NS, _ = run.calibration_windows()
+
+    run: Run
+    share: float
+    need: Footprint
+    settings: Settings
+
+    @property
+    def scratch(self) -> int:
+        """Bytes on the disk besides the checkpoint: inputs of blocks and squared gradients."""
+        waiting = (3 if self.settings.hidden == "file" else 2) * self.need.tokens * self.need.hidden
+        fisher = self.run.fisher
+        return waiting + (fisher.file.stat().st_size if fisher is not None else 0)
+
+
+def _measured(job: Job, folder: Path) -> _Measured:
+    """Compress the first block; twice, where it takes no time: then all is warm."""
+    known: _Measured | None = None
+    for attempt in range(2):
+        job.say("measuring the first block")
+        job.source.sound.clear()  # a run would check them
+        partial = Partial(folder / f"out-{attempt}", job.ranks)
+        partial.open(overwrite=False, resume=False)
+        began = time.perf_counter()
+        known = _first_block(begin(job, partial, Clock(job.device)), known)
+        if time.perf_counter() - began > _SOON:
+            break
+    assert known is not None
+    return known
+
+
+def _first_block(run: Run, known: _Measured | None) -> _Measured:
+    """Compress the first block on some of the windows; `known`: from an earlier time."""
+
+    def settle(measure: Callable[[bool], Footprint]) -> tuple[Footprint, Settings]:
+        if known is not None:
+            return known.need, known.settings
+        need = measure(True)
+        return need, choose_settings(lambda _: need, run.job.limit, run.job.device, run.job.batch_tokens)
+
+    windows, walker = run.windows, run.walker
+    if windows is not None:
+        gather_fisher(run, windows.ids_NS[:_GRADIENTS])
+    if windows is None or run.job.plan.level == Level.NONE:
+        need, settings = settle(lambda exact: measure_without_inputs(run.prepared, exact))
+        run.recorder.write_outside()
+        solve_block_without_inputs(run, 0)
+        return _Measured(run, 1.0, need, settings)
+    ids_NS = windows.ids_NS
+    catcher = walker.enter(ids_NS)
+    need, settings = settle(lambda exact: measure(walker, catcher, ids_NS, exact))
+    run.recorder.write_outside()
+    few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
+    journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file)
+    if isinstance(catcher, BodyCalls):
+        solve_body(run, journey, range(1))
+    else:
+        solve_block(run, journey, 0)
+    return _Measured(run, len(few_NS) / len(ids_NS), need, settings)
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What a search takes.
+
+    Attributes:
+        seconds: of it, without the models that it makes.
+        host, scratch: the most bytes that it has in memory and on the disk.
+        result: bytes of the checkpoint, at most; None: it has those of any other.
+    """
+
+    seconds: float
+    host: int
+    scratch: int
+    result: int | None
+
+
+def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
+    """Solve the first block's linears on a few windows, for everything that a search tries."""
+    searcher = Searcher.of(job.with_recipe(bare(job.recipe)), with_methods(job.recipe), folder, None)
+    prepared, clock = searcher.prepared, searcher.clock
+    goal.check(searcher)
+    windows = windows_of(searcher.job)
+    ids_NS = windows.ids_NS
     few_NS = ids_NS[:_SEARCHED]
-    dense = recipe.allocation == "owl"  # it only looks at the dense model
-    tried = [] if dense else candidates(recipe, run.plan.quantizer)
-    if recipe.target_size is not None:
-        both = [choice for choice in tried if is_both(choice)]
-        tried = [choice for choice in tried if choice not in both[2 * NEAR :]]
-    Search(run, run.partial.folder).rehearse(few_NS, tried)
-    spent = {phase: seconds * len(run.blocks) / len(few_NS) for phase, seconds in run.clock.seconds.items()}
-    if dense:
-        return run.clock.seconds["opening"] + len(ids_NS) * (spent["forward"] + spent["statistics"]), 0, 0
-    seconds = run.clock.seconds["opening"] + len(few_NS) * spent["solving"]
+    tried, result = goal.tried(searcher), goal.result_bytes(searcher)
+    searcher.walk(few_NS, lambda names, stats: searcher.solve(names, stats, tried), searcher.level, blocks=1)
+    spent = {phase: seconds * len(prepared.blocks) / len(few_NS) for phase, seconds in clock.seconds.items()}
+    opening = clock.seconds["opening"]
+    if not tried:  # it only looks at the dense model
+        return _Searched(opening + len(ids_NS) * (spent["forward"] + spent["statistics"]), 0, 0, result)
+    seconds = opening + len(few_NS) * spent["solving"]
     seconds += len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
-    shapes = [weight_matrix(run.linear(name)).shape for name in run.chosen]
+    shapes = [weight_matrix(prepared.linear(name)).shape for name in prepared.chosen]
     # On the tokens that effects are measured on: a forward pass through all parameters, backward passes that take twice as
     # long, and a product with the weights for each candidate.
-    whole = run.parameters / sum(O * I for O, I in shapes)
+    whole = prepared.parameters / sum(O * I for O, I in shapes)
     seconds += TOKENS / ids_NS.shape[1] * ((1 + 2 * LABELS) * whole + len(tried)) * spent["forward"]
-    return seconds, run.dense_memory, 2 * TOKENS * sum(LABELS * O + I for O, I in shapes)
+    return _Searched(seconds, prepared.whole_memory, 2 * TOKENS * sum(LABELS * O + I for O, I in shapes), result)
 
 
 def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:
     """Seconds by phase and bytes of the checkpoint, from those of a run that has ended after its first block."""
 
     def weights(names: Iterable[str]) -> int:
-        return sum(weight_matrix(run.linear(name)).numel() for name in names)
+        return sum(weight_matrix(run.prepared.linear(name)).numel() for name in names)
 
     measured = dict(run.clock.seconds)
     began = time.perf_counter()
     folder = put_together(run, run.report())
-    verify(folder, trust_remote_code=run.source.trust_remote_code)  # it lacks blocks: what counts is the time
+    verify(folder, trust_remote_code=run.job.source.trust_remote_code)  # it lacks blocks: what counts is the time
     ending = time.perf_counter() - began
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    blocks = weights(run.chosen) / max(weights(run.chosen_in(0)), 1)
+    blocks = weights(run.prepared.chosen) / max(weights(run.prepared.chosen_in(0)), 1)
     block = sum(size for size, _ in run.partial.records[1]["files"].values())
     disk = int(written + (blocks - 1) * block)
     seconds = {"opening": measured.pop("opening")}
     if "gradients" in measured:
-        seconds["gradients"] = measured.pop("gradients") * max(1, run.calibration["samples"] / _GRADIENTS)
+        assert run.windows is not None
+        seconds["gradients"] = measured.pop("gradients") * max(1, len(run.windows.ids_NS) / _GRADIENTS)
     for phase, spent in measured.items():
         seconds[phase] = spent * blocks / (share if phase in ("forward", "statistics") else 1)
     seconds["ending"] = ending * disk / written

@@ -42,7 +42,7 @@ from secateur.formats.folder.paths import (
 from secateur.formats.folder.writer import put_in_place, write_whole
 from secateur.model.load import open_device
 from secateur.model.source import open_source
-from secateur.pipeline.memory.footprint import limit_memory
+from secateur.pipeline.memory.room import limit_memory
 from secateur.pipeline.outcome import Progress, forget_peak
 from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
@@ -52,6 +52,7 @@ from secateur.report.bench_plot import check_matplotlib
 from secateur.report.sweep_report import write_report
 from secateur.report.sweep_result import LinearPoint, Measured, Point, SweepResult
 from secateur.runs.compress import compress
+from secateur.search.goal import goal_of
 
 _SHARED = "shared"
 # What a sweep puts into its folder; what is not quite written yet has the number of a process in its name.
@@ -109,8 +110,12 @@ def sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep runs in one process: leave torchrun out")
     check_matplotlib("the report of a sweep")
-    for _, recipe in asked.recipes:
+    for name, recipe in asked.recipes:
         plan(recipe)
+        try:
+            goal_of(recipe)
+        except UsageError as error:
+            raise UsageError(f"recipe {name!r}: {error}") from error
     asked = dataclasses.replace(asked, max_memory=limit_memory(asked.max_memory))
     out, inputs = place_of(out), _inputs(asked)
     check_free(out, overwrite, inputs)

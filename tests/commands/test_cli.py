@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.errors import Interrupted
 from secateur.formats.folder.writer import write_manifest
-from secateur.pipeline.run import Run
+from secateur.pipeline.recorder import Recorder
 from secateur.recipes.recipe import Calibration, Recipe
 
 
@@ -613,7 +613,7 @@ def test_a_run_interrupted_before_its_first_block_leaves_nothing(says, model_of,
     def interrupt(*_):
         raise Interrupted
 
-    monkeypatch.setattr(Run, "write_outside", interrupt)
+    monkeypatch.setattr(Recorder, "write_outside", interrupt)
     code, _, told = says(
         "compress", model_of("llama"), tmp_path / "out", "--prune", "wanda", "--sparsity", 0.5, *text_options
     )

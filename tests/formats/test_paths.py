@@ -17,7 +17,7 @@ from secateur.evaluation.reference import keep_reference
 from secateur.formats.folder.manifest import MANIFEST_NAME
 from secateur.formats.folder.paths import check_file, check_free
 from secateur.formats.folder.writer import staged_folder, write_manifest
-from secateur.pipeline.run import Run
+from secateur.pipeline import run as run_module
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.runs.sweep import Sweep, sweep
 
@@ -527,14 +527,14 @@ def test_notes_come_once_after_resuming(model_of, text_file, tmp_path, monkeypat
     recipe = Recipe("sparsegpt", 0.5, calibration=Calibration(str(text_file), 1, 8))
     whole = secateur.compress(str(model_of("llama")), tmp_path / "whole", recipe)
     assert len(whole.notes) == len(set(whole.notes)) > 4
-    read = Run.read_block
+    solve = run_module.solve_block
 
-    def stop(run, number):
+    def stop(run, journey, number):
         if number == 1:
             raise StopError
-        read(run, number)
+        solve(run, journey, number)
 
-    monkeypatch.setattr(Run, "read_block", stop)
+    monkeypatch.setattr(run_module, "solve_block", stop)
     with pytest.raises(StopError):
         secateur.compress(str(model_of("llama")), tmp_path / "out", recipe)
     monkeypatch.undo()

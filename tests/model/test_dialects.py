@@ -22,7 +22,8 @@ from secateur.evaluation.quality import Runner
 from secateur.formats.foreign.gguf_header import matrix_dtype
 from secateur.model.dialects import in_all_dialects
 from secateur.model.source import open_source
-from secateur.pipeline.run import Run
+from secateur.pipeline.prepared import prepare
+from secateur.recipes.plan import plan
 
 RTN = secateur.Recipe(quantize="rtn", quantization={"bits": 8, "group_size": 16})
 DENSE = secateur.Recipe(quantize="rtn", quantization={"bits": 8, "group_size": 16}, format="dense")
@@ -346,21 +347,10 @@ def test_sizes_are_those_of_the_tensors_own_dtypes(own_model, tmp_path):
     source = with_dtypes(own_model("llama", dtype=torch.bfloat16), lm_head=torch.float32)
     change_config(source, dtype="float32")
     size = (source / "model.safetensors").stat().st_size
-    run = run_of(source, tmp_path)
-    run.prepare()
-    total = run.bytes_outside() + sum(map(run.dense_bytes, run.chosen))
+    prepared = prepare(open_source(str(source)), DENSE, plan(DENSE), torch.device("cpu"))
+    total = prepared.dense_bytes()
     entries = 110 * len(names_in(source))
     assert size - entries < total < size + entries
-
-
-def run_of(source, tmp_path):
-    from secateur.pipeline.partial import Partial
-    from secateur.pipeline.ranks import Ranks
-    from secateur.recipes.plan import plan
-
-    ranks = Ranks(torch.device("cpu"))
-    partial = Partial(tmp_path / "out", ranks)
-    return Run(open_source(str(source)), DENSE, plan(DENSE), ranks, partial, None, None, lambda _: None)
 
 
 # --- GGUF

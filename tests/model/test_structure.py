@@ -22,7 +22,8 @@ from secateur.errors import UsageError
 from secateur.evaluation.blocks import block_errors
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
-from secateur.pipeline.run import Run
+from secateur.pipeline import run as run_module
+from secateur.pipeline.recorder import Recorder
 from secateur.runs.forecast import forecast
 
 IDS_NS = torch.randint(2, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(3))
@@ -98,8 +99,8 @@ def test_only_the_text_decoder_is_compressed(family, encoder, decoder, options, 
 
 def test_a_note_of_what_is_left_is_kept_when_a_run_is_resumed(saved, recipe, tmp_path, monkeypatch):
     source = saved("git")
-    solve = Run.solve_block_without_inputs
-    monkeypatch.setattr(Run, "solve_block_without_inputs", lambda run, n: solve(run, n) if n == 0 else 1 / 0)
+    solve = run_module.solve_block_without_inputs
+    monkeypatch.setattr(run_module, "solve_block_without_inputs", lambda run, n: solve(run, n) if n == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         secateur.compress(str(source), tmp_path / "out", recipe(prune="magnitude"))
     monkeypatch.undo()
@@ -193,8 +194,8 @@ def test_statistics_are_of_all_calls_in_order(family, groups, prune, saved, reci
 def test_such_a_run_is_resumed(family, saved, recipe, tmp_path, monkeypatch):
     source = saved(family)
     secateur.compress(str(source), tmp_path / "whole", recipe(prune="sparsegpt"))
-    end = Run.end_block
-    monkeypatch.setattr(Run, "end_block", lambda run, n, *args, **k: end(run, n, *args, **k) if n < 2 else 1 / 0)
+    end = Recorder.end_block
+    monkeypatch.setattr(Recorder, "end_block", lambda run, n, *args, **k: end(run, n, *args, **k) if n < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         secateur.compress(str(source), tmp_path / "out", recipe(prune="sparsegpt"))
     monkeypatch.undo()

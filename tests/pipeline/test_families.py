@@ -15,7 +15,7 @@ from secateur.checkpoint.inspect import inspect
 from secateur.errors import UsageError
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
-from secateur.pipeline import run as run_module
+from secateur.pipeline import walker
 from secateur.pipeline.capture import BlockCalls
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
@@ -45,13 +45,13 @@ def tensors(folder):
 def groups_seen(monkeypatch):
     """The groups in which each block is solved, filled while `compress` runs."""
     seen = []
-    walk = run_module.solve_in_pass
+    walk = walker.walk
 
-    def spy(block, calls, hiddens, groups, *args, **kwargs):
-        seen.append(groups)
-        return walk(block, calls, hiddens, groups, *args, **kwargs)
+    def spy(passage, target, way):
+        seen.append(target.groups)
+        walk(passage, target, way)
 
-    monkeypatch.setattr(run_module, "solve_in_pass", spy)
+    monkeypatch.setattr(walker, "walk", spy)
     return seen
 
 

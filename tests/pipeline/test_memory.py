@@ -19,8 +19,9 @@ from secateur.core.patterns import parse_pattern
 from secateur.core.stats import InputStats, Level
 from secateur.errors import SecateurError, UsageError
 from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.memory.footprint import Footprint, Group, Polynomial, Settings, limit_memory
+from secateur.pipeline.memory.footprint import Footprint, Group, Polynomial, Settings
 from secateur.pipeline.memory.live_bytes import LiveBytes
+from secateur.pipeline.memory.room import limit_memory
 from secateur.units import parse_size, words
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_what_is_no_size(text):
 @pytest.mark.parametrize(("given", "limit"), [("2 KiB", 2048), (5, 5), (None, None)])
 def test_what_is_freed_is_given_back_under_a_limit_only(given, limit, monkeypatch):
     told = []
-    monkeypatch.setattr("secateur.pipeline.memory.footprint.return_freed", lambda: told.append("return it"))
+    monkeypatch.setattr("secateur.pipeline.memory.room.return_freed", lambda: told.append("return it"))
     assert limit_memory(given) == limit
     assert told == ([] if limit is None else ["return it"])
 

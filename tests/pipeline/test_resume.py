@@ -16,10 +16,10 @@ from conftest import config_of
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats.folder import writer
+from secateur.pipeline import kept_inputs, walker
 from secateur.pipeline import partial as partial_module
 from secateur.pipeline import run as run_module
 from secateur.pipeline.memory.footprint import Settings
-from secateur.pipeline.run import Run
 
 BLOCKS = 5
 SAMPLES, SEQ_LEN = 8, 24
@@ -39,8 +39,8 @@ class StopError(Exception):
 @pytest.fixture
 def always_save(monkeypatch):
     """Inputs of blocks are put on disk after every block."""
-    monkeypatch.setattr(run_module, "_HIDDEN_EVERY", -1.0)
-    monkeypatch.setattr(run_module, "_HIDDEN_SHARE", 0)
+    monkeypatch.setattr(kept_inputs, "_HIDDEN_EVERY", -1.0)
+    monkeypatch.setattr(kept_inputs, "_HIDDEN_SHARE", 0)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,15 @@ def stop_after(monkeypatch):
     stop = {"after": None}
 
     def stopping(original):
-        def begin(run, number):
-            if number == run.partial.blocks == stop["after"]:
+        def begin(run, *args):
+            if args[-1] == run.partial.blocks == stop["after"]:
                 raise StopError
-            original(run, number)
+            original(run, *args)
 
         return begin
 
-    monkeypatch.setattr(Run, "read_block", stopping(Run.read_block))
-    monkeypatch.setattr(Run, "solve_block_without_inputs", stopping(Run.solve_block_without_inputs))
+    for name in ("solve_block", "solve_block_without_inputs"):
+        monkeypatch.setattr(run_module, name, stopping(getattr(run_module, name)))
     return lambda blocks: stop.update(after=blocks)
 
 
@@ -137,7 +137,7 @@ def test_blocks_are_not_run_again_whose_inputs_were_saved(
 ):
     out = interrupted()
     runs = []
-    monkeypatch.setattr(run_module, "run_block", lambda *args: runs.append(args))
+    monkeypatch.setattr(run_module, "run_again", lambda *args: runs.append(args))
     secateur.compress(str(sharded), out, recipe(), resume=True)
     assert runs == []
     assert contents(out) == whole()
@@ -151,13 +151,13 @@ def test_a_damaged_file_of_inputs_is_done_without(
     spoiled = bytearray(file.read_bytes())
     spoiled[100] ^= 1
     file.write_bytes(spoiled)
-    runs, run_block = [], run_module.run_block
+    runs, run_again = [], run_module.run_again
 
     def spy(*args):
         runs.append(args)
-        run_block(*args)
+        run_again(*args)
 
-    monkeypatch.setattr(run_module, "run_block", spy)
+    monkeypatch.setattr(run_module, "run_again", spy)
     secateur.compress(str(sharded), out, recipe(), resume=True)
     assert len(runs) == 3
     assert contents(out) == whole()
@@ -232,7 +232,7 @@ def test_how_a_run_is_carried_out_does_not_change_it(
 ):
     batch = 2 * SEQ_LEN
     secateur.compress(str(sharded), tmp_path / "plain", recipe(), batch_tokens=batch)
-    monkeypatch.setattr(Run, "choose", lambda self, measure, tokens: Settings(batch, pause, hidden))
+    monkeypatch.setattr(run_module, "choose_settings", lambda *_: Settings(batch, pause, hidden))
     secateur.compress(str(sharded), tmp_path / "out", recipe())
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
     stop_after(3)
@@ -244,7 +244,7 @@ def test_how_a_run_is_carried_out_does_not_change_it(
 
 
 def test_weights_that_are_read_ahead_are_the_same(sharded, recipe, whole, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_module, "_READ_AHEAD", ("cpu",))
+    monkeypatch.setattr(walker, "_READ_AHEAD", ("cpu",))
     secateur.compress(str(sharded), tmp_path / "out", recipe())
     assert contents(tmp_path / "out") == whole()
 
@@ -256,9 +256,9 @@ def test_random_numbers_go_on_where_they_were(sharded, recipe, interrupted, monk
     out = interrupted(2)
     torch.manual_seed(1)
     seen = []
-    solve_block = Run.solve_block
+    solve_block = run_module.solve_block
     monkeypatch.setattr(
-        Run, "solve_block", lambda run, *a, **k: (seen.append(torch.get_rng_state()), solve_block(run, *a, **k))
+        run_module, "solve_block", lambda run, *a, **k: (seen.append(torch.get_rng_state()), solve_block(run, *a, **k))
     )
     secateur.compress(str(sharded), out, recipe(), resume=True)
     assert torch.equal(seen[0], wanted)

@@ -29,7 +29,8 @@ from secateur.model import source as source_module
 from secateur.model.block_names import generalise
 from secateur.model.source import open_source
 from secateur.model.structure import weight_matrix
-from secateur.pipeline import run as run_module
+from secateur.pipeline import calibrate as windows_module
+from secateur.pipeline import walker
 from secateur.pipeline.hidden import HiddenStates
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
@@ -195,16 +196,16 @@ def test_linears_are_solved_in_the_order_of_a_forward_pass(model_of, text_file, 
 
 def test_leaving_out_the_output_of_the_last_block_changes_nothing(model_of, text_file, tmp_path, monkeypatch):
     found, _ = compress(model_of("llama"), tmp_path / "short", recipe(text_file, prune="sparsegpt"))
-    walk = run_module.solve_in_pass
+    walk = walker.walk
     lasts = []
 
-    def whole(*args, outputs, **kwargs):
-        lasts.append(outputs is None)
-        outputs = HiddenStates(torch.device("cpu")) if outputs is None else outputs
-        walk(*args, outputs=outputs, **kwargs)
+    def whole(passage, target, way):
+        lasts.append(passage.outputs is None)
+        outputs = HiddenStates(torch.device("cpu")) if passage.outputs is None else passage.outputs
+        walk(replace(passage, outputs=outputs), target, way)
         assert [shape[1] for shape in outputs.shapes] == [SEQ_LEN]
 
-    monkeypatch.setattr(run_module, "solve_in_pass", whole)
+    monkeypatch.setattr(walker, "walk", whole)
     again, _ = compress(model_of("llama"), tmp_path / "long", recipe(text_file, prune="sparsegpt"))
     assert lasts == [False, True]
     assert all(torch.equal(found[key], again[key]) for key in found)
@@ -382,7 +383,7 @@ def ids_of_words(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     ids_NS = torch.randint(2, VOCABULARY - 1, (SAMPLES, SEQ_LEN), generator=generator)
     ids_NS[5, 17] = VOCABULARY - 1
-    monkeypatch.setattr(run_module, "calibration_ids", lambda source, settings, *_: (ids_NS, settings, []))
+    monkeypatch.setattr(windows_module, "calibration_ids", lambda source, settings, *_: (ids_NS, settings, []))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 4 * SEQ_LEN, None])

@@ -232,15 +232,15 @@ def test_points_that_were_not_come_to_again_are_kept_until_the_end(asked, monkey
 
 def test_an_interrupted_compression_goes_on(asked, monkeypatch, tmp_path):
     """In the first recipe, too: the dense model is not measured again, nor are blocks solved again."""
-    original, stopped, measured = run_module.Run.read_block, [], []
+    original, stopped, measured = run_module.solve_block, [], []
 
-    def read_block(run, number):
+    def solve_block(run, journey, number):
         if run.partial.blocks == 1 and not stopped:
             stopped.append(number)
             raise Interrupted
-        original(run, number)
+        original(run, journey, number)
 
-    monkeypatch.setattr(run_module.Run, "read_block", read_block)
+    monkeypatch.setattr(run_module, "solve_block", solve_block)
     keeping = reference._keep
     monkeypatch.setattr(reference, "_keep", lambda *args: measured.append(1) or keeping(*args))
     with pytest.raises(Interrupted):

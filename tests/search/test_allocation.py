@@ -17,14 +17,16 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur import Calibration, Choice, Recipe, UsageError
-from secateur.pipeline.run import Run
-from secateur.recipes.goals import parse_rise, parse_target
+from secateur.pipeline.prepared import Prepared
 from secateur.recipes.plan import plan
-from secateur.search import library
+from secateur.search import searcher
 from secateur.search.budget import share_sparsity
 from secateur.search.effects import gather_effects
-from secateur.search.owl import outlier_share, owl
-from secateur.search.search import _next
+from secateur.search.goal import goal_of
+from secateur.search.goals.owl import by_outliers
+from secateur.search.goals.perplexity_rise import next_allowed, parse_rise
+from secateur.search.goals.target_size import parse_target
+from secateur.search.outliers import outlier_share
 from secateur.solvers.knapsack import choose
 
 quickly = settings(max_examples=60, deadline=None)
@@ -114,15 +116,15 @@ def test_owl_is_its_papers_formula():
     # Shares 0, 0.01, 0.04 of blocks of one size, stretched to 0.16, around a mean sparsity of 0.7.
     stretched = np.array([0, 0.01, 0.04]) / 0.04 * 0.16
     expected = 1 - (stretched - stretched.mean() + 0.3)
-    assert owl([0, 0.01, 0.04], [10, 10, 10], 0.7) == pytest.approx(expected.tolist())
-    assert owl([0.2, 0.2], [10, 30], 0.5) == [0.5, 0.5]
+    assert by_outliers([0, 0.01, 0.04], [10, 10, 10], 0.7) == pytest.approx(expected.tolist())
+    assert by_outliers([0.2, 0.2], [10, 30], 0.5) == [0.5, 0.5]
 
 
 @quickly
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=9), st.floats(0.01, 0.98))
 def test_owl_keeps_the_total_and_the_range(blocks, total):
     shares, weights = zip(*blocks, strict=True)
-    found = owl(shares, weights, total)
+    found = by_outliers(shares, weights, total)
     assert all(-1e-9 <= share < 1 for share in found)
     assert max(found) - min(found) <= 0.16 + 1e-9
     assert np.average(found, weights=weights) == pytest.approx(total, abs=1e-9)
@@ -273,12 +275,12 @@ def test_a_rise_in_perplexity_is_kept(base, text_file, model_of, tmp_path):
 
 
 def test_what_to_allow_next_is_in_proportion_or_between():
-    assert _next(0.03, (0.02, 0.01), None) == pytest.approx(0.06)
-    assert _next(0.03, None, (0.02, 0.06)) == pytest.approx(0.01)
-    assert _next(0.03, (0.02, 0.01), (0.06, 0.05)) == pytest.approx(0.04)
+    assert next_allowed(0.03, (0.02, 0.01), None) == pytest.approx(0.06)
+    assert next_allowed(0.03, None, (0.02, 0.06)) == pytest.approx(0.01)
+    assert next_allowed(0.03, (0.02, 0.01), (0.06, 0.05)) == pytest.approx(0.04)
     # Never by leaps: what was measured on few windows may be nothing.
-    assert _next(0.03, (0.02, -0.001), None) == pytest.approx(0.08)
-    assert _next(0.03, None, (0.02, 9.0)) == pytest.approx(0.002)
+    assert next_allowed(0.03, (0.02, -0.001), None) == pytest.approx(0.08)
+    assert next_allowed(0.03, None, (0.02, 9.0)) == pytest.approx(0.002)
 
 
 def test_a_resumed_run_does_not_search_again(base, model_of, tmp_path):
@@ -354,13 +356,18 @@ def test_a_run_that_made_models_and_computed_gradients_is_resumed(base, model_of
 )
 def test_a_goal_that_makes_no_sense(options, message):
     with pytest.raises(UsageError, match=message):
-        plan(Recipe(**options))
+        check(Recipe(**options))
+
+
+def check(recipe):
+    plan(recipe)
+    goal_of(recipe)
 
 
 def test_words_for_goals():
-    assert parse_target("0.35x").of(1000) == 350
-    assert parse_target("35%").of(1000) == parse_target(" 35 % ").of(1000) == 350
-    assert parse_target("2kB").of(10**9) == 2000
+    assert parse_target("0.35x").in_bytes(1000) == 350
+    assert parse_target("35%").in_bytes(1000) == parse_target(" 35 % ").in_bytes(1000) == 350
+    assert parse_target("2kB").in_bytes(10**9) == 2000
     assert parse_rise("3%") == pytest.approx(0.03)
     assert parse_rise("0.03") == pytest.approx(0.03)
 
@@ -427,7 +434,7 @@ def test_the_search_is_foretold(options, slack, base, model_of, tmp_path):
     "run", [secateur.compress, lambda model, out, *args, **options: secateur.forecast(model, *args, **options)]
 )
 def test_a_search_keeps_to_the_memory(run, base, model_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "dense_memory", 10**15)
+    monkeypatch.setattr(Prepared, "whole_memory", 10**15)
     recipe = replace(base, allocation="search")
     with pytest.raises(UsageError, match=r"a search loads the model as a whole, and --max-memory .* give .* or search"):
         run(str(model_of("llama")), tmp_path / "out", recipe, max_memory="20GiB")
@@ -443,8 +450,8 @@ def test_of_a_size_only_what_is_near_is_tried(base, model_of, tmp_path, monkeypa
         tried.setdefault(problems[0].name, []).append(shares)
         return whole(plan, problems, stats, pruned)
 
-    whole = library.solve
-    monkeypatch.setattr(library, "solve", solve)
+    whole = searcher.solve
+    monkeypatch.setattr(searcher, "solve", solve)
     model = str(model_of("llama"))
     with pytest.raises(UsageError) as error:
         secateur.compress(model, tmp_path / "out", Recipe(calibration=base.calibration, target_size="0.01x"))

@@ -1,63 +1,25 @@
-"""How much memory a run takes, before it is taken: measured on a few tokens and on small linears, and scaled up.
+"""How much memory a run takes by its settings, and which settings keep to what there is.
 
-O: output features, I: input features, S: tokens of a window.
+S: tokens of a window.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from secateur.core.patterns import NM
-from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
-from secateur.formats.folder.reader import MAPPED_BYTES
 from secateur.model.free_memory import free_memory
-from secateur.model.structure import Linear, weight_matrix
-from secateur.pipeline.capture import BlockCalls, BodyCalls
-from secateur.pipeline.memory.live_bytes import LiveBytes
-from secateur.pipeline.solve import Problem, solve
-from secateur.recipes.plan import Plan
-from secateur.units import parse_size, words
+from secateur.units import words
 
 # More tokens at a time are not faster on a CPU: the activations of a batch then leave its caches.
 _MOST_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-# Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
-_PROBES = (8, 32)
-# Linears are measured at two sizes, of so many inputs at most.
-_MEASURED_INPUTS = (512, 1024)
-# More copies of the weights and of the Gram matrix than any solver makes.
-_MOST_WEIGHTS, _MOST_GRAMS = 16, 6
 # Of what is free, a run that was given no limit takes so much.
 _FREE_SHARE = 0.8
 # What is not counted: what operators and libraries for linear algebra allocate for themselves, pages that are not quite full.
 _MARGIN = 1.15
-_M_MMAP_THRESHOLD = -3
-
-
-def return_freed() -> None:
-    """Have the C library give memory back when it is freed, at some cost in time. It keeps pieces of up to 32 MiB otherwise."""
-    with suppress(OSError, AttributeError, TypeError):  # only glibc has this
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
-
-
-def limit_memory(max_memory: str | int | None) -> int | None:
-    """The limit in bytes that a user gave in bytes or in words, if any; what is freed is then given back: see `return_freed`.
-
-    Raises:
-        UsageError: the words are no size.
-    """
-    limit = parse_size(max_memory, "--max-memory") if isinstance(max_memory, str) else max_memory
-    if limit is not None:
-        return_freed()
-    return limit
 
 
 @dataclass(frozen=True)
@@ -204,140 +166,7 @@ class Footprint:
         on_device, on_host, settings = least
         if host is not None and on_host > host:
             raise UsageError(
-                f"--max-memory {words(host)} is too little for this model and method, which need "
+                f"`max_memory` {words(host)} is too little for this model and method, which need "
                 f"{words(math.ceil(on_host / 2**20) * 2**20)} at least"
             )
         return settings
-
-
-def footprint(
-    plan: Plan,
-    block: nn.Module,
-    calls: BlockCalls | BodyCalls,
-    ids_NS: Tensor,
-    groups: Sequence[Sequence[str]],
-    linears: dict[str, Linear],
-    dtype: torch.dtype,
-    base: int,
-    sizes: dict[str, int],
-    exact: bool,
-) -> Footprint:
-    """Measure what a run will take.
-
-    Args:
-        plan: the methods.
-        block: a block in place on its device.
-        calls: of the model's blocks, or of the body that `block` is.
-        ids_NS: the windows of this process.
-        groups: the block's linears by common input, in the order in which they are reached, and `linears` by name.
-        dtype: of the weights in the source.
-        base: bytes of the process before the block was there.
-        sizes: `outside`, `embeddings`, `block`, `written`: see `Footprint`; `tensor`: the largest of a block in its file;
-            `stored`: a weight that is written dense.
-        exact: also measure what solving takes; else it is put at more than it is, which takes no time.
-    """
-    S = ids_NS.shape[1]
-    firsts = [group[0] for group in groups]
-    peaks: list[tuple[int, int]] = []
-    held: dict[str, list[tuple[int, int]]] = {name: [] for name in firsts}
-    hidden = 0
-    for n in sorted({min(n, S) for n in _PROBES}):
-        call = calls.catch(ids_NS[:1, :n])[0]
-        hidden = call.hidden.nbytes // n
-        with LiveBytes() as live:
-
-            def note(name: str, n: int = n, size: int = call.hidden.nbytes, live: LiveBytes = live) -> Any:
-                return lambda *_: held[name].append((n, live.now + size))
-
-            handles = [linears[name].register_forward_pre_hook(note(name)) for name in firsts]
-            call.run(block, call.hidden)
-            peaks.append((n, live.peak))
-            for handle in handles:
-                handle.remove()
-    found = []
-    written = float(sizes["written"])
-    for names in groups:
-        shapes = [weight_matrix(linears[name]).shape for name in names]
-        I = shapes[0][1]
-        bytes_of_stats = 4 * I * (I + 2 if plan.level >= Level.GRAM else 2)
-        rows = [O for O, _ in shapes]
-        solving = 4.0 * (_MOST_WEIGHTS * sum(rows) * I + _MOST_GRAMS * I * I)
-        if exact:
-            solving, packed = _solving(plan, rows, I, dtype, block_device(linears[names[0]]))
-            written -= sizes["stored"] * sum(rows) * I - packed
-        found.append(Group(Polynomial.through(held[names[0]]), bytes_of_stats, solving))
-    return Footprint(
-        base=base,
-        mapped=MAPPED_BYTES + sizes["tensor"],
-        outside=sizes["outside"],
-        embeddings=sizes["embeddings"],
-        block=sizes["block"],
-        written=int(written),
-        hidden=hidden,
-        forward=Polynomial.through(peaks),
-        groups=tuple(found),
-        tokens=ids_NS.numel(),
-        seq_len=S,
-        device=block_device(block).type,
-    )
-
-
-def block_device(module: nn.Module) -> torch.device:
-    """The device of a module's parameters."""
-    return next(module.parameters()).device
-
-
-def _solving(
-    plan: Plan, rows: Sequence[int], features: int, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
-    """The most memory that solving takes besides the weights and the statistics, and the bytes of what is written then.
-
-    What a solver keeps is as large as the weights or as the Gram matrix, or is so many rows or columns of them. So linears of
-    the same shape are solved at two smaller scales, which tell what grows with the square of the scale from what grows with it.
-    """
-    pattern = plan.pruning.pattern if plan.pruning is not None else None
-    unit = pattern.m if isinstance(pattern, NM) else 1
-    peaks, written = [], 0.0
-    for limit in _MEASURED_INPUTS:
-        I = min(features, max(unit, limit // unit * unit))
-        draw = torch.Generator().manual_seed(0)
-        stats = InputStats.empty(I, plan.level, device)
-        stats.add(torch.randn(2 * I, I, generator=draw).to(device))
-        problems = []
-        for i, O in enumerate(rows):
-            W_OI = torch.randn(max(1, round(O * I / features)), I, generator=draw).to(device)
-            fisher_OI = W_OI.square().cpu() if plan.needs_fisher else None
-            problems.append(Problem(str(i), W_OI, False, dtype, fisher_OI))
-        with LiveBytes() as live:
-            solutions, _ = solve(plan, problems, stats)
-        peaks.append((I, live.peak))
-        written = sum(solution.report.bytes for solution in solutions) * (features / I) ** 2
-        if features == I:
-            return live.peak, written
-    return Polynomial.through(peaks)(features), written
-
-
-def without_inputs(
-    base: int, linears: Iterable[Linear], sizes: dict[str, int], plan: Plan, device: str, exact: bool
-) -> Footprint:
-    """What a run takes whose methods look at no inputs: one linear at a time. See `footprint`."""
-    shapes = {tuple(weight_matrix(linear).shape) for linear in linears}
-    largest = max(O * I for O, I in shapes)
-    solving = 4.0 * _MOST_WEIGHTS * largest
-    if exact:
-        solving = max(_solving(plan, [O], I, torch.float32, torch.device("cpu"))[0] for O, I in shapes)
-    zero = Polynomial(0, 0)
-    return Footprint(
-        base=base,
-        mapped=MAPPED_BYTES + sizes["tensor"],
-        outside=sizes["outside"],
-        embeddings=0,
-        block=4 * largest,
-        written=sizes["written"],
-        hidden=0,
-        forward=zero,
-        groups=(Group(zero, 0, solving),),
-        tokens=0,
-        seq_len=0,
-        device=device,
-    )

@@ -1,0 +1,246 @@
+"""A model made ready to be walked through: its skeleton, and which of its linears are to be compressed.
+
+O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from secateur.core.patterns import NM
+from secateur.core.stats import Level
+from secateur.errors import UsageError
+from secateur.formats.folder.writer import entry_bytes
+from secateur.model.block_names import how_to_ignore
+from secateur.model.load import load_source
+from secateur.model.source import Source
+from secateur.model.structure import (
+    Linear,
+    block_linears,
+    build_skeleton,
+    check_no_experts,
+    find_blocks,
+    is_transposed,
+    kept_in_float32,
+    select_linears,
+    shared_parameters,
+    weight_matrix,
+)
+from secateur.model.weights import ModelWeights, check_values
+from secateur.pipeline.outcome import Progress
+from secateur.pipeline.solve import Problem
+from secateur.recipes.plan import Plan
+from secateur.recipes.recipe import Choice, Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose blocks and linears are known, and whose weights are read when their turn comes.
+
+    Attributes:
+        source: that it comes from.
+        recipe, plan: what is to be done.
+        device: where it is run.
+        compute_dtype: in which it is run.
+        model: its skeleton; what is in place is real, all else on the meta device.
+        block_names, blocks: in the order in which they are run.
+        lists: the names of the lists of blocks.
+        idle: blocks that text does not run.
+        names: of all linears in blocks.
+        chosen: those to compress.
+        tied: those left alone because several modules share their weights.
+        twins: names of parameters that are one.
+        weights: the stored weights by the names of the model.
+        kept: tensors that keep their dtype whatever the rest is written in.
+        parameters: how many the model has.
+        base: bytes that the process had in use before any weight was read.
+    """
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    device: torch.device
+    compute_dtype: torch.dtype
+    model: Any
+    block_names: list[str]
+    blocks: list[nn.Module]
+    lists: list[str]
+    idle: tuple[str, ...]
+    names: list[str]
+    chosen: frozenset[str]
+    tied: list[str]
+    twins: Mapping[str, Collection[str]]
+    weights: ModelWeights
+    kept: frozenset[str]
+    parameters: int
+    base: int
+
+    # --- linears
+
+    def linear(self, name: str) -> Linear:
+        """The linear of that name."""
+        found: Linear = self.model.get_submodule(name)
+        return found
+
+    def chosen_in(self, number: int) -> dict[str, Linear]:
+        """The linears of a block that are to be compressed, by name."""
+        linears = block_linears(self.blocks[number], self.block_names[number])
+        return {name: linear for name, linear in linears.items() if name in self.chosen}
+
+    def problem(self, name: str, fisher_OI: Tensor | None) -> Problem:
+        """A linear as it is to be solved; one that is not in place is read."""
+        linear, weight = self.linear(name), f"{name}.weight"
+        if linear.get_parameter("weight").is_meta:
+            stored = self.weights.checked(weight, linear.get_parameter("weight")).to(self.device)
+            W_OI = stored.T if is_transposed(linear) else stored
+        else:
+            W_OI = weight_matrix(linear)
+        return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+
+    def is_plain(self, weight: str) -> bool:
+        """Whether a parameter is written as it is."""
+        return weight.removesuffix(".weight") == weight or weight.removesuffix(".weight") not in self.chosen
+
+    # --- sizes in bytes
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """Of most weights written."""
+        return self.plan.dtype or self.source.stored
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """Of a tensor that is written as it is; None: the one it has."""
+        return None if name in self.kept else self.plan.dtype
+
+    def outside_bytes(self) -> int:
+        """On disk, of all tensors that are written and are no weight of a linear to compress."""
+        dtypes = {
+            self.weights.name_to_write(name): self.dtype_of(name)
+            for name in self.model.state_dict()
+            if name in self.weights and self.is_plain(name)
+        }
+        dtypes |= dict.fromkeys(self.weights.unused)
+        return sum(self.weights.bytes_as(name, dtype) + entry_bytes(name) for name, dtype in dtypes.items())
+
+    def linear_bytes(self, name: str) -> int:
+        """Of a linear's weight where it is written dense."""
+        return self.weights.bytes_as(self.weights.name_to_write(f"{name}.weight"), self.plan.dtype)
+
+    def dense_bytes(self) -> int:
+        """Of the files of the dense model in the dtype that is written."""
+        return self.outside_bytes() + sum(map(self.linear_bytes, self.chosen))
+
+    @property
+    def whole_memory(self) -> int:
+        """Of memory that the process takes with the dense model in it."""
+        return self.base + self.compute_dtype.itemsize * self.parameters
+
+    # --- checks
+
+    def check_reached(self, unreached: Collection[str]) -> None:
+        """Raise UsageError where linears are to be calibrated that have no input."""
+        bad = [name for name in self.names if name in self.chosen and name in unreached]
+        if bad:
+            raise UsageError(
+                f"{bad[0]} is not reached by ordinary text, so it cannot be calibrated: leave such linears alone with "
+                f"{self._how_to_ignore(bad)}"
+            )
+
+    def check_values(self, progress: Callable[[Progress], None]) -> None:
+        """Check all weights before any is solved, once for all runs on a source.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        if self.plan.dtype in self.source.sound:
+            return
+        progress(Progress("checking the weights"))
+        plain = {name for name in self.model.state_dict() if self.is_plain(name) and name not in self.kept}
+        check_values(self.weights, self.model, dict.fromkeys(plain, self.plan.dtype) if self.plan.dtype else {})
+        self.source.sound.add(self.plan.dtype)
+
+    def check_shapes(self) -> None:
+        """Raise UsageError where a linear's inputs do not divide into the groups of the pattern."""
+        pattern = self.plan.pruning.pattern if self.plan.pruning else None
+        if not isinstance(pattern, NM):
+            return
+        features = {name: weight_matrix(self.linear(name)).shape[1] for name in self.names if name in self.chosen}
+        bad = [name for name, I in features.items() if I % pattern.m]
+        if bad:
+            raise UsageError(
+                f"{bad[0]} has {features[bad[0]]} input features, which do not divide into groups of {pattern.m}: "
+                f"choose another pattern, or leave such linears alone with {self._how_to_ignore(bad)}"
+            )
+
+    def _how_to_ignore(self, names: list[str]) -> str:
+        return how_to_ignore(names, set(self.chosen) - set(names), self.lists)
+
+    def load_whole(self) -> Any:
+        """The dense model, checked."""
+        # In float32 on a CPU: half precision is emulated by most.
+        dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
+        return load_source(self.source, dtype, self.device, check_finite=True)
+
+
+def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> Prepared:
+    """Build the skeleton of a model and find what is to be compressed.
+
+    Raises:
+        UsageError: nothing is left to compress, or a linear does not fit the recipe; what to do is said.
+        CheckpointError: the files do not fit the model.
+    """
+    # Blocks are run in float32 on a CPU, which few of them slow down for; a GPU is made for the model's own dtype.
+    compute_dtype = source.dtype if device.type == "cuda" else torch.float32
+    model: Any = build_skeleton(source, compute_dtype)
+    found = find_blocks(model)
+    for name, block in found.modules.items():
+        check_no_experts(block, name)
+    names, twins = list(found.linears), shared_parameters(model)
+    wanted = select_linears(names, recipe.targets, recipe.ignore)
+    tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
+    chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+    prepared = Prepared(
+        source=source,
+        recipe=recipe,
+        plan=plan,
+        device=device,
+        compute_dtype=compute_dtype,
+        model=model,
+        block_names=list(found.modules),
+        blocks=list(found.modules.values()),
+        lists=found.lists,
+        idle=found.idle,
+        names=names,
+        chosen=frozenset(chosen),
+        tied=tied,
+        twins=twins,
+        weights=ModelWeights(source, model),
+        kept=frozenset(name for name, _ in (kept_in_float32(model, plan.dtype) if plan.dtype is not None else [])),
+        parameters=sum(p.numel() for p in model.parameters()),
+        base=psutil.Process().memory_info().rss,
+    )
+    prepared.check_shapes()
+    if plan.level > Level.NONE:
+        prepared.check_reached(found.unreached or ())
+    return prepared
+
+
+def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:
+    """Linears to compress without those for which nothing is chosen."""
+    if not chosen:
+        raise UsageError("nothing is left to compress: all linears share their weights with others")
+    for name in recipe.linears:
+        if name not in chosen:
+            raise UsageError(
+                f"the recipe chooses for {name}, which is none of the linears to compress: is it of another model?"
+            )
+    chosen = chosen - {name for name, choice in recipe.linears.items() if choice == Choice()}
+    if not chosen:
+        raise UsageError("nothing is left to compress: the recipe's choices leave every linear alone")
+    return chosen

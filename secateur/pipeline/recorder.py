@@ -1,0 +1,191 @@
+"""Writing what a run has solved, block by block, and keeping account of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from secateur.formats.folder.reader import StoredTensors
+from secateur.formats.folder.writer import ShardWriter
+from secateur.model.block_names import lists_of, patterns_of, split_name
+from secateur.model.structure import is_transposed, parameters_outside
+from secateur.model.weights import OTHER_DTYPE, converted, place
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.kept_inputs import KeptInputs
+from secateur.pipeline.outcome import LinearReport, Progress, peak_memory
+from secateur.pipeline.partial import Partial
+from secateur.pipeline.prepared import Prepared
+from secateur.pipeline.solve import Solution
+
+
+class Recorder:
+    """Writes in the first process, and knows in all of them what was written.
+
+    Args:
+        prepared: the model.
+        partial: the unfinished run; what it has recorded is counted.
+        clock: measures the phases.
+        progress: told of every linear.
+
+    Attributes:
+        inputs: of blocks, as far as they are on the disk.
+        reports: of the linears that are solved.
+        entries: of their layouts in the config, by name.
+        notes: what the user should know.
+        number_of: the block of each linear to compress, by name.
+    """
+
+    def __init__(
+        self, prepared: Prepared, partial: Partial, clock: Clock, progress: Callable[[Progress], None]
+    ) -> None:
+        self.prepared, self.partial, self._clock, self._progress = prepared, partial, clock, progress
+        self.inputs = KeptInputs(partial)
+        self.reports: list[LinearReport] = []
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+        self._writer = ShardWriter(partial.folder, begin=sum(len(record["files"]) for record in partial.records))
+        self._written: set[str] = set()
+        self._waiting: dict[str, Tensor] = {}
+        # Since the last record.
+        self._solutions: list[Solution] = []
+        self._new_notes: list[str] = []
+        numbers = {name: i for i, name in enumerate(prepared.block_names)}
+        self.number_of = {name: numbers[split_name(name, prepared.lists)[0]] for name in prepared.chosen}
+        for record in partial.records:
+            for linear in record["linears"]:
+                self._count(Solution.of_record(linear, {}))
+            self.notes += (note for note in record["notes"] if note not in self.notes)
+        self._solved_before = len(self.reports)
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Blocks are solved from now on: the time that is left counts from here."""
+        self._started = time.monotonic()
+        self.inputs.start()
+
+    def _count(self, solution: Solution) -> None:
+        self.reports.append(solution.report)
+        if solution.entry is not None:
+            self.entries[solution.name] = solution.entry
+
+    def note(self, note: str) -> None:
+        """Tell the user something, once."""
+        if note not in self.notes:
+            self.notes.append(note)
+            self._new_notes.append(note)
+
+    # --- linears
+
+    def put(self, solution: Solution, in_place: bool) -> None:
+        """Write a linear; `in_place`: its new weight is put in the place of the old one, too."""
+        weight = f"{solution.name}.weight"
+        if self.partial.ranks.first:
+            if solution.entry is None:
+                self._write_dense(weight, solution.parts[""])
+            else:
+                for name, tensor in solution.tensors(self.prepared.weights.name_to_write(weight)).items():
+                    self._writer.add(name, tensor)
+        self._written.add(weight)
+        if in_place:
+            self._place(solution)
+        self._count(solution)
+        self._solutions.append(replace(solution, parts={}, W_OI=None))
+        spent = time.monotonic() - self._started
+        remaining = (len(self.prepared.chosen) - self._solved_before) / (len(self.reports) - self._solved_before) - 1
+        number, blocks = self.number_of[solution.name], len(self.prepared.blocks)
+        self._progress(Progress("compressing", number, blocks, solution.report, spent * remaining, peak_memory()))
+
+    def _place(self, solution: Solution) -> None:
+        linear = self.prepared.linear(solution.name)
+        old = linear.get_parameter("weight")
+        place(linear, "weight", solution.as_module_weight(is_transposed(linear)).to(old.device, old.dtype))
+
+    def take_solved(self, number: int) -> None:
+        """Put the compressed weights of a block, which is recorded, in the place of those that were read."""
+        record = self.partial.records[1 + number]
+        stored = StoredTensors([self.partial.folder / name for name in record["files"]])
+        for linear in record["linears"]:
+            weight = f"{linear['name']}.weight"
+            names = [name for name in stored if name == weight or name.startswith(f"{weight}.")]
+            parts = {name.removeprefix(weight).removeprefix("."): stored[name] for name in names}
+            self._place(Solution.of_record(linear, parts))
+
+    # --- everything else
+
+    def write_outside(self) -> None:
+        """Write what is in no block, in the first process, unless an earlier run did."""
+        if not self.partial.ranks.first or self.partial.records:
+            return
+        self._progress(Progress("copying what is not compressed"))
+        self._note_what_is_left()
+        weights = self.prepared.weights
+        with self._clock("opening"):
+            for name, _ in parameters_outside(self.prepared.model, self.prepared.blocks):
+                self._write_plain(name)
+            for name in weights.unused:
+                self._writer.add(name, converted(name, weights.stored(name), None, ""))
+            self._record()
+            # Where the first block is in place already, nothing is read soon that would drop the last table, often a large one.
+            weights.release()
+
+    def _note_what_is_left(self) -> None:
+        """Say what the source has lost already, and which linears and blocks stay dense though nobody asked for that."""
+        source, lists = self.prepared.source, self.prepared.lists
+        if source.rounded:
+            self.note(
+                f"{source.name} was quantized before: what that lost stays lost, and what is done now comes on top"
+            )
+        for prefix in lists_of(self.prepared.idle):
+            idle = [name for name in self.prepared.idle if name.rpartition(".")[0] == prefix]
+            which = prefix if prefix not in lists else ", ".join(idle)
+            self.note(f"left as {'it is' if len(idle) == 1 else 'they are'}, for text does not run them: {which}")
+        if self.prepared.tied:
+            names = ", ".join(patterns_of(self.prepared.tied, lists))
+            self.note(f"left as they are, for several modules share their weights: {names}")
+
+    def _write_plain(self, name: str) -> None:
+        weights = self.prepared.weights
+        if name in weights and name not in self._written:
+            self._write_dense(name, converted(name, weights[name], self.prepared.dtype_of(name), OTHER_DTYPE))
+            self._written.add(name)
+
+    def _write_dense(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the model under the name that it had, or have it wait for those that were one with it."""
+        if self.prepared.plan.dense and self.prepared.weights.converted:
+            self._waiting[name] = tensor
+        else:
+            self._writer.add(self.prepared.weights.name_to_write(name), tensor)
+
+    # --- records
+
+    def end_block(self, number: int, outputs: HiddenStates | None) -> None:
+        """Write the rest of a block and record it; `outputs`, the inputs of the next block, may be put on disk."""
+        prefix = self.prepared.block_names[number]
+        with self._clock("writing"):
+            if self.partial.ranks.first:
+                for name in self.prepared.blocks[number].state_dict():
+                    if self.prepared.is_plain(f"{prefix}.{name}"):
+                        self._write_plain(f"{prefix}.{name}")
+            hidden = self.inputs.save(outputs, number + 1)
+            if self.partial.ranks.first:
+                self._record(hidden)
+            if outputs is not None:
+                self.inputs.drop(outputs)
+        self._solutions, self._new_notes = [], []
+
+    def _record(self, hidden: dict[str, Any] | None = None) -> None:
+        """Have what was written since the last record on the disk, and say so in the journal."""
+        if self._waiting:
+            for name, tensor in self.prepared.weights.unconverted(self._waiting).items():
+                self._writer.add(name, tensor)
+            self._waiting = {}
+        self._writer.flush()
+        files, self._writer.files = self._writer.files, {}
+        content = {"linears": [solution.record() for solution in self._solutions], "notes": self._new_notes}
+        self.partial.record(files, content, hidden)
+        self._new_notes = []

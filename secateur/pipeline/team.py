@@ -1,0 +1,86 @@
+"""The processes of a run as they solve: each its share of the linears of one input, and all have what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.core.stats import InputStats, Level
+from secateur.model.structure import weight_matrix
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.gradients import KeptFisher
+from secateur.pipeline.prepared import Prepared
+from secateur.pipeline.ranks import Ranks
+from secateur.pipeline.solve import Solution, solve
+from secateur.recipes.recipe import Choice
+
+
+@dataclass(frozen=True)
+class Team:
+    """Solves linears by the plan of a prepared model.
+
+    Attributes:
+        prepared: the model.
+        ranks: the processes.
+        clock: measures the phases.
+        fisher: squared gradients, where the method needs them.
+    """
+
+    prepared: Prepared
+    ranks: Ranks
+    clock: Clock
+    fisher: KeptFisher | None = None
+
+    def solve(self, names: list[str], stats: InputStats | None) -> tuple[list[Solution], list[str]]:
+        """Solve linears of one input; the solutions in the same order and what the user should know, in all processes.
+
+        Without statistics they need not have one input, nor be in place: each is read, solved and let go of.
+        """
+        sizes = [weight_matrix(self.prepared.linear(name)).numel() for name in names]
+        hands = [[names[i] for i in hand] for hand in self.ranks.deal(sizes)]
+        with self.clock("solving"):
+            solutions, notes = self._solve(hands[self.ranks.rank], names, stats)
+        with self.clock("exchange"):
+            for rank, hand in enumerate(hands):
+                if hand and self.ranks.size > 1:
+                    self._exchange(rank, hand, solutions, notes)
+        return [solutions[name] for name in names], notes
+
+    def _solve(
+        self, mine: list[str], names: list[str], stats: InputStats | None
+    ) -> tuple[dict[str, Solution], list[str]]:
+        """The solutions of this process's linears, by name, and their notes."""
+        fishers = self.fisher.of(names) if self.fisher is not None else {}
+        solutions: dict[str, Solution] = {}
+        notes: list[str] = []
+        choices = self.prepared.recipe.linears
+        for stack in [[name] for name in mine] if stats is None else self._alike(mine):
+            problems = [self.prepared.problem(name, fishers.get(name)) for name in stack]
+            if stats is None:
+                inputs = InputStats.empty(problems[0].W_OI.shape[1], Level.NONE, self.prepared.device)
+            found, said = solve(self.prepared.plan.of(choices.get(stack[0])), problems, stats or inputs)
+            solutions.update((solution.name, solution) for solution in found)
+            notes += said
+        return solutions, notes
+
+    def _alike(self, names: list[str]) -> list[list[str]]:
+        """Linears for which the same was chosen, which are solved together."""
+        stacks: dict[Choice | None, list[str]] = {}
+        for name in names:
+            stacks.setdefault(self.prepared.recipe.linears.get(name), []).append(name)
+        return list(stacks.values())
+
+    def _exchange(self, rank: int, names: list[str], solutions: dict[str, Solution], notes: list[str]) -> None:
+        """Have the solutions that one process found, and its notes, in all of them."""
+        said, tensors = None, []
+        if rank == self.ranks.rank:
+            own = [solutions[name] for name in names]
+            said = [[[solution.record(), list(solution.parts)] for solution in own], notes]
+            tensors = [tensor for solution in own for tensor in solution.parts.values()]
+        (records, told), tensors = self.ranks.share_with_tensors(said, tensors, rank)
+        if rank == self.ranks.rank:
+            return
+        left = iter(tensors)
+        for record, parts in records:
+            solution = Solution.of_record(record, {part: next(left) for part in parts})
+            solutions[solution.name] = solution
+        notes += told

@@ -1,0 +1,270 @@
+"""Taking calibration windows through the blocks of a prepared model, with no more of its weights in memory than are wanted.
+
+N: windows, S: tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.stats import InputStats, Level
+from secateur.errors import RepeatedError
+from secateur.formats.layouts.layout import all_finite
+from secateur.model.structure import Linear, parameters_outside
+from secateur.model.weights import Ahead, materialise, place, tie
+from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, group_by_input
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.job import Job
+from secateur.pipeline.memory.footprint import Settings
+from secateur.pipeline.prepared import Prepared
+from secateur.pipeline.walk import Passage, Solve, Target, in_batches, walk
+
+_PROBE_TOKENS = 8
+# Where the next block is read while one is solved. On a CPU that would take the cores from solving.
+_READ_AHEAD = ("cuda",)
+
+Catcher = BlockCalls | BodyCalls
+
+
+class Walker:
+    """Reads blocks and takes windows through them.
+
+    Args:
+        job: whose memory limit holds.
+        prepared: the model.
+        clock: measures the phases.
+    """
+
+    def __init__(self, job: Job, prepared: Prepared, clock: Clock) -> None:
+        self.prepared, self.clock = prepared, clock
+        self.ranks = job.ranks
+        self._room = job.room
+        self._ahead = Ahead(prepared.weights, prepared.device) if prepared.device.type in _READ_AHEAD else None
+
+    # --- what is before the blocks
+
+    def enter(self, ids_NS: Tensor) -> Catcher:
+        """Put the first block in place, and what comes before it; all blocks, where the model does not run them in turn.
+
+        Raises:
+            UsageError: all blocks have to be in memory, and may not.
+        """
+        prepared = self.prepared
+        with self.clock("opening"):
+            for name, _ in parameters_outside(prepared.model, prepared.blocks):
+                # The head computes logits, which nobody reads here.
+                if not only_in_head(prepared.model, name) and not self._keep_mapped(name):
+                    materialise(prepared.model, "", [name], prepared.weights, prepared.device)
+            tie(prepared.model)
+            self._move_buffers()
+        self.read(0)
+        probe_1S = ids_NS[:1, :_PROBE_TOKENS].to(prepared.device)
+        try:
+            return BlockCalls(prepared.model, prepared.blocks, probe_1S)
+        except NotInTurn as error:
+            instead = "`prune` magnitude or `quantize` rtn, which look at no text"
+            self._room.check(prepared.whole_memory, f"calibrating {prepared.source.name}, where {error},", instead)
+        with self.clock("opening"):
+            for number in range(len(prepared.blocks)):
+                self.read(number)
+        return BodyCalls(prepared.model, probe_1S)
+
+    def _keep_mapped(self, name: str) -> bool:
+        """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
+        weights, dtype = self.prepared.weights, self.prepared.compute_dtype
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.prepared.model.get_submodule(owner_name)
+        # A subclass may compute with its rows, in their dtype.
+        if type(owner) is not nn.Embedding or self.prepared.device.type != "cpu" or name not in weights:
+            return False
+        if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
+            return False  # for `materialise` to say so
+        weights.release()
+        place(owner, leaf, weights[name])
+        owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
+        return True
+
+    def _move_buffers(self) -> None:
+        for module in self.prepared.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    place(module, leaf, buffer.to(self.prepared.device))
+
+    def leave(self) -> None:
+        """Let go of what is outside the blocks."""
+        inside = {id(part) for block in self.prepared.blocks for part in block.modules()}
+        for module in self.prepared.model.modules():
+            if id(module) not in inside:
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        place(module, leaf, parameter.detach().to("meta"))
+
+    # --- blocks
+
+    def read(self, number: int) -> None:
+        """Put a block's weights in place, unless they are, and have the next one's read meanwhile."""
+        prepared = self.prepared
+        block, prefix = prepared.blocks[number], prepared.block_names[number]
+        with self.clock("reading"):
+            if any(parameter.is_meta for parameter in block.parameters()):
+                names = list(block.state_dict())
+                materialise(block, prefix, names, prepared.weights, prepared.device, ahead=self._ahead)
+                self._read_shared(block, prefix, names)
+            if self._ahead is not None and number + 1 < len(prepared.blocks):
+                self._ahead.start(prepared.block_names[number + 1], prepared.blocks[number + 1])
+
+    def _read_shared(self, block: nn.Module, prefix: str, names: list[str]) -> None:
+        """Give a block the weights that it shares with another and that are stored under the other's name."""
+        weights, twins = self.prepared.weights, self.prepared.twins
+        for name in names:
+            twin = next((twin for twin in twins.get(f"{prefix}.{name}", ()) if twin in weights), None)
+            if twin is not None and f"{prefix}.{name}" not in weights:
+                owner = block.get_submodule(name.rpartition(".")[0])
+                leaf = name.rpartition(".")[2]
+                tensor = weights.checked(twin, owner.get_parameter(leaf))
+                place(owner, leaf, tensor.to(self.prepared.device, owner.get_parameter(leaf).dtype))
+
+    def catch(self, catcher: Catcher, ids_NS: Tensor, settings: Settings, file_of: Callable[[int], Path]) -> Journey:
+        """How each block is called for each batch of the windows, and the inputs of the first.
+
+        Args:
+            file_of: where the inputs of a block wait, if they wait in files.
+        """
+        device = self.prepared.device
+        keep_on = torch.device("cpu") if settings.hidden == "host" else device
+
+        def waiting(number: int) -> HiddenStates:
+            return HiddenStates(keep_on, file_of(number) if settings.hidden == "file" else None)
+
+        hiddens, calls = waiting(0), []
+        with self.clock("opening"):
+            for batch_NS in in_batches(ids_NS, settings.batch_tokens):
+                batch = catcher.catch(batch_NS.to(device))
+                hiddens.append(batch[0].hidden)
+                for call in batch:
+                    call.hidden = call.hidden[:0, :0].clone()
+                calls.append(batch)
+        return Journey(self, catcher, settings.pause, waiting, calls, hiddens)
+
+    def groups(
+        self, block: nn.Module, call: BlockCall, probe: BlockCall, linears: dict[str, Linear]
+    ) -> tuple[list[list[str]], bool]:
+        """The linears of a block that read the same input, and whether one of them is used more than once.
+
+        Args:
+            call: how the block is called, and `probe`: a call with the hidden states of a few tokens.
+        """
+        groups, times = group_by_input(block, BlockCall(probe.hidden, call.args, call.kwargs), linears)
+        self.prepared.check_reached({name for name, n in times.items() if n == 0})
+        return groups, any(n > 1 for n in times.values())
+
+
+@dataclass
+class Journey:
+    """Windows on their way through the blocks.
+
+    Attributes:
+        walker: that takes them.
+        catcher: of the blocks' calls.
+        pause: whether batches may stand half way through a block.
+        waiting: what the inputs of a block are collected in.
+        calls: for each batch those of all blocks, or of the body.
+        hiddens: the inputs of the next block.
+    """
+
+    walker: Walker
+    catcher: Catcher
+    pause: bool
+    waiting: Callable[[int], HiddenStates]
+    calls: list[list[BlockCall]]
+    hiddens: HiddenStates
+
+    def passage(self, number: int, outputs: HiddenStates | None) -> Passage:
+        """Of one block, which is in place."""
+        calls = [batch[number] for batch in self.calls]
+        block = self.walker.prepared.blocks[number]
+        return Passage(block, calls, self.hiddens, outputs, self.walker.ranks, self.walker.clock)
+
+    def pass_unsolved(self, number: int) -> None:
+        """Run the inputs of a block that is in place through it; what comes out is the next one's."""
+        outputs = self.waiting(number + 1)
+        self.passage(number, outputs).run()
+        self.hiddens = outputs
+
+    def pass_block(self, number: int, outputs: HiddenStates | None, level: Level, solve: Solve) -> None:
+        """Have something done with the linears of a block that is in place, and run its inputs through it.
+
+        Args:
+            outputs: takes the inputs of the next block.
+            level: of the statistics that `solve` is given.
+
+        Raises:
+            RepeatedError: an output is not finite.
+        """
+        prepared = self.walker.prepared
+        linears = prepared.chosen_in(number)
+        if not linears and outputs is None:
+            return
+        assert isinstance(self.catcher, BlockCalls)
+        probe = self.catcher.probe
+        groups, again = self.walker.groups(prepared.blocks[number], probe[number], probe[0], linears)
+        target = Target(groups, linears, again, level, solve)
+        walk(self.passage(number, outputs), target, target.way(self.pause))
+        if outputs is not None and not outputs.finite:
+            name = prepared.block_names[number]
+            raise RepeatedError(f"the output of {name} is not finite: the model overflows in {prepared.compute_dtype}")
+        if outputs is not None:
+            self.hiddens = outputs
+
+    def pass_body(
+        self, numbers: range, level: Level, solve: Solve, ended: Callable[[int], object] = lambda _: None
+    ) -> None:
+        """The same for some blocks, all in place, of a model that does not run them in turn.
+
+        Args:
+            ended: told the number of each block that is done.
+        """
+        assert isinstance(self.catcher, BodyCalls)
+        body, (probe,) = self.catcher.body, self.catcher.probe
+        linears: dict[str, Linear] = {}
+        groups: list[list[str]] = []
+        block_of: dict[str, int] = {}
+        again = False
+        for number in numbers:
+            chosen = self.walker.prepared.chosen_in(number)
+            found, more_than_once = self.walker.groups(body, probe, probe, chosen)
+            linears.update(chosen)
+            groups += found
+            block_of.update(dict.fromkeys(chosen, number))
+            again = again or more_than_once
+        left = iter(numbers)
+        current = next(left, numbers.stop)
+
+        def end_blocks(before: int) -> None:
+            nonlocal current
+            while current < before:
+                ended(current)
+                current = next(left, numbers.stop)
+
+        def solve_next(names: list[str], stats: InputStats) -> None:
+            end_blocks(block_of[names[0]])
+            solve(names, stats)
+
+        target = Target(groups, linears, again, level, solve_next)
+        calls = [batch[0] for batch in self.calls]
+        passage = Passage(body, calls, self.hiddens, None, self.walker.ranks, self.walker.clock)
+        walk(passage, target, target.way(self.pause))
+        end_blocks(numbers.stop)
+
+
+def only_in_head(model: Any, name: str) -> bool:
+    """Whether a parameter is of the head alone, which computes logits."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner is model.get_output_embeddings() and owner is not model.get_input_embeddings()

@@ -1,0 +1,83 @@
+"""The contract of goals, and which one a recipe has."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, TypeVar
+
+import secateur.search.goals
+from secateur.core.registry import import_all, load_others
+from secateur.errors import UsageError, did_you_mean
+from secateur.pipeline.calibrate import Windows
+from secateur.recipes.goals import is_open
+from secateur.recipes.recipe import Choice, Recipe
+from secateur.search.searcher import Searcher
+
+#: Entry points of this group are modules of other packages, which register goals as ours do.
+GROUP = "secateur.goals"
+UNIFORM = "uniform"
+
+
+class Goal(Protocol):
+    """How a total is shared between linears, or what size or quality is to be reached.
+
+    Attributes:
+        name: what `allocation` is then, or the field of the recipe that asks for it.
+        models: that are made and measured on the way, at most.
+    """
+
+    name: ClassVar[str]
+    models: ClassVar[int]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Goal:
+        """The goal behind a recipe's words. Raises UsageError where they make no sense together."""
+        ...
+
+    def check(self, searcher: Searcher) -> None:
+        """Raise UsageError where the model cannot get there, before any work."""
+        ...
+
+    def tried(self, searcher: Searcher) -> list[Choice]:
+        """About what is solved for every linear, for a forecast: nothing where only the dense model is looked at."""
+        ...
+
+    def result_bytes(self, searcher: Searcher) -> int | None:
+        """The size of the files, at most; None where it is not known before."""
+        ...
+
+    def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
+        """What becomes of each linear, by name. Raises UsageError where the goal is out of reach."""
+        ...
+
+
+GOALS: dict[str, type[Goal]] = {}
+_G = TypeVar("_G", bound=type[Goal])
+
+
+def goal(cls: _G) -> _G:
+    """Register a class as a goal."""
+    GOALS[cls.name] = cls
+    return cls
+
+
+def goal_of(recipe: Recipe) -> Goal | None:
+    """The goal of a recipe; None where it says itself what becomes of each linear.
+
+    Raises:
+        UsageError: there is none of that name, there are two, or one makes no sense with the rest.
+    """
+    import_all(secateur.search.goals.__name__, secateur.search.goals.__path__)
+    load_others(GROUP, "goals")
+    fields = [name for name in GOALS if getattr(recipe, name, None) is not None]
+    if len(fields) > 1:
+        raise UsageError(f"`{fields[0]}` and `{fields[1]}` each say how small: give one of them")
+    name = fields[0] if fields else recipe.allocation
+    allocations = [UNIFORM, *(name for name in GOALS if not hasattr(recipe, name))]
+    if recipe.allocation not in allocations:
+        raise UsageError(
+            f"allocation {recipe.allocation!r} is not known: {did_you_mean(recipe.allocation, allocations)}"
+        )
+    if name == UNIFORM:
+        return None
+    found = GOALS[name].of(recipe)
+    return found if is_open(recipe) else None

@@ -1,0 +1,110 @@
+"""A size of the weight files, reached with the least change of the model's predictions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.errors import UsageError
+from secateur.pipeline.calibrate import Windows
+from secateur.recipes.recipe import Choice, Recipe
+from secateur.search.candidates import NEAR, bytes_of, cheapest, divergence_of, for_a_target, is_both
+from secateur.search.goal import goal
+from secateur.search.searcher import Searcher
+from secateur.search.target import check_target, with_dense
+from secateur.shares import parse_share
+from secateur.units import parse_size, words
+
+
+@goal
+@dataclass(frozen=True)
+class TargetSize:
+    """A share of the dense model's files, or bytes.
+
+    Attributes:
+        text: as the user wrote it.
+        share: of the dense model's; None: `bytes` are given.
+    """
+
+    text: str
+    share: float | None
+    bytes: int | None
+    name: ClassVar[str] = "target_size"
+    models: ClassVar[int] = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> TargetSize:
+        found = parse_target(recipe.target_size or "")
+        check_target(recipe, cls.name)
+        return found
+
+    def in_bytes(self, dense_bytes: int) -> int:
+        """The size for a dense model of so many bytes."""
+        return int(self.share * dense_bytes) if self.share is not None else int(self.bytes or 0)
+
+    def _room(self, searcher: Searcher) -> int:
+        """What there is for the linears; what is not compressed is taken off. Raises UsageError where nothing is left."""
+        dense, outside = searcher.prepared.dense_bytes(), searcher.prepared.outside_bytes()
+        target = self.in_bytes(dense)
+        if target <= outside:
+            raise UsageError(
+                f"`target_size` {self.text} is {words(target)}, but {words(outside)} ({outside / dense:.3f}x) are not "
+                "compressed (embeddings, norms and the head): give more"
+            )
+        return target - outside
+
+    def check(self, searcher: Searcher) -> None:
+        searcher.check_memory()
+        self._room(searcher)
+
+    def tried(self, searcher: Searcher) -> list[Choice]:
+        every = for_a_target(searcher.asked, searcher.job.plan.quantizer)
+        both = [choice for choice in every if is_both(choice)]
+        return [choice for choice in every if choice not in both[2 * NEAR :]]
+
+    def result_bytes(self, searcher: Searcher) -> int | None:
+        return self.in_bytes(searcher.prepared.dense_bytes())
+
+    def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
+        dense, room = searcher.prepared.dense_bytes(), self._room(searcher)
+        target = self.in_bytes(dense)
+        if target >= dense:
+            raise UsageError(
+                f"`target_size` {self.text} is {words(target)}, which the dense model of {words(dense)} does not exceed"
+            )
+        tried = for_a_target(searcher.asked, searcher.job.plan.quantizer)
+        library = with_dense(searcher, searcher.library(windows, tried, room))
+        least = sum(min(c.bytes for c in each) for each in library.values())
+        if least > room:
+            smallest = target - room + least
+            raise UsageError(
+                f"`target_size` {self.text} is {words(target)}: the smallest that these methods reach is "
+                f"{words(smallest)} ({smallest / dense:.3f}x), of which {words(target - room)} is not compressed"
+            )
+        return cheapest(library, divergence_of, bytes_of, room)
+
+
+def parse_target(text: str) -> TargetSize:
+    """The size behind `0.35x`, `35%`, or bytes in words such as `100MB`.
+
+    Raises:
+        UsageError: it is neither, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*[x×]\s*", text)
+    if match or text.rstrip().endswith("%"):
+        share = float(match[1]) if match else parse_share(text, "`target_size`")
+        if not 0 < share < 1:
+            raise UsageError(
+                f"`target_size` {text} is not between 0 and 1 times the dense model: give one like 0.35x or 35%"
+            )
+        return TargetSize(text, share, None)
+    try:
+        size = parse_size(text, "`target_size`")
+    except UsageError as error:
+        raise UsageError(
+            f"`target_size` {text!r} is not a size: write it like 0.35x or 35% (of the dense model), or 100MB"
+        ) from error
+    if size <= 0:
+        raise UsageError(f"`target_size` {text} is no size to reach: give one like 0.35x, 35% or 100MB")
+    return TargetSize(text, None, size)

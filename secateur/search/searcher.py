@@ -1,0 +1,203 @@
+"""What a search knows of a model, and finds out on the way: what each linear may become, and what that does to the predictions.
+
+N: windows, S: tokens of a window, O: output features, I: input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.tokens import cut
+from secateur.core.stats import InputStats, Level
+from secateur.formats.folder.writer import entry_bytes
+from secateur.model.structure import weight_matrix
+from secateur.model.weights import release
+from secateur.pipeline.calibrate import Windows
+from secateur.pipeline.capture import BodyCalls
+from secateur.pipeline.clock import Clock
+from secateur.pipeline.job import Job
+from secateur.pipeline.memory.choose_settings import choose_settings
+from secateur.pipeline.memory.measure import measure
+from secateur.pipeline.prepared import Prepared, prepare
+from secateur.pipeline.solve import Solution, prune, solve, stacked
+from secateur.pipeline.walk import Solve
+from secateur.pipeline.walker import Walker
+from secateur.prune.wanda import wanda_score
+from secateur.recipes.recipe import Choice, Recipe
+from secateur.search.candidates import Candidate, Library, near_the_mean
+from secateur.search.effects import Effects, gather_effects
+from secateur.search.outliers import outlier_share
+
+# Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
+TOKENS, _WINDOW = 2048, 256
+
+#: Compresses the model by a recipe to a folder.
+Attempt = Callable[[Recipe, Path], object]
+
+
+@dataclass(frozen=True)
+class Searcher:
+    """One search, in one process.
+
+    Attributes:
+        job: by whose recipe candidates are solved: see `bare`.
+        asked: the recipe whose goal is to be reached.
+        prepared, walker: the model.
+        folder: for what is kept until the search is over.
+        attempt: makes a model on the way, where the goal has any made.
+        clock: what each phase has taken.
+    """
+
+    job: Job
+    asked: Recipe
+    prepared: Prepared
+    walker: Walker
+    folder: Path
+    attempt: Attempt | None
+    clock: Clock
+
+    @classmethod
+    def of(cls, job: Job, asked: Recipe, folder: Path, attempt: Attempt | None) -> Searcher:
+        """A search for what is asked, by a job whose recipe solves candidates."""
+        clock = Clock(job.device)
+        with clock("opening"):
+            prepared = prepare(job.source, job.recipe, job.plan, job.device)
+            prepared.check_values(job.progress)
+        return cls(job, asked, prepared, Walker(job, prepared, clock), folder, attempt, clock)
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """How many each linear to compress has, by name, in the order of a forward pass."""
+        prepared = self.prepared
+        return {
+            name: weight_matrix(prepared.linear(name)).numel() for name in prepared.names if name in prepared.chosen
+        }
+
+    @property
+    def bits(self) -> int | None:
+        """Of codes, where the recipe says how many."""
+        return None if self.job.plan.quantizer is None else self.job.plan.quantizer.bits
+
+    def check_memory(self) -> None:
+        """Raise UsageError where there is a limit that the whole model exceeds."""
+        instead = "search without a limit and repeat the run with `recipe` OUT/secateur.json"
+        self.job.room.check(self.prepared.whole_memory, "a search", instead)
+
+    def library(self, windows: Windows, choices: list[Choice], room: int | None = None) -> Library:
+        """Solve every linear for every choice on dense inputs, and measure what each does to the predictions.
+
+        Half of the windows are for solving, others for measuring.
+
+        Args:
+            room: bytes that all linears together are to take: only what is near is tried, as soon as sizes are known.
+        """
+        effects = self._effects(windows)
+        found: Library = {}
+        weights = self.weights
+
+        def look(names: list[str], stats: InputStats) -> None:
+            tried = choices
+            if room is not None and found:
+                first = next(iter(found))
+                tried = near_the_mean(found[first], room * weights[first] / sum(weights.values()))
+            per_choice = self.solve(names, stats, tried)
+            for i, name in enumerate(names):
+                dense_OI = weight_matrix(self.prepared.linear(name)).float()
+                changes = []
+                for solutions in per_choice:
+                    W_OI = solutions[i].W_OI
+                    assert W_OI is not None
+                    changes.append(W_OI.float() - dense_OI)
+                costs = effects.divergence(name, changes)
+                found[name] = [
+                    Candidate(choice, self._bytes_on_disk(solutions[i]), cost)
+                    for choice, solutions, cost in zip(tried, per_choice, costs, strict=True)
+                ]
+
+        ids_NS = windows.ids_NS
+        self.walk(ids_NS[: max(1, len(ids_NS) // 2)], look, self.level)
+        return found
+
+    def outliers(self, windows: Windows) -> dict[str, float]:
+        """The share of outliers of every linear on dense inputs."""
+        found: dict[str, float] = {}
+
+        def look(names: list[str], stats: InputStats) -> None:
+            for name in names:
+                found[name] = outlier_share(wanda_score(weight_matrix(self.prepared.linear(name)), stats))
+
+        self.walk(windows.ids_NS, look, Level.MOMENTS)
+        return found
+
+    @property
+    def level(self) -> Level:
+        """Of the statistics that candidates are solved from."""
+        return max(Level.MOMENTS, self.job.plan.level)
+
+    def solve(self, names: list[str], stats: InputStats, choices: list[Choice]) -> list[list[Solution]]:
+        """For each choice the solutions of linears of one input."""
+        problems = [self.prepared.problem(name, None) for name in names]
+        found = []
+        with self.clock("solving"):
+            for _, same in groupby(choices, lambda choice: choice.sparsity):  # one mask for several bits
+                plans = [self.job.plan.of(choice) for choice in same]
+                pruned = prune(plans[0], stacked(plans[0], problems, stats))
+                found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
+        return found
+
+    def _effects(self, windows: Windows) -> Effects:
+        ids_NS = windows.ids_NS
+        length = min(_WINDOW, ids_NS.shape[1])
+        others_NS = ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)
+        pieces_NS = torch.tensor([piece for ids in others_NS.tolist() for piece in cut(ids, windows.bos_ids, length)])
+        held_NS = pieces_NS[: max(1, TOKENS // length)]
+        self.job.say("computing gradients")
+        return gather_effects(
+            self.prepared.load_whole(),
+            held_NS,
+            sorted(self.prepared.chosen),
+            self.folder,
+            self.job.recipe.calibration.seed,
+            lambda done, total: self.job.say(f"computing gradients: {done} of {total} windows"),
+        )
+
+    def walk(self, ids_NS: Tensor, look: Solve, level: Level, blocks: int | None = None) -> None:
+        """Run windows through the dense model, block by block, and have every group of linears looked at.
+
+        Args:
+            blocks: how many of them; None: all.
+        """
+        walker, job, every = self.walker, self.job, self.prepared.blocks
+        catcher = walker.enter(ids_NS)
+        settings = choose_settings(
+            lambda exact: measure(walker, catcher, ids_NS, exact), job.limit, job.device, job.batch_tokens
+        )
+        journey = walker.catch(catcher, ids_NS, settings, lambda number: self.folder / f"hidden-{number:05d}")
+        blocks = len(every) if blocks is None else blocks
+        if isinstance(catcher, BodyCalls):
+            job.say("searching")
+            journey.pass_body(range(blocks), level, look)
+            for block in every:
+                release(block)
+            walker.leave()
+            return
+        walker.leave()
+        for number in range(blocks):
+            job.say(f"searching: block {number + 1} of {blocks}")
+            inputs = journey.hiddens
+            outputs = journey.waiting(number + 1) if number + 1 < blocks else None
+            walker.read(number)
+            journey.pass_block(number, outputs, level, look)
+            release(every[number])
+            if inputs.file is not None:
+                inputs.file.unlink()
+
+    def _bytes_on_disk(self, solution: Solution) -> int:
+        weight = self.prepared.weights.name_to_write(f"{solution.name}.weight")
+        return solution.report.bytes + sum(map(entry_bytes, solution.tensors(weight)))

@@ -1,0 +1,34 @@
+"""What goals have in common that find sparsity and bits of every linear."""
+
+from __future__ import annotations
+
+from secateur.errors import UsageError
+from secateur.formats.folder.writer import entry_bytes
+from secateur.recipes.recipe import Choice, Recipe
+from secateur.search.candidates import Candidate, Library, finer
+from secateur.search.searcher import Searcher
+
+
+def check_target(recipe: Recipe, name: str) -> None:
+    """Raise UsageError where a recipe says itself what a goal of that name is to find."""
+    if recipe.allocation == "owl":
+        raise UsageError(f"`{name}` is reached by a search: leave `allocation` owl out")
+    if recipe.linears:
+        return
+    for option, value in (
+        ("sparsity", recipe.sparsity),
+        ("pattern", recipe.pattern),
+        ("bits", recipe.quantization.get("bits")),
+    ):
+        if value is not None:
+            raise UsageError(f"`{name}` finds sparsity and bits of every linear: leave `{option}` out")
+
+
+def with_dense(searcher: Searcher, library: Library) -> Library:
+    """A library in which every linear may also stay as it is; without bits, sparsities between those that were solved, too."""
+    bytes_of = searcher.prepared.linear_bytes
+    found = {
+        name: [*each, Candidate(Choice(), bytes_of(name) + entry_bytes(f"{name}.weight"), 0.0)]
+        for name, each in library.items()
+    }
+    return found if searcher.asked.quantize else {name: finer(each) for name, each in found.items()}

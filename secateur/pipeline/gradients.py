@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.fisher import fisher
+from secateur.core.ranks import Ranks
 from secateur.formats.folder.reader import StoredTensors
 from secateur.formats.folder.writer import save_tensors, sync
-from secateur.pipeline.ranks import Ranks
 
 
 @dataclass(frozen=True)

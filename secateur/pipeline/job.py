@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from secateur.core.ranks import Ranks
+from secateur.memory.room import Room
 from secateur.model.source import Source
-from secateur.pipeline.memory.room import Room
 from secateur.pipeline.outcome import Progress
-from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.shared import Shared
 from secateur.recipes.plan import Plan, plan
 from secateur.recipes.recipe import Recipe

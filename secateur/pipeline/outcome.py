@@ -5,14 +5,11 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import Tensor
 
 from secateur.core.stats import InputStats, Level
@@ -94,27 +91,6 @@ class Report:
 def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float]) -> float:
     sizes = [linear.shape[0] * linear.shape[1] for linear in linears]
     return sum(s * value(linear) for s, linear in zip(sizes, linears, strict=True)) / max(sum(sizes), 1)
-
-
-def peak_memory() -> int:
-    """The most memory this process has had resident, in bytes."""
-    try:
-        # Not getrusage: on Linux that starts with what the parent process had.
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        if sys.platform == "win32":
-            return psutil.Process().memory_info().peak_wset
-        import resource  # which Windows has not
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def forget_peak() -> None:
-    """Let `peak_memory` count from now on, where the system can do that: Linux."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:

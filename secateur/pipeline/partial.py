@@ -16,12 +16,12 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from secateur.core.ranks import Ranks
 from secateur.errors import CheckpointError, Interrupted, RepeatedError, SecateurError, UsageError
 from secateur.formats.folder.manifest import MANIFEST_NAME, sha256
 from secateur.formats.folder.paths import Inputs, check_apart, check_free, drop_empty, make_parents, place_of
 from secateur.formats.folder.reader import parse_json
 from secateur.formats.folder.writer import assemble, put_in_place, sync, why_not_written
-from secateur.pipeline.ranks import Ranks
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"
@@ -29,7 +29,7 @@ LOCK_NAME = "lock"
 _OWN = re.compile(
     r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+|fisher\.(safetensors|new)|search(-.*|\.json(\.new)?)|out"
 )
-_BEGIN_AGAIN = "or --overwrite to begin again"
+_BEGIN_AGAIN = "or `overwrite` to begin again"
 
 
 class Partial:
@@ -107,7 +107,7 @@ class Partial:
                 return
             if not overwrite and self._worth_keeping(begun):
                 raise UsageError(
-                    f"{self.folder} holds a run that was interrupted after {_blocks_in(begun)} blocks: give --resume to go on "
+                    f"{self.folder} holds a run that was interrupted after {_blocks_in(begun)} blocks: give `resume` to go on "
                     f"with it, {_BEGIN_AGAIN}"
                 )
             self._release()
@@ -160,7 +160,7 @@ class Partial:
                 # What is no longer there was put together with others: the checkpoint is checked as a whole at the end.
                 moved = self.assembling and not file.exists()
                 if not moved and (not file.exists() or file.stat().st_size != size or sha256(file) != digest):
-                    raise CheckpointError(f"{file} is missing or damaged: run again with --overwrite to begin again")
+                    raise CheckpointError(f"{file} is missing or damaged: run again with `overwrite` to begin again")
 
     # --- going on
 
@@ -274,8 +274,8 @@ class Partial:
             done = _blocks_in(said)
             what = "1 block is" if done == 1 else f"{done} blocks are"
             if repeated:
-                return f"{what} kept in {self.folder}, but --resume would come to the same: --overwrite begins again"
-            return f"{what} kept in {self.folder}: run again with --resume to go on"
+                return f"{what} kept in {self.folder}, but `resume` would come to the same: `overwrite` begins again"
+            return f"{what} kept in {self.folder}: run again with `resume` to go on"
         if self.ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
             drop_empty(self._parents)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from secateur.formats.folder.reader import StoredTensors
 from secateur.formats.folder.writer import ShardWriter
+from secateur.memory.peak import peak_memory
 from secateur.model.block_names import lists_of, patterns_of, split_name
 from secateur.model.structure import is_transposed, parameters_outside
 from secateur.model.weights import OTHER_DTYPE, converted, place
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.kept_inputs import KeptInputs
-from secateur.pipeline.outcome import LinearReport, Progress, peak_memory
+from secateur.pipeline.outcome import LinearReport, Progress
 from secateur.pipeline.partial import Partial
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Solution

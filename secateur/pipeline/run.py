@@ -18,15 +18,15 @@ from secateur._version import __version__
 from secateur.calibration.tokens import hash_of
 from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
+from secateur.memory.footprint import Footprint, Settings
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows, calibrate
 from secateur.pipeline.capture import BodyCalls
+from secateur.pipeline.choose_settings import choose_settings
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.job import Job
-from secateur.pipeline.memory.choose_settings import choose_settings
-from secateur.pipeline.memory.footprint import Footprint, Settings
-from secateur.pipeline.memory.measure import measure, measure_without_inputs
+from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Report
 from secateur.pipeline.partial import Partial
 from secateur.pipeline.prepared import Prepared, prepare

@@ -156,7 +156,7 @@ def _pack(plan: Plan, problem: Problem, dense_OI: Tensor, new: Tensor | Quantize
         layout = plan.layout
     if not all_finite(W_OI):
         raise RepeatedError(
-            f"{problem.name}: weights that make up for the error of others overflow {W_OI.dtype}: give --dtype float32"
+            f"{problem.name}: weights that make up for the error of others overflow {W_OI.dtype}: give `dtype` float32"
         )
     entry = None
     if layout is None:

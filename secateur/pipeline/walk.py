@@ -17,13 +17,13 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from secateur.core.ranks import Ranks
 from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
 from secateur.model.structure import Linear
 from secateur.pipeline.capture import BlockCall
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.ranks import Ranks
 
 #: What is done with a group of linears, given the statistics of their input over the batches of all processes.
 Solve = Callable[[list[str], InputStats], object]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
 from secateur.formats.layouts.layout import all_finite
+from secateur.memory.footprint import Settings
 from secateur.model.structure import Linear, parameters_outside
 from secateur.model.weights import Ahead, materialise, place, tie
 from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, group_by_input
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.hidden import HiddenStates
 from secateur.pipeline.job import Job
-from secateur.pipeline.memory.footprint import Settings
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.walk import Passage, Solve, Target, in_batches, walk
 

@@ -74,7 +74,7 @@ def find_recipe(given: str) -> Recipe:
     Raises:
         UsageError: there is neither, or the file holds no recipe.
     """
-    check_named(given, "--recipe")
+    check_named(given, "`recipe`")
     path = Path(given)
     if os.path.isfile(path):  # no error for a name that is too long for a file
         return Recipe.read(path)
@@ -83,4 +83,4 @@ def find_recipe(given: str) -> Recipe:
     # What looks like a path is one: the error is then why it cannot be read.
     if os.path.exists(path) or path.name != given or path.suffix in SUFFIXES:
         return Recipe.read(path)
-    raise UsageError(f"--recipe {given!r} is neither a file nor a built-in recipe: {did_you_mean(given, NAMES)}")
+    raise UsageError(f"`recipe` {given!r} is neither a file nor a built-in recipe: {did_you_mean(given, NAMES)}")

@@ -142,7 +142,7 @@ class _Reader:
         before, behind = (re.sub(r"\s+", " ", part) for part in (self.text[:at], self.text[at:]))
         before = f"…{before[-_AROUND:]}" if len(before) > _AROUND else before
         behind = f"{behind[:_AROUND]}…" if len(behind) > _AROUND else behind
-        return UsageError(f'--recipes, character {at + 1} in "{before}▸{behind}": {what}')
+        return UsageError(f'`recipes`, character {at + 1} in "{before}▸{behind}": {what}')
 
     @contextmanager
     def pointing(self, at: int, what: str = "") -> Iterator[None]:

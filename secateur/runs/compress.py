@@ -11,19 +11,20 @@ import torch
 
 from secateur._version import __version__
 from secateur.checkpoint.verify import verify as verify_folder
+from secateur.core.ranks import open_ranks
 from secateur.errors import RepeatedError
 from secateur.formats.folder.card import write_card
 from secateur.formats.folder.reader import read_json
 from secateur.formats.folder.writer import write_manifest
 from secateur.formats.transformers.quantizer import quantization_config
+from secateur.memory.peak import peak_memory
+from secateur.memory.room import limit_memory
 from secateur.model.load import open_device
 from secateur.model.source import Source, open_source, save_config, save_untied
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
-from secateur.pipeline.memory.room import limit_memory
-from secateur.pipeline.outcome import Progress, Report, peak_memory
+from secateur.pipeline.outcome import Progress, Report
 from secateur.pipeline.partial import partial_folder
-from secateur.pipeline.ranks import open_ranks
 from secateur.pipeline.run import Run, run, versions
 from secateur.pipeline.shared import Shared
 from secateur.recipes.built_in import as_recipe

@@ -17,25 +17,25 @@ from typing import Any
 import torch
 
 from secateur.checkpoint.verify import verify
+from secateur.core.ranks import Ranks
 from secateur.core.stats import Level
 from secateur.errors import UsageError
 from secateur.formats.folder.paths import check_named
 from secateur.formats.folder.writer import SHARD_BYTES
+from secateur.memory.footprint import Footprint, Settings
+from secateur.memory.room import limit_memory
 from secateur.model.free_memory import free_memory
 from secateur.model.load import open_device
 from secateur.model.source import open_source
 from secateur.model.structure import weight_matrix
 from secateur.pipeline.calibrate import whole_memory, windows_of
 from secateur.pipeline.capture import BodyCalls
+from secateur.pipeline.choose_settings import choose_settings
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
-from secateur.pipeline.memory.choose_settings import choose_settings
-from secateur.pipeline.memory.footprint import Footprint, Settings
-from secateur.pipeline.memory.measure import measure, measure_without_inputs
-from secateur.pipeline.memory.room import limit_memory
+from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import Partial
-from secateur.pipeline.ranks import Ranks
 from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.goals import with_methods

@@ -40,10 +40,11 @@ from secateur.formats.folder.paths import (
     place_of,
 )
 from secateur.formats.folder.writer import put_in_place, write_whole
+from secateur.memory.peak import forget_peak
+from secateur.memory.room import limit_memory
 from secateur.model.load import open_device
 from secateur.model.source import open_source
-from secateur.pipeline.memory.room import limit_memory
-from secateur.pipeline.outcome import Progress, forget_peak
+from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
 from secateur.recipes.plan import plan
@@ -134,7 +135,7 @@ def sweep(
 def _inputs(asked: Sweep) -> Inputs:
     """What a sweep reads."""
     texts = {f"the calibration text of {name}": recipe.calibration.source for name, recipe in asked.recipes}
-    return {"MODEL": asked.model, "the text of --data": asked.text.data, **texts}
+    return {"MODEL": asked.model, "the text of `data`": asked.text.data, **texts}
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def _partial(out: Path, resume: bool, overwrite: bool, inputs: Inputs) -> Iterat
         check_apart(folder, inputs)
         if result.exists() and not overwrite and not resume:
             raise UsageError(
-                f"{folder} holds a sweep that was interrupted: give --resume to go on with it, or --overwrite to begin again"
+                f"{folder} holds a sweep that was interrupted: give `resume` to go on with it, or `overwrite` to begin again"
             )
     parents = make_parents(folder)
     try:
@@ -170,7 +171,7 @@ def _partial(out: Path, resume: bool, overwrite: bool, inputs: Inputs) -> Iterat
                     path.unlink()
         yield folder, lock
     except BaseException as error:
-        left = f"what is done is kept in {folder}: run again with --resume to go on"
+        left = f"what is done is kept in {folder}: run again with `resume` to go on"
         if not result.exists():
             left = "nothing is left behind"
             shutil.rmtree(folder, ignore_errors=True)
@@ -289,7 +290,7 @@ class _SweepRun:
             where, then, now = difference
             raise UsageError(
                 f"{self.folder} was begun with another {where}, {then} and not {now}: give what it was begun with, or "
-                "--overwrite to begin again"
+                "`overwrite` to begin again"
             )
         return before
 

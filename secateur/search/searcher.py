@@ -20,10 +20,10 @@ from secateur.model.structure import weight_matrix
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows
 from secateur.pipeline.capture import BodyCalls
+from secateur.pipeline.choose_settings import choose_settings
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
-from secateur.pipeline.memory.choose_settings import choose_settings
-from secateur.pipeline.memory.measure import measure
+from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.pipeline.walk import Solve

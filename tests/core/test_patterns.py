@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from secateur.core import patterns
 from secateur.core.patterns import NM, Unstructured, drop_lowest, keep_best, keep_in_groups, parse_pattern
 from secateur.errors import UsageError
-from secateur.pipeline.memory.live_bytes import LiveBytes
+from secateur.memory.live_bytes import LiveBytes
 
 quickly = settings(max_examples=60, deadline=None)
 

@@ -120,7 +120,7 @@ def test_a_folder_that_holds_the_text_is_not_replaced(name, model_of, text_file,
     with pytest.raises(UsageError, match="out is not replaced: it holds the calibration text"):
         each_command(model_of("llama"), out, calibration=out / "text.txt")[name]()
     if name == "sweep":
-        with pytest.raises(UsageError, match="out is not replaced: it holds the text of --data"):
+        with pytest.raises(UsageError, match="out is not replaced: it holds the text of `data`"):
             each_command(model_of("llama"), out, data=out / "text.txt")[name]()
     assert tree(out) == before
 

@@ -220,7 +220,7 @@ def test_such_a_model_is_searched_forecast_and_compared_by_block(saved, recipe, 
 
 def test_such_a_model_has_to_fit_the_memory(saved, recipe, tmp_path):
     with pytest.raises(
-        UsageError, match=r"block 0 is run more than once.*loads the model as a whole.*--prune magnitude"
+        UsageError, match=r"block 0 is run more than once.*loads the model as a whole.*`prune` magnitude"
     ):
         secateur.compress(str(saved("hrm_text")), tmp_path / "out", recipe(), max_memory="1MiB")
 

@@ -345,9 +345,9 @@ def test_an_error_that_would_come_again_does_not_advise_to_resume(own_model, tex
     folder = own_model("llama")
     name = "model.layers.1.mlp.{}_proj.weight"
     change(folder, {name.format(part): torch.full((64, 32), 3e36) for part in ("gate", "up")})
-    with pytest.raises(SecateurError, match=r"1 block is kept in .*, but --resume would come to the same: --overwrite"):
+    with pytest.raises(SecateurError, match=r"1 block is kept in .*, but `resume` would come to the same: `overwrite`"):
         secateur.compress(str(folder), tmp_path / "out", recipe(text_file))
-    with pytest.raises(SecateurError, match="but --resume would come to the same"):
+    with pytest.raises(SecateurError, match="but `resume` would come to the same"):
         secateur.compress(str(folder), tmp_path / "out", recipe(text_file), resume=True)
 
 

@@ -18,10 +18,10 @@ import secateur
 from secateur.core.patterns import parse_pattern
 from secateur.core.stats import InputStats, Level
 from secateur.errors import SecateurError, UsageError
+from secateur.memory.footprint import Footprint, Group, Polynomial, Settings
+from secateur.memory.live_bytes import LiveBytes
+from secateur.memory.room import limit_memory
 from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.memory.footprint import Footprint, Group, Polynomial, Settings
-from secateur.pipeline.memory.live_bytes import LiveBytes
-from secateur.pipeline.memory.room import limit_memory
 from secateur.units import parse_size, words
 
 CPU = torch.device("cpu")
@@ -109,19 +109,19 @@ def test_alps_and_reconstruction_need_few_matrices_of_the_weights(monkeypatch):
     ],
 )
 def test_sizes_are_understood(text, size):
-    assert parse_size(text, "--max-memory") == size
+    assert parse_size(text, "`max_memory`") == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8 bananas", "-1GB", "1e9", "8GiBs", "nan"])
 def test_what_is_no_size(text):
-    with pytest.raises(UsageError, match=re.escape(f"--max-memory {text!r} is not a size: write it like 8GiB")):
-        parse_size(text, "--max-memory")
+    with pytest.raises(UsageError, match=re.escape(f"`max_memory` {text!r} is not a size: write it like 8GiB")):
+        parse_size(text, "`max_memory`")
 
 
 @pytest.mark.parametrize(("given", "limit"), [("2 KiB", 2048), (5, 5), (None, None)])
 def test_what_is_freed_is_given_back_under_a_limit_only(given, limit, monkeypatch):
     told = []
-    monkeypatch.setattr("secateur.pipeline.memory.room.return_freed", lambda: told.append("return it"))
+    monkeypatch.setattr("secateur.memory.room.return_freed", lambda: told.append("return it"))
     assert limit_memory(given) == limit
     assert told == ([] if limit is None else ["return it"])
 
@@ -179,7 +179,7 @@ def test_the_fastest_way_that_fits_is_chosen(need):
         ((s.pause, s.hidden) for s in chosen), key=lambda s: (not s[0], s[1])
     )
     need.choose(least + MiB, None, None)
-    with pytest.raises(UsageError, match=r"--max-memory .* is too little for this model and method, which need"):
+    with pytest.raises(UsageError, match=r"`max_memory` .* is too little for this model and method, which need"):
         need.choose(least - MiB, None, None)
 
 
@@ -200,7 +200,7 @@ def test_on_a_gpu_the_host_holds_no_more_than_what_waits_there(need):
 
 
 def test_without_a_limit_nothing_is_refused(need, monkeypatch):
-    monkeypatch.setattr("secateur.pipeline.memory.footprint.free_memory", lambda: 1)
+    monkeypatch.setattr("secateur.memory.footprint.free_memory", lambda: 1)
     assert need.choose(None, None, None) == Settings(128, False, "file")
 
 
@@ -327,7 +327,7 @@ def test_what_needs_the_whole_model_is_refused_under_a_limit(options, instead, m
     calibration = secateur.Calibration(str(text_file), 4, 64)
     recipe = secateur.Recipe(**{"calibration": calibration, **options})
     with pytest.raises(
-        UsageError, match=f"loads the model as a whole, and --max-memory 20.00 MiB is too little.*{instead}"
+        UsageError, match=f"loads the model as a whole, and `max_memory` 20.00 MiB is too little.*{instead}"
     ):
         secateur.compress(str(middling), tmp_path / "out", recipe, max_memory="20MiB")
     assert list(tmp_path.iterdir()) == []

@@ -18,9 +18,9 @@ from test_resume import in_a_process
 import secateur
 from secateur.calibration.text import read_text
 from secateur.calibration.tokens import windows
+from secateur.core.ranks import Ranks
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import measure
-from secateur.pipeline.ranks import Ranks
 
 SAMPLES, SEQ_LEN = 9, 32
 BLOCKS = 4
@@ -106,7 +106,7 @@ def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(size, dies, job
     (told,) = first_words(said)
     assert re.fullmatch(
         r"SecateurError: another process of this run is gone, and this one cannot go on alone: see what was said of it; "
-        rf"2 blocks are kept in {re.escape(str(tmp_path))}/out.partial: run again with --resume to go on",
+        rf"2 blocks are kept in {re.escape(str(tmp_path))}/out.partial: run again with `resume` to go on",
         told,
     )
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -125,7 +125,7 @@ def test_what_all_processes_meet_is_told_once(job, model, tmp_path):
     assert codes == [[[2, 1, 1]], [[2] * 4], [[1, -9]]]
     there, split, _ = first_words(said)
     assert "there exists already: choose another folder" in there
-    assert split == "UsageError: 3 windows cannot be split over 4 processes: give more --samples"
+    assert split == "UsageError: 3 windows cannot be split over 4 processes: give more `samples`"
     recipe = secateur.Recipe.from_dict(dying["recipe"])
     with pytest.raises(UsageError, match="was begun with another number of processes, 2 and not 1"):
         secateur.compress(str(model), tmp_path / "out", recipe, resume=True)

@@ -16,10 +16,10 @@ from conftest import config_of
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats.folder import writer
+from secateur.memory.footprint import Settings
 from secateur.pipeline import kept_inputs, walker
 from secateur.pipeline import partial as partial_module
 from secateur.pipeline import run as run_module
-from secateur.pipeline.memory.footprint import Settings
 
 BLOCKS = 5
 SAMPLES, SEQ_LEN = 8, 24
@@ -349,7 +349,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full(small_disk, sharded, recipe, whole):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(100_000))
-    with pytest.raises(SecateurError, match=r"the disk is full; \d blocks? (is|are) kept in .*--resume"):
+    with pytest.raises(SecateurError, match=r"the disk is full; \d blocks? (is|are) kept in .*`resume`"):
         secateur.compress(str(sharded), small_disk / "out", recipe())
     with pytest.raises(SecateurError, match="the disk is full"):
         secateur.compress(str(sharded), small_disk / "out", recipe(), resume=True)
@@ -369,7 +369,7 @@ def test_a_shard_that_vanishes_midway(sharded, recipe, whole, tmp_path):
         if step.linear is not None and step.block == 1 and (model / shard).exists():
             (model / shard).rename(away)
 
-    with pytest.raises(CheckpointError, match=rf"{shard}.*; [1-3] blocks? (is|are) kept in .*--resume"):
+    with pytest.raises(CheckpointError, match=rf"{shard}.*; [1-3] blocks? (is|are) kept in .*`resume`"):
         secateur.compress(str(model), tmp_path / "out", recipe(), progress=vanish)
     away.rename(model / shard)
     secateur.compress(str(model), tmp_path / "out", recipe(), resume=True)
@@ -396,7 +396,7 @@ def test_a_shard_that_vanishes_midway(sharded, recipe, whole, tmp_path):
 def test_another_recipe(change, words, sharded, recipe, interrupted, tmp_path):
     out = interrupted()
     with pytest.raises(
-        UsageError, match=f"out.partial was begun with {words}: give what it was begun with, or --overwrite"
+        UsageError, match=f"out.partial was begun with {words}: give what it was begun with, or `overwrite`"
     ):
         secateur.compress(str(sharded), out, change(recipe()), resume=True)
     assert left(tmp_path) == ["out.partial"], "it is still there to be resumed"
@@ -445,7 +445,7 @@ def test_other_circumstances(where, what, words, sharded, recipe, interrupted, m
 
 def test_other_batches(sharded, recipe, whole, interrupted):
     out = interrupted()
-    with pytest.raises(UsageError, match="was begun with --batch-tokens 2048: give the same, or leave it out"):
+    with pytest.raises(UsageError, match="was begun with `batch_tokens` 2048: give the same, or leave it out"):
         secateur.compress(str(sharded), out, recipe(), resume=True, batch_tokens=24)
     secateur.compress(str(sharded), out, recipe(), resume=True, batch_tokens=2048)
     assert contents(out) == whole()
@@ -455,7 +455,7 @@ def test_an_unfinished_run_is_neither_resumed_nor_lost_by_accident(sharded, reci
     out = interrupted()
     before = contents(tmp_path / "out.partial")
     with pytest.raises(
-        UsageError, match=r"out.partial holds a run .* after 3 blocks: give --resume .*, or --overwrite"
+        UsageError, match=r"out.partial holds a run .* after 3 blocks: give `resume` .*, or `overwrite`"
     ):
         secateur.compress(str(sharded), out, recipe())
     assert contents(tmp_path / "out.partial") == before
@@ -471,7 +471,7 @@ def test_a_damaged_part(damage, sharded, recipe, interrupted, tmp_path):
     if damage == "gone":
         part.unlink()
     with pytest.raises(
-        CheckpointError, match=f"{part.name} is missing or damaged: run again with --overwrite to begin again"
+        CheckpointError, match=f"{part.name} is missing or damaged: run again with `overwrite` to begin again"
     ):
         secateur.compress(str(sharded), out, recipe(), resume=True)
 
@@ -489,7 +489,7 @@ import sys, time
 from pathlib import Path
 import torch
 from secateur.pipeline.partial import Partial
-from secateur.pipeline.ranks import Ranks
+from secateur.core.ranks import Ranks
 Partial(Path(sys.argv[1]), Ranks(torch.device("cpu"))).open(False, False)
 print("held", flush=True)
 time.sleep(60)

@@ -176,7 +176,9 @@ def test_the_page_about_recipes_is_right(monkeypatch, tmp_path):
         [string] = re.findall(rf"\| `([^`]+)` \| {count}[ :]", page)
         assert len(parse_recipes(string)) == said
     [wrong] = [text for _, text in blocks if text.startswith("error: ")]
-    with pytest.raises(UsageError, match=re.escape(wrong.removeprefix("error: ").rstrip())):
+    with pytest.raises(
+        UsageError, match=re.escape(wrong.removeprefix("error: ").rstrip().replace("--recipes", "`recipes`"))
+    ):
         parse_recipes("wanda:0.5, wandaa:0.6")
 
 
@@ -364,7 +366,7 @@ def test_an_items_name_is_the_same_recipe(item):
         ("gptq(group_size=▸1.5)", "`group_size` of gptq is 1.5, which is not a whole number or text"),
         ("wanda:0.5(dtype=▸16)", "'dtype' of the recipe is 16, which is not a text"),
         # what only all parts together show
-        ("rtn, ▸wanda:0.5(format=nm)", "recipe 'wanda:0.5(format=nm)': --format nm needs a --pattern N:M"),
+        ("rtn, ▸wanda:0.5(format=nm)", "recipe 'wanda:0.5(format=nm)': `format` nm needs a `pattern` N:M"),
         ("▸rtn(format=wide)", "recipe 'rtn(format=wide)': format 'wide' is not known: it can be auto, bitmap, dense, nm"),
         (
             "▸spqr(outlier_share=0.1,outlier_threshold=1)",
@@ -382,7 +384,7 @@ def test_what_is_wrong_is_pointed_at(marked, words):
     with pytest.raises(UsageError) as error:
         parse_recipes(marked.replace("▸", ""))
     line = str(error.value)
-    assert line.startswith(f"--recipes, character {marked.index('▸') + 1} in ")
+    assert line.startswith(f"`recipes`, character {marked.index('▸') + 1} in ")
     where, _, what = line.partition('": ')
     assert what.startswith(words) or what.endswith(words)
     assert "\n" not in line
@@ -396,7 +398,7 @@ def test_of_a_long_text_the_surroundings_are_shown():
     with pytest.raises(UsageError) as error:
         parse_recipes(text)
     assert str(error.value) == (
-        '--recipes, character 63 in "…7, wanda:0.8, wanda:0.9, rtn, ▸wandaa:0.5, sparsegpt:0.5, spa…": '
+        '`recipes`, character 63 in "…7, wanda:0.8, wanda:0.9, rtn, ▸wandaa:0.5, sparsegpt:0.5, spa…": '
         "'wandaa' is not known: did you mean 'wanda'?"
     )
 

@@ -294,7 +294,7 @@ def test_a_recipe_file_that_nobody_means(text, message, suffix, says, model_of, 
         assert (code, stdout) == (2, "")
         assert stderr.startswith(f"error: recipe {path} {message}")
         assert stderr.count("\n") == 1
-    with pytest.raises(UsageError, match="--recipes, character 1"):
+    with pytest.raises(UsageError, match="`recipes`, character 1"):
         parse_recipes(str(path))
 
 

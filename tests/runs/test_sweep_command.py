@@ -207,7 +207,7 @@ def test_an_interrupted_sweep_goes_on(asked, monkeypatch, tmp_path):
         sweep(asked(recipes), out)
     assert stop.value.left == f"what is done is kept in {kept}: run again with --resume to go on"
     assert not out.exists()
-    with pytest.raises(UsageError, match="holds a sweep that was interrupted: give --resume"):
+    with pytest.raises(UsageError, match="holds a sweep that was interrupted: give `resume`"):
         sweep(asked(recipes), out)
     # Two are asked for that were not, before and behind the others, and one no more.
     again = "rtn:8, wanda:0.5, sparsegpt:0.5, rtn:4"

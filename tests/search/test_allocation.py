@@ -266,11 +266,11 @@ def test_a_rise_in_perplexity_is_kept(base, text_file, model_of, tmp_path):
     assert min(measured) <= 2
     assert report.bytes < report.source_bytes
     hard = replace(recipe, max_perplexity_rise="0.0000001%")
-    with pytest.raises(UsageError, match=r"--max-perplexity-rise 0.0000001% cannot be kept .*: (more is|the least)"):
+    with pytest.raises(UsageError, match=r"`max_perplexity_rise` 0.0000001% cannot be kept .*: (more is|the least)"):
         secateur.compress(model, tmp_path / "other", hard)
     tokens = len(AutoTokenizer.from_pretrained(model)(text_file.read_text(encoding="utf-8"))["input_ids"])
     many = replace(recipe, calibration=replace(recipe.calibration, samples=tokens // 32))
-    with pytest.raises(UsageError, match=r"measures on \d+ windows besides those of --samples: .* gives \d+ tokens"):
+    with pytest.raises(UsageError, match=r"measures on \d+ windows besides those of `samples`: .* gives \d+ tokens"):
         secateur.compress(model, tmp_path / "other", many)
 
 
@@ -327,23 +327,23 @@ def test_a_run_that_made_models_and_computed_gradients_is_resumed(base, model_of
         ),
         (
             {"prune": "wanda", "pattern": "2:4", "allocation": "search"},
-            "needs an unstructured mask: --pattern 2:4 removes",
+            "needs an unstructured mask: `pattern` 2:4 removes",
         ),
-        ({"quantize": "rtn", "allocation": "owl"}, "--allocation owl shares a sparsity, but no method is given"),
-        ({"prune": "wanda", "sparsity": 0.0, "allocation": "owl"}, "--sparsity 0 removes nothing"),
+        ({"quantize": "rtn", "allocation": "owl"}, "`allocation` owl shares a sparsity, but no method is given"),
+        ({"prune": "wanda", "sparsity": 0.0, "allocation": "owl"}, "`sparsity` 0 removes nothing"),
         ({"allocation": "search"}, "no method is given"),
-        ({"target_size": "small"}, "--target-size 'small' is not a size: write it like 0.35x"),
-        ({"target_size": "1.2x"}, "--target-size 1.2x is not between 0 and 1 times"),
-        ({"target_size": "120%"}, "--target-size 120% is not between 0 and 1 times .* like 0.35x or 35%"),
-        ({"target_size": "x%"}, "--target-size 'x%' is not a share"),
-        ({"target_size": "0"}, "--target-size 0 is no size to reach"),
-        ({"max_perplexity_rise": "3"}, "--max-perplexity-rise 3 is not clear without %: write 3%, or 0.03"),
-        ({"max_perplexity_rise": 1}, "--max-perplexity-rise 1 is not clear without %: write 1%, or 0.01"),
+        ({"target_size": "small"}, "`target_size` 'small' is not a size: write it like 0.35x"),
+        ({"target_size": "1.2x"}, "`target_size` 1.2x is not between 0 and 1 times"),
+        ({"target_size": "120%"}, "`target_size` 120% is not between 0 and 1 times .* like 0.35x or 35%"),
+        ({"target_size": "x%"}, "`target_size` 'x%' is not a share"),
+        ({"target_size": "0"}, "`target_size` 0 is no size to reach"),
+        ({"max_perplexity_rise": "3"}, "`max_perplexity_rise` 3 is not clear without %: write 3%, or 0.03"),
+        ({"max_perplexity_rise": 1}, "`max_perplexity_rise` 1 is not clear without %: write 1%, or 0.01"),
         ({"target_size": "0.5x", "max_perplexity_rise": "3%"}, "each say how small: give one of them"),
-        ({"target_size": "0.5x", "prune": "wanda", "sparsity": 0.5}, "finds sparsity and bits .* leave --sparsity out"),
-        ({"target_size": "0.5x", "quantize": "rtn", "quantization": {"bits": 4}}, "leave --bits out"),
-        ({"target_size": "0.5x", "allocation": "owl"}, "is reached by a search: leave --allocation owl out"),
-        ({"max_perplexity_rise": "-1%"}, "--max-perplexity-rise '-1%' is not a rise: write it like 3%"),
+        ({"target_size": "0.5x", "prune": "wanda", "sparsity": 0.5}, "finds sparsity and bits .* leave `sparsity` out"),
+        ({"target_size": "0.5x", "quantize": "rtn", "quantization": {"bits": 4}}, "leave `bits` out"),
+        ({"target_size": "0.5x", "allocation": "owl"}, "is reached by a search: leave `allocation` owl out"),
+        ({"max_perplexity_rise": "-1%"}, "`max_perplexity_rise` '-1%' is not a rise: write it like 3%"),
         ({"max_perplexity_rise": "0"}, "is not a rise"),
         ({"quantize": "rtn", "linears": {"a": Choice(0.5)}}, "a sparsity is chosen for a, but no method is given"),
         (
@@ -436,7 +436,7 @@ def test_the_search_is_foretold(options, slack, base, model_of, tmp_path):
 def test_a_search_keeps_to_the_memory(run, base, model_of, tmp_path, monkeypatch):
     monkeypatch.setattr(Prepared, "whole_memory", 10**15)
     recipe = replace(base, allocation="search")
-    with pytest.raises(UsageError, match=r"a search loads the model as a whole, and --max-memory .* give .* or search"):
+    with pytest.raises(UsageError, match=r"a search loads the model as a whole, and `max_memory` .* give .* or search"):
         run(str(model_of("llama")), tmp_path / "out", recipe, max_memory="20GiB")
     assert not (tmp_path / "out").exists()
     run(str(model_of("llama")), tmp_path / "out", replace(base, allocation="owl"), max_memory="20GiB")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from secateur.pipeline.memory.footprint import Footprint, Settings
+from secateur.memory.footprint import Footprint, Settings
 
 
 def choose_settings(

@@ -98,7 +98,7 @@ class Ranks:
         """The windows of this process: neighbours, as many as the others have or one more."""
         if len(windows_N) < self.size:
             raise UsageError(
-                f"{len(windows_N)} windows cannot be split over {self.size} processes: give more --samples"
+                f"{len(windows_N)} windows cannot be split over {self.size} processes: give more `samples`"
             )
         return windows_N.tensor_split(self.size)[self.rank]
 

@@ -16,11 +16,11 @@ from secateur.core.patterns import NM
 from secateur.core.stats import InputStats, Level
 from secateur.formats.folder.reader import MAPPED_BYTES
 from secateur.formats.folder.writer import SHARD_BYTES
+from secateur.memory.footprint import Footprint, Group, Polynomial
+from secateur.memory.live_bytes import LiveBytes
 from secateur.model.block_names import split_name
 from secateur.model.structure import Linear, block_linears, parameters_outside, weight_matrix
 from secateur.pipeline.capture import BodyCalls
-from secateur.pipeline.memory.footprint import Footprint, Group, Polynomial
-from secateur.pipeline.memory.live_bytes import LiveBytes
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Problem, solve
 from secateur.pipeline.walker import Catcher, Walker, only_in_head

@@ -553,6 +553,7 @@ _SLOW = """
     import time
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    import secateur.recipes.methods
     from secateur import cli
     from secateur.core.stats import Level
     from secateur.core.registry import PRUNERS, pruner

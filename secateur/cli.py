@@ -44,7 +44,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by a signal.",
 )
 # typer has click inside or beside it, by its release: what its errors descend from is found by one that typer shows.
-_WRONG_USAGE = typer.BadParameter.__mro__[2]
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
 def _version(value: bool) -> None:
@@ -76,6 +76,9 @@ def run(command: Callable[..., Any]) -> int:
     except (KeyboardInterrupt, Interrupted) as stop:
         _say(f"interrupted: {getattr(stop, 'left', Interrupted.left)}")
         return 130
+    except typer.Abort:  # what asked for input got none
+        _say("aborted")
+        return 1
     except ReportedError as error:
         return error.exit_code
     except Exception as error:
@@ -85,7 +88,7 @@ def run(command: Callable[..., Any]) -> int:
 
 def _tell(error: Exception, asked: Asked) -> int:
     """Say what went wrong; the exit code."""
-    if isinstance(error, _WRONG_USAGE):
+    if isinstance(error, _CLICK_ERROR):
         return _tell_usage(error)
     if asked.debug:
         from secateur.commands.screen import err
@@ -101,12 +104,13 @@ def _tell(error: Exception, asked: Asked) -> int:
 
 
 def _tell_usage(error: Any) -> int:
-    """What the parser found, which is our usage error with its words in place of ours."""
+    """Say what the parser found; the exit code."""
     if type(error).__name__ != "NoArgsIsHelpError":  # the help is printed already
         text = one_line(Exception(error.format_message())).removesuffix(".").replace("Input should", "it should")
-        where = "" if error.ctx is None else f"; see `{error.ctx.command_path} --help`"
+        context = getattr(error, "ctx", None)
+        where = "" if context is None else f"; see `{context.command_path} --help`"
         _say(f"error: {text[:1].lower()}{text[1:]}{where}")
-    return UsageError.exit_code
+    return int(error.exit_code)
 
 
 def _say(line: str) -> None:

@@ -60,8 +60,9 @@ class _Finder(MetaPathFinder):
         """Do it, if it is not done yet."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        while self.actions:
-            self.actions.pop()()
+        actions, self.actions = self.actions, []
+        for action in actions:
+            action()
 
 
 def _enter() -> None:

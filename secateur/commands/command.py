@@ -43,11 +43,11 @@ class Asked:
     """What a command line has been found to ask for, as the context of its commands holds it.
 
     Attributes:
-        command: that is called; None before it is known.
+        command: the name of the one that is called; None before it is known.
         debug: whether the traceback of an error is to be shown.
     """
 
-    command: TyperCommand | None = None
+    command: str | None = None
     debug: bool = False
 
 
@@ -115,7 +115,7 @@ class _Called(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if isinstance(ctx.obj, Asked):
-            ctx.obj.command = self
+            ctx.obj.command = self.name
         before = list(args)
         rest = super().parse_args(ctx, args)
         given = self.make_parser(ctx).parse_args(args=before)[0]

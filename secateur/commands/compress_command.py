@@ -27,6 +27,7 @@ from secateur.commands.shared_options import (
     RecipeOptions,
     Trust,
 )
+from secateur.commands.spelling import as_flags
 from secateur.commands.tables import Column, print_table
 
 
@@ -93,7 +94,7 @@ class Compress:
         if is_open(self.recipe):
             _print_choices(report.linears)
         for note in report.notes[:5]:
-            say(f"note: {note}")
+            say(as_flags(f"note: {note}", "compress"))
         if len(report.notes) > 5:
             say(f"note: {len(report.notes) - 5} more like these are in secateur.json")
         say(

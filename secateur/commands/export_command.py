@@ -10,6 +10,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.screen import say
 from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Trust
+from secateur.commands.spelling import as_flags
 
 
 @command("export")
@@ -33,5 +34,5 @@ class Export:
         )
         if not self.quiet:
             for note in notes:
-                say(f"note: {note}")
+                say(as_flags(f"note: {note}", "export"))
             say(f"{self.model} is written as {self.to} to {self.out}")

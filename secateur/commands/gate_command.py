@@ -23,6 +23,7 @@ from secateur.commands.shared_options import (
     Trust,
     WindowTokens,
 )
+from secateur.commands.spelling import as_flags
 from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
 
@@ -139,7 +140,7 @@ class Gate:
         rows = [[check.name, *figures(check), check.verdict] for check in result.checks]
         print_table(screen, columns, rows, title=title)
         for note in result.notes:
-            say(f"note: {note}")
+            say(as_flags(f"note: {note}", "gate"))
         for check in result.checks:
             if check.verdict != "ok":
                 say(f"{check.verdict}: {check.name} {check.words}")

@@ -30,6 +30,7 @@ from secateur.commands.shared_options import (
     Windows,
     WindowTokens,
 )
+from secateur.commands.spelling import as_flags
 from secateur.commands.tables import Column, print_table
 
 
@@ -97,7 +98,7 @@ class Sweep:
         if not self.quiet and str(self.json_file) != "-":
             _print(result)
         for point in failed:
-            say(f"failed: {point.name}: {point.failure}")
+            say(as_flags(f"failed: {point.name}: {point.failure}", "sweep"))
         if not self.quiet:
             say(f"the report is {self.out / 'index.html'}")
         write_json(dataclasses.asdict(result), self.json_file)

@@ -29,7 +29,7 @@ LIMIT = 2.5 * 2**30
 
 def interpreter_peak() -> int:
     """Peak memory of a process that imports what `compress` imports, and stops."""
-    code = "import secateur.cli, secateur, torch; from secateur.memory.peak import peak_memory; print(peak_memory())"
+    code = "import secateur.runs.compress; from secateur.memory.peak import peak_memory; print(peak_memory())"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 

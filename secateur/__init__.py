@@ -1,21 +1,25 @@
 """secateur prunes and quantizes Hugging Face causal language models without training, and writes smaller checkpoints that load.
 
-Importing it registers its quantizer with transformers, so that `from_pretrained` reads what it wrote.
+Importing it registers its quantizer with transformers, so that `from_pretrained` reads what it wrote. Neither transformers nor
+torch is imported before something is used that needs it.
 """
 
-from secateur._version import __version__
-from secateur.checkpoint.verify import verify
-from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder.manifest import Problem
-from secateur.formats.transformers.quantizer import backend
-from secateur.formats.transformers.quantizer import register as _register
-from secateur.model.load import load
-from secateur.pipeline.outcome import Progress, Report
-from secateur.recipes.recipe import Calibration, Choice, Recipe
-from secateur.runs.compress import compress
-from secateur.runs.forecast import Forecast, forecast
+import importlib
+from typing import TYPE_CHECKING, Any
 
-_register()
+from secateur._version import __version__
+from secateur.registration import register_later as _register_later
+
+if TYPE_CHECKING:
+    from secateur.checkpoint.verify import verify
+    from secateur.errors import CheckpointError, SecateurError, UsageError
+    from secateur.formats.folder.manifest import Problem
+    from secateur.formats.transformers.quantizer import backend
+    from secateur.model.load import load
+    from secateur.pipeline.outcome import Progress, Report
+    from secateur.recipes.recipe import Calibration, Choice, Recipe
+    from secateur.runs.compress import compress
+    from secateur.runs.forecast import Forecast, forecast
 
 __all__ = [
     "Calibration",
@@ -35,3 +39,28 @@ __all__ = [
     "load",
     "verify",
 ]
+_HOMES = {
+    "checkpoint.verify": ["verify"],
+    "errors": ["CheckpointError", "SecateurError", "UsageError"],
+    "formats.folder.manifest": ["Problem"],
+    "formats.transformers.quantizer": ["backend"],
+    "model.load": ["load"],
+    "pipeline.outcome": ["Progress", "Report"],
+    "recipes.recipe": ["Calibration", "Choice", "Recipe"],
+    "runs.compress": ["compress"],
+    "runs.forecast": ["Forecast", "forecast"],
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+_register_later()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

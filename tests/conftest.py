@@ -226,7 +226,6 @@ def says(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, args)])
-        monkeypatch.setattr(cli, "_debug", False)
         capfd.readouterr()
         code = cli.run(cli.app)
         return code, *capfd.readouterr()

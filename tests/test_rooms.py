@@ -25,13 +25,12 @@ ROOMS = [
     ["report"],
     ["runs"],
     ["commands"],
-    ["cli", "__main__", "__init__"],
+    ["registration", "cli", "__main__", "__init__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 MOST_LINES, MOST_LINES_OF_A_ROOM = 400, 3000
 #: Files and rooms that are still larger, with the lines that they may have: only ever to be made less.
 TOO_LONG = {
-    "secateur.cli": 1055,
     "secateur.evaluation.gate.gate": 498,
     "secateur.formats.layouts.coded": 409,
     "secateur.model.source": 513,

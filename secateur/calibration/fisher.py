@@ -46,7 +46,7 @@ def fisher(
     """
     N, S = ids_NS.shape
     if N < 1 or S < 2:
-        raise UsageError(f"{N} windows of {S} tokens hold no prediction: --samples starts at 1 and --seq-len at 2")
+        raise UsageError(f"{N} windows of {S} tokens hold no prediction: `samples` starts at 1 and `seq_len` at 2")
     linears = {name: model.get_submodule(name) for name in wanted}
     sums = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}

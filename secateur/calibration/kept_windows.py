@@ -41,7 +41,7 @@ def _with_numbers(source: Source, wanted: Calibration) -> Calibration:
     samples, seq_len = _DEMO_DEFAULTS if source.name == DEMO else _DEFAULTS
     longest = longest_window(source.config) or seq_len
     if wanted.seq_len is not None and wanted.seq_len > longest:
-        raise UsageError(f"--seq-len {wanted.seq_len} is more than the {longest} positions of {source.name}")
+        raise UsageError(f"`seq_len` {wanted.seq_len} is more than the {longest} positions of {source.name}")
     return replace(wanted, samples=wanted.samples or samples, seq_len=wanted.seq_len or min(seq_len, longest))
 
 
@@ -84,7 +84,7 @@ def calibration_ids(
         settings.samples,
         seed=settings.seed,
         bos=settings.bos,
-        what=f"--calibration {settings.source}",
+        what=f"`source` {settings.source}",
     )
     vocabulary = source.config.get_text_config().vocab_size
     if int(ids_NS.max()) >= vocabulary:
@@ -152,7 +152,7 @@ def _beginning(source: Source, bos: bool) -> tuple[list[int], list[int]]:
             found = found[0] if isinstance(found, list) and found else found
             if isinstance(found, int) and 0 <= found < config.vocab_size:
                 return [], [found]
-    raise UsageError(f"{source.name} names no token that begins a text: give a text with --calibration")
+    raise UsageError(f"{source.name} names no token that begins a text: give a text by `source`")
 
 
 def _read_kept(file: Path, shape: tuple[int, int], vocabulary: int) -> tuple[Tensor, list[int]] | None:

@@ -75,9 +75,7 @@ def _sample_batch(
         cache = out.past_key_values
         p_BV = out.logits[:, -1].float().softmax(-1)
         if not torch.isfinite(p_BV).all():
-            raise SecateurError(
-                "the model's predictions are not finite: it is damaged; choose a text with --calibration"
-            )
+            raise SecateurError("the model's predictions are not finite: it is damaged; choose a text by `source`")
         ids_BL[:, step] = torch.multinomial(p_BV, 1, generator=generator)[:, 0]
         report(step + 1)
     return ids_BL.cpu()

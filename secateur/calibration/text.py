@@ -117,7 +117,7 @@ def _take(documents: Iterable[str], max_chars: int | None) -> list[str]:
 
 def _no_field(text_field: str, names: Iterable[str], where: str) -> UsageError:
     return UsageError(
-        f"{where} has no field {text_field!r}: it has {', '.join(map(repr, names)) or 'none'}; name one by --text-field"
+        f"{where} has no field {text_field!r}: it has {', '.join(map(repr, names)) or 'none'}; name one by `text_field`"
     )
 
 
@@ -130,7 +130,7 @@ def _field(row: Any, text_field: str, where: str) -> str:
     text = row[text_field]
     if text is not None and not isinstance(text, str):
         raise UsageError(
-            f"field {text_field!r} of {where} holds {type(text).__name__}, not text: name another by --text-field"
+            f"field {text_field!r} of {where} holds {type(text).__name__}, not text: name another by `text_field`"
         )
     return text or ""
 

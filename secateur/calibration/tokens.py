@@ -47,7 +47,7 @@ def windows(
     stride: int | None = None,
     bos: bool = False,
     what: str,
-    count_flag: str = "--samples",
+    counted: str = "samples",
 ) -> Tensor:
     """Windows of tokens cut from the documents laid end to end.
 
@@ -61,7 +61,7 @@ def windows(
         stride: by how many tokens each window begins after the one before, where they overlap; without a seed only.
         bos: whether each window begins with what the tokenizer puts before a text, and S tokens with it, see `cut`.
             Otherwise only documents do, and most windows begin in the middle of one.
-        what: what the user calls this text, and `count_flag`, the flag that sets K, for the error's sake.
+        what: what the user calls this text, and `counted`, the parameter that sets K, for the error's sake.
 
     Returns:
         ids_KS: int64, on the CPU.
@@ -70,7 +70,7 @@ def windows(
         UsageError: there is too little text, or a window has no room for any.
     """
     if seq_len < 1 or count < 1:
-        raise UsageError(f"{count} windows of {seq_len} tokens cannot be had: {count_flag} and --seq-len start at 1")
+        raise UsageError(f"{count} windows of {seq_len} tokens cannot be had: `{counted}` and `seq_len` start at 1")
     begin = bos_ids(tokenizer) if bos else []
     check_room(seq_len, begin)
     text_len = seq_len - len(begin)
@@ -90,7 +90,7 @@ def windows(
     if len(found) < count:
         raise UsageError(
             f"{what} gives {len(ids)} tokens, and {max(needed, len(ids) + 1)} are needed ({count} windows of {seq_len}): "
-            f"give more text, or lower {count_flag} or --seq-len"
+            f"give more text, or lower `{counted}` or `seq_len`"
         )
     if seed is None:
         return torch.tensor(found[:count])
@@ -124,8 +124,8 @@ def check_room(seq_len: int, begin: list[int]) -> None:
     """Raise UsageError where a window has no room for text behind the tokens that it begins with."""
     if seq_len <= len(begin):
         raise UsageError(
-            f"--seq-len {seq_len} leaves no room for text behind what the tokenizer begins a text with: give "
-            f"{len(begin) + 1} at least, or --no-bos"
+            f"`seq_len` {seq_len} leaves no room for text behind what the tokenizer begins a text with: give "
+            f"{len(begin) + 1} at least, or `bos=False`"
         )
 
 

@@ -129,7 +129,7 @@ class CompressedTensors:
     def config(
         self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
-        _check_some(self.schemes, "compressed-tensors", "gptq or rtn")
+        _check_some(self.schemes, "compressed-tensors", "`quantize` gptq or rtn")
         schemes = {name: scheme for module, scheme in self.schemes.items() for name in _names(module, weights)}
         return pack_quantized.quantization_config(schemes, _other_linears(model, self.schemes, weights))
 
@@ -161,7 +161,7 @@ class SpQR:
     def config(
         self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
-        _check_some(self.packed, "spqr", "spqr --bits 3 --group-size 16")
+        _check_some(self.packed, "spqr", "`quantize='spqr'`, `bits=3` and `group_size=16`")
         return spqr_quant.config(self.sizes, _other_linears(model, self.packed, weights))
 
 
@@ -200,14 +200,13 @@ def _quantized(module: str, linear: Linear, weights: ModelWeights, form: str) ->
 
 
 def _not_possible(module: str, form: str, error: ValueError) -> UsageError:
-    return UsageError(f"{module} cannot be written as {form}: {error}; --to dense writes any model")
+    return UsageError(f"{module} cannot be written as {form}: {error}; `to='dense'` writes any model")
 
 
 def _check_some(packed: dict[str, Any], form: str, how: str) -> None:
     if not packed:
         raise UsageError(
-            f"the model has no quantized linears to write as {form}: "
-            f"compress it with --quantize {how} first, or give --to dense"
+            f"the model has no quantized linears to write as {form}: compress it with {how} first, or give `to='dense'`"
         )
 
 

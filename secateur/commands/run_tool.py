@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers.utils import logging as transformers_logging
-
 from secateur.errors import SecateurError, UsageError
 
 
@@ -102,6 +100,8 @@ def _as_by_default() -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+    from transformers.utils import logging as transformers_logging
+
     levels = transformers_logging.get_log_levels_dict()
     transformers_logging.set_verbosity(levels.get(os.environ.get("TRANSFORMERS_VERBOSITY", ""), logging.WARNING))
     transformers_logging.enable_progress_bar()

@@ -71,7 +71,7 @@ _PIECE = 2**22
 
 
 def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
-    """The pattern behind `--pattern` and `--sparsity`.
+    """The pattern behind `pattern` and `sparsity` of a recipe.
 
     A pattern `N:M` implies its sparsity 1 − N/M; `sparsity` may be given as well if it says the same.
 
@@ -80,9 +80,9 @@ def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
     """
     if pattern is None or pattern == "unstructured":
         if sparsity is None:
-            raise UsageError("how much to prune is not said: give --sparsity (a share such as 0.5) or --pattern N:M")
+            raise UsageError("how much to prune is not said: give `sparsity` (a share such as 0.5) or `pattern` N:M")
         if sparsity == 0:
-            raise UsageError("--sparsity 0 removes nothing: give the share of weights to remove, like 0.5 or 50%")
+            raise UsageError("`sparsity` 0 removes nothing: give the share of weights to remove, like 0.5 or 50%")
         return Unstructured(sparsity)
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern)
     if not match:
@@ -90,7 +90,7 @@ def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
     found = NM(int(match[1]), int(match[2]))
     if sparsity is not None and not abs(sparsity - found.sparsity) <= 1e-9:
         raise UsageError(
-            f"--pattern {pattern} means a sparsity of {found.sparsity:g}, but --sparsity says {sparsity:g}: drop one"
+            f"`pattern` {pattern} means a sparsity of {found.sparsity:g}, but `sparsity` says {sparsity:g}: drop one"
         )
     return found
 

@@ -50,7 +50,7 @@ def block_errors(
     blocks, dense_blocks = list(names.values()), list(find_blocks(reference).modules.values())
     widths = {each.get_input_embeddings().embedding_dim for each in (model, reference)}
     if [type(block) for block in blocks] != [type(block) for block in dense_blocks] or len(widths) > 1:
-        raise UsageError("--by-block compares block with block: the reference must be the model that was compressed")
+        raise UsageError("`by_block` compares block with block: the reference must be the model that was compressed")
     model.eval()
     reference.eval()
     squares = torch.zeros(len(blocks), 3, dtype=torch.float64)  # of own errors, carried errors, and outputs

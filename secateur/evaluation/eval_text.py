@@ -41,18 +41,18 @@ class Text:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UsageError("--data is empty: name a text, such as docs")
+            raise UsageError("`data` is empty: name a text, such as docs")
         if self.data == "self":
-            raise UsageError("--data self would let the model judge its own words: give a text, or docs")
+            raise UsageError("`data` self would let the model judge its own words: give a text, or docs")
         if self.seq_len < 2:
             raise UsageError(
-                f"--seq-len {self.seq_len} is too short: a window of 2 tokens has one prediction, give more"
+                f"`seq_len` {self.seq_len} is too short: a window of 2 tokens has one prediction, give more"
             )
         if self.windows < 1:
-            raise UsageError(f"--windows {self.windows} leaves nothing to measure: give 1 or more")
+            raise UsageError(f"`windows` {self.windows} leaves nothing to measure: give 1 or more")
         if self.stride is not None and not 1 <= self.stride <= self.seq_len:
             raise UsageError(
-                f"--stride {self.stride} would leave out tokens: give 1 to --seq-len, which is {self.seq_len}"
+                f"`stride` {self.stride} would leave out tokens: give 1 to `seq_len`, which is {self.seq_len}"
             )
 
     def cut(self, tokenizer: Any) -> Tensor:
@@ -64,8 +64,8 @@ class Text:
             self.windows,
             stride=self.stride,
             bos=self.bos,
-            what=f"--data {self.data}",
-            count_flag="--windows",
+            what=f"`data` {self.data}",
+            counted="windows",
         )
 
     def bos_ids(self, tokenizer: Any) -> list[int]:

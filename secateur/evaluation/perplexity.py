@@ -192,7 +192,7 @@ def measure(
     """
     K, S = ids_KS.shape
     if K < 1 or S < 2:
-        raise UsageError(f"{K} windows of {S} tokens hold no prediction: --windows starts at 1 and --seq-len at 2")
+        raise UsageError(f"{K} windows of {S} tokens hold no prediction: `windows` starts at 1 and `seq_len` at 2")
     other: Reference | None = LiveReference(reference) if isinstance(reference, torch.nn.Module) else reference
     for each in (model, other.model) if isinstance(other, LiveReference) else (model,):
         check_fits(each, ids_KS)
@@ -282,7 +282,7 @@ def check_fits(model: Any, ids_KS: Tensor) -> None:
     S = ids_KS.shape[1]
     positions = longest_window(model.config)
     if positions is not None and positions < S:
-        raise UsageError(f"windows of {S} tokens are longer than the model's {positions} positions: lower --seq-len")
+        raise UsageError(f"windows of {S} tokens are longer than the model's {positions} positions: lower `seq_len`")
     size, largest = model.get_input_embeddings().num_embeddings, int(ids_KS.max())
     if largest >= size:
         raise UsageError(f"the text has token {largest}, but the model only {size}: its tokenizer is another model's")

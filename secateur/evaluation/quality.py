@@ -181,7 +181,7 @@ def evaluate(
     began = time.monotonic()
     check_tasks(tasks, few_shot, limit)
     if reference is None and (by_block or cache is not None):
-        raise UsageError(f"{'--by-block' if by_block else '--reference-cache'} needs a --reference to compare with")
+        raise UsageError(f"`{'by_block' if by_block else 'cache'}` needs a `reference` to compare with")
     source = runner.open(model, verify)
     tokenizer = source.tokenizer()
     ids_KS, bos = text.cut(tokenizer), text.bos_ids(tokenizer)
@@ -265,14 +265,14 @@ def generate(
     """
     check_backend(backend)
     if not 0 <= temperature < math.inf:
-        raise UsageError(f"--temperature {temperature:g} is not possible: give 0 or more, such as 0.7")
+        raise UsageError(f"`temperature` {temperature:g} is not possible: give 0 or more, such as 0.7")
     target = open_device(device)
     source = open_source(model, trust_remote_code, verify, parse_dtype(dtype))
     tokenizer = source.tokenizer()
     loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
     if chat:
         if not tokenizer.chat_template:
-            raise UsageError(f"{model} has no chat template: leave --chat out")
+            raise UsageError(f"{model} has no chat template: leave `chat=True` out")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )

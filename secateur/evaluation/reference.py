@@ -138,7 +138,7 @@ def keep_reference(
     Raises:
         UsageError: the windows do not suit the model, or the cache cannot be written.
     """
-    check_named(cache, "--reference-cache")
+    check_named(cache, "`cache`")
     K, S = ids_KS.shape
     whole = {
         **identity,

@@ -36,14 +36,13 @@ def patterns_of(names: Iterable[str], lists: Iterable[str]) -> list[str]:
 
 
 def how_to_ignore(names: Iterable[str], others: Iterable[str], lists: Iterable[str]) -> str:
-    """The options that leave linears alone, and how many these are; patterns that match any of the `others` are not used."""
+    """The option that leaves linears alone, and how many these are; patterns that match any of the `others` are not used."""
     names, others = list(names), set(others)
     found = []
     for pattern, members in _by_pattern(names, list(lists)).items():
         matches_others = any(fnmatchcase(name, pattern) for name in others)
         found += members if matches_others else [pattern]
-    options = " ".join(f"--ignore '{each}'" for each in found)
-    return f"{options} ({len(names)} linear{'s' if len(names) > 1 else ''})"
+    return f"`ignore={found!r}` ({len(names)} linear{'s' if len(names) > 1 else ''})"
 
 
 def generalise(entries: dict[str, dict[str, Any]], lists: Iterable[str], absent: set[str]) -> dict[str, dict[str, Any]]:

@@ -378,7 +378,7 @@ def _check_known(what: str, model_type: str, config: Mapping[str, Any]) -> None:
     unknown = model_type not in CONFIG_MAPPING_NAMES
     if own_code and (unknown or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise UsageError(
-            f"{what}, which runs by code that comes with it: give --trust-remote-code if you trust whoever wrote it"
+            f"{what}, which runs by code that comes with it: give `trust_remote_code=True` if you trust whoever wrote it"
         )
     if unknown:
         made = config.get("transformers_version")

@@ -26,7 +26,7 @@ _SCALE = re.compile(r"(?P<owner>.+?)\.(weight[._])?[^.]*(scale|absmax|scb|zero_p
 
 
 #: What to do where values overflow the dtype that they are written in.
-OTHER_DTYPE = "give another --dtype"
+OTHER_DTYPE = "give another `dtype`"
 
 
 class ModelWeights:

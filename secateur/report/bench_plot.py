@@ -23,9 +23,9 @@ def check_matplotlib(what: str) -> None:
 def check_plot(file: Path, out: Path | None = None) -> None:
     """Raise UsageError when a chart cannot be written to such a file, or not without matplotlib; `out`: see `check_file`."""
     if file.suffix not in _SUFFIXES:
-        raise UsageError(f"--plot {file}: the file must end in {' or '.join(_SUFFIXES)}")
-    check_file("--plot", file, out)
-    check_matplotlib("--plot")
+        raise UsageError(f"`plot` {file}: the file must end in {' or '.join(_SUFFIXES)}")
+    check_file("`plot`", file, out)
+    check_matplotlib("`plot`")
 
 
 def plot(bench: Bench, file: Path) -> None:
@@ -77,4 +77,4 @@ def save_plot(figure: Any, file: Path) -> None:
     try:
         figure.savefig(file)
     except OSError as error:
-        raise UsageError(f"--plot {file} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"`plot` {file} cannot be written: {error.strerror or error}") from error

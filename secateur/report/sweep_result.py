@@ -115,7 +115,7 @@ class SweepResult:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content.pop("layout") != LAYOUT:
                 raise CheckpointError(
-                    f"{file} was written by another version of secateur: give --overwrite to begin again"
+                    f"{file} was written by another version of secateur: give `overwrite=True` to begin again"
                 )
             points = tuple(
                 Point(
@@ -130,7 +130,7 @@ class SweepResult:
             return cls(**{**content, "dense": _measured(content["dense"])}, points=points)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
-                f"{file} does not hold the results of a sweep: give --overwrite to begin it again"
+                f"{file} does not hold the results of a sweep: give `overwrite=True` to begin it again"
             ) from error
 
 

@@ -134,7 +134,7 @@ def test_too_little_text_for_windows_that_begin_with_it():
     with pytest.raises(UsageError, match=r"it gives 28 tokens, and 29 are needed \(4 windows of 8\)"):
         windows(["abcdefg" * 3 + "abcdef"], tokenizer, 8, 4, bos=True, what="it")
     for seq_len, template in ((1, "<s> $A"), (2, "[gMASK] <sop> $A")):
-        with pytest.raises(UsageError, match=rf"--seq-len {seq_len} leaves no room .* give {seq_len + 1} at least"):
+        with pytest.raises(UsageError, match=rf"`seq_len` {seq_len} leaves no room .* give {seq_len + 1} at least"):
             windows(["abc"], tokenizer_with(template), seq_len, 1, bos=True, what="it")
 
 

@@ -76,7 +76,7 @@ def test_jsonl_has_a_document_a_line(tmp_path):
     assert read_text(path) == ["one", "two\u2028lines"]
     assert read_text(path, max_chars=5) == ["one", "tw"]
     with pytest.raises(
-        UsageError, match=r"line 1 of .*a\.jsonl has no field 'content': it has 'text', 'body'.*--text-field"
+        UsageError, match=r"line 1 of .*a\.jsonl has no field 'content': it has 'text', 'body'.*`text_field`"
     ):
         read_text(path, "content")
     with pytest.raises(UsageError, match=r"line 3 of .* has no field 'body': it has 'text'"):

@@ -105,11 +105,11 @@ def test_too_little_text(tokenizer, seed):
     have = len(tokenizer(text)["input_ids"])
     with pytest.raises(
         UsageError,
-        match=rf"few\.txt gives {have} tokens, and 512 are needed \(4 windows of 128\).*--samples or --seq-len",
+        match=rf"few\.txt gives {have} tokens, and 512 are needed \(4 windows of 128\).*`samples` or `seq_len`",
     ):
         windows([text], tokenizer, 128, 4, seed=seed, what="few.txt")
-    with pytest.raises(UsageError, match=r"gives 0 tokens.*lower --windows or --seq-len"):
-        windows([], tokenizer, 128, 4, seed=seed, what="few.txt", count_flag="--windows")
+    with pytest.raises(UsageError, match=r"gives 0 tokens.*lower `windows` or `seq_len`"):
+        windows([], tokenizer, 128, 4, seed=seed, what="few.txt", counted="windows")
 
 
 def test_no_windows_at_all(tokenizer):

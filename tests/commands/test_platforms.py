@@ -25,6 +25,8 @@ _WITHOUT = """
 _WORK = """
     import os, shutil, filelock
     import secateur, secateur.cli, secateur.solvers.column_sweep, secateur_pytest
+    from secateur.commands.find_commands import find, names
+    assert len([find(name) for name in names()]) > 12
     import secateur.runs.sweep, secateur.evaluation.gate.gate, secateur.evaluation.tasks.tasks
     from secateur.pipeline import outcome as report
 

@@ -105,7 +105,7 @@ def test_a_text_must_be_the_baselines(project, good, text_file):
             secateur_gate({str(good)!r}, "baseline.json", text=Text({str(text_file)!r}, 24, 8))
 
         def test_other(secateur_gate):
-            with pytest.raises(UsageError, match="was measured with --windows 8, not 9"):
+            with pytest.raises(UsageError, match="was measured with `windows` 8, not 9"):
                 secateur_gate({str(good)!r}, "baseline.json", text=Text({str(text_file)!r}, 24, 9))
 
         def test_none(secateur_gate):

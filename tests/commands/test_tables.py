@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.text import Text
 
 import secateur
-from secateur import cli
 from secateur.commands.tables import Column, print_table
 from secateur.recipes.built_in import built_in
 from secateur.recipes.recipe import Calibration, Recipe
@@ -197,7 +196,8 @@ def test_bench(says, packed):
 def test_colours_that_are_forced_make_no_screen(says, packed, monkeypatch):
     """As CI does."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(cli, "screen", Console(emoji=False, highlight=False, force_terminal=True))
+    forced = Console(emoji=False, highlight=False, force_terminal=True)
+    monkeypatch.setattr("secateur.commands.inspect_command.screen", forced)
     code, stdout, _ = says("inspect", packed)
     assert code == 0
     assert len([line for line in stdout.splitlines() if "model.layers.1.self_attn.q_proj" in line]) == 1

@@ -133,7 +133,7 @@ def test_what_cannot_be_run(says, tmp_path):
         assert message in err
     code, _, err = says("run")
     assert code == 2
-    assert "Missing argument" in err
+    assert "missing argument" in err
 
 
 def test_what_transformers_says_is_up_to_the_tool(installed, says, monkeypatch):

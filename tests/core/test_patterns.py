@@ -64,7 +64,7 @@ def test_garbage_is_refused_with_an_example(pattern):
 
 @pytest.mark.parametrize("pattern", [None, "unstructured"])
 def test_a_pattern_without_an_amount_names_both_flags(pattern):
-    with pytest.raises(UsageError, match=r"--sparsity.*--pattern"):
+    with pytest.raises(UsageError, match=r"`sparsity`.*`pattern`"):
         parse_pattern(pattern, None)
 
 

@@ -99,7 +99,7 @@ def test_windows_of_a_text_begin_a_stride_apart(tokenizer, text_file):
 
 @pytest.mark.parametrize("stride", [0, 17])
 def test_a_stride_that_leaves_out_tokens(stride, says):
-    with pytest.raises(UsageError, match=f"--stride {stride} would leave out tokens: give 1 to --seq-len, which is 16"):
+    with pytest.raises(UsageError, match=f"`stride` {stride} would leave out tokens: give 1 to `seq_len`, which is 16"):
         Text(seq_len=16, stride=stride)
     code, _, err = says("eval", "demo", "--seq-len", 16, "--stride", stride)
     assert code == 2

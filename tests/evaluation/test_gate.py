@@ -341,7 +341,7 @@ def test_docs_are_another_text_in_another_python(checkpoint, written):
     kept = Baseline.read(written)
     content = {**kept.content, "text": {**kept.content["text"], "data": "docs"}}
     with pytest.raises(
-        UsageError, match=r"than --data docs gives now \(it comes with Python, and each version has its own\)"
+        UsageError, match=r"than `data` docs gives now \(it comes with Python, and each version has its own\)"
     ):
         gate(str(checkpoint), Baseline(kept.file, content))
 

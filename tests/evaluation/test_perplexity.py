@@ -151,7 +151,7 @@ def test_what_cannot_be_measured(ids_KS):
     with pytest.raises(UsageError, match=r"the text has token 61, but the model only 61"):
         measure(tiny(), torch.full((1, 8), V))
     with pytest.raises(
-        UsageError, match=r"windows of 65 tokens are longer than the model's 64 positions: lower --seq-len"
+        UsageError, match=r"windows of 65 tokens are longer than the model's 64 positions: lower `seq_len`"
     ):
         measure(tiny(), torch.zeros(1, 65, dtype=torch.long))
     for shape in ((0, 8), (3, 1)):

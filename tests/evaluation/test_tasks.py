@@ -334,7 +334,7 @@ def test_code_of_the_hub_runs_only_if_allowed(dense, tokenizer, own_task, monkey
     )
     path = own_task("a", f"task: a\n{DATA}{writing}{metric}")
     with pytest.raises(
-        UsageError, match=r"a task's metric 'a_half' is not lm-eval's but code of the hub: .*--trust-remote-code"
+        UsageError, match=r"a task's metric 'a_half' is not lm-eval's but code of the hub: .*`trust_remote_code=True`"
     ):
         run_tasks(dense, tokenizer, [path])
     (score,) = run_tasks(dense, tokenizer, [path], limit=2, trust_remote_code=True)
@@ -427,7 +427,7 @@ def test_paths_without_a_task(dense, tokenizer, tmp_path):
 
 
 def test_names_that_clash(dense, tokenizer, own_task):
-    with pytest.raises(UsageError, match="--tasks has an empty name in it"):
+    with pytest.raises(UsageError, match="`tasks` has an empty name in it"):
         run_tasks(dense, tokenizer, [WORDS, ""])
     other = own_task("other", f"task: secateur_words\n{DATA}{QUESTION}")
     with pytest.raises(UsageError, match=r"other\.yaml and .*words\.yaml both define secateur_words: rename one"):
@@ -440,9 +440,9 @@ def test_names_that_clash(dense, tokenizer, own_task):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"few_shot": -1}, "--few-shot -1 is too small: it starts at 0"),
-        ({"limit": 0}, "--limit 0 is too small: it starts at 1"),
-        ({"batch": 0}, "batch 0 is too small: it starts at 1"),
+        ({"few_shot": -1}, "`few_shot` -1 is too small: it starts at 0"),
+        ({"limit": 0}, "`limit` 0 is too small: it starts at 1"),
+        ({"batch": 0}, "`batch` 0 is too small: it starts at 1"),
     ],
 )
 def test_numbers_that_are_too_small(options, problem):
@@ -466,9 +466,9 @@ def test_a_model_that_gives_nan_is_not_ranked(dense, tokenizer, model_of):
 @pytest.mark.parametrize(
     ("name", "found", "problem"),
     [
-        ("lm_eval", None, "--tasks needs lm_eval 0.4.12 or later, not none: pip install"),
-        ("lm_eval", "0.4.9.2", "--tasks needs lm_eval 0.4.12 or later, not 0.4.9.2: pip install"),
-        ("datasets", "3.6.0", r'--tasks needs datasets 4 or later, not 3.6.0: pip install "secateur\[tasks\]"'),
+        ("lm_eval", None, "`tasks` needs lm_eval 0.4.12 or later, not none: pip install"),
+        ("lm_eval", "0.4.9.2", "`tasks` needs lm_eval 0.4.12 or later, not 0.4.9.2: pip install"),
+        ("datasets", "3.6.0", r'`tasks` needs datasets 4 or later, not 3.6.0: pip install "secateur\[tasks\]"'),
     ],
 )
 def test_packages_that_are_missing_or_old(monkeypatch, name, found, problem):

@@ -394,7 +394,7 @@ def test_the_table_comes_before_the_files(says, model_of, text_file, tmp_path, m
     def full(*_, **__):
         raise UsageError("--json x cannot be written: No space left on device")
 
-    monkeypatch.setattr("secateur.cli._write_text", full)
+    monkeypatch.setattr("secateur.commands.result_files.write_text", full)
     code, out, err = says(
         *("eval", model_of("llama"), "--data", text_file, "--windows", 2, "--seq-len", 24),
         *("--json", tmp_path / "x"),

@@ -1,5 +1,6 @@
 """Which parts of a model are its decoder blocks, in models that are more than one list of like blocks."""
 
+import ast
 import json
 import re
 
@@ -338,8 +339,8 @@ def test_a_model_that_runs_by_its_own_code_or_by_a_newer_transformers(own_model)
     source = own_model("llama")
     own = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
     for changes, message in (
-        ({"model_type": "x", "architectures": ["XForCausalLM"], "auto_map": own}, "give --trust-remote-code"),
-        ({"model_type": "x", "architectures": None, "auto_map": own}, "give --trust-remote-code"),
+        ({"model_type": "x", "architectures": ["XForCausalLM"], "auto_map": own}, "give `trust_remote_code=True`"),
+        ({"model_type": "x", "architectures": None, "auto_map": own}, "give `trust_remote_code=True`"),
         (
             {"model_type": "llama5", "architectures": ["Llama5ForCausalLM"]},
             r"does not know; .* by 99\.1.*pip install -U",
@@ -368,7 +369,7 @@ def test_code_beside_a_model_that_transformers_knows_is_not_asked_for(own_model)
 
 
 def advised(error):
-    return tuple(re.findall(r"--ignore '([^']+)'", str(error)))
+    return tuple(ast.literal_eval(re.search(r"`ignore=(\[.*?\])`", str(error))[1]))
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])

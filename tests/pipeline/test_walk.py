@@ -291,9 +291,9 @@ def test_patterns_that_match_nothing(model_of, text_file, tmp_path):
     for options, message in (
         (
             {"targets": ("*.fc1",)},
-            r"--targets '\*\.fc1' matches none of the linears, which are called like model\.layers",
+            r"`targets` '\*\.fc1' matches none of the linears, which are called like model\.layers",
         ),
-        ({"ignore": ("lm_head",)}, r"--ignore 'lm_head' matches none"),
+        ({"ignore": ("lm_head",)}, r"`ignore` 'lm_head' matches none"),
         ({"ignore": ("*",)}, "nothing is left to compress"),
         ({"targets": ("*.q_proj",), "ignore": ("*.self_attn.*",)}, "nothing is left to compress"),
     ):
@@ -573,7 +573,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(own_model, tmp_path, mon
 def test_windows_longer_than_the_models_positions(model_of, text_file, tmp_path):
     wanted = recipe(text_file)
     too_long = replace(wanted, calibration=replace(wanted.calibration, seq_len=65))
-    with pytest.raises(UsageError, match="--seq-len 65 is more than the 64 positions"):
+    with pytest.raises(UsageError, match="`seq_len` 65 is more than the 64 positions"):
         compress(model_of("llama"), tmp_path / "out", too_long)
     # Without a word on it, windows are as long as the model takes.
     _, report = compress(

@@ -131,7 +131,7 @@ def test_tolerances_of_scripts():
     assert Tolerances.of(perplexity_rise="3%", size_rise=0.01) == Tolerances(0.03, 0.01)
     assert Tolerances.of(perplexity_rise="300%").perplexity_rise == 3
     assert Tolerances.of(max_kl=5.0).max_kl == 5
-    with pytest.raises(UsageError, match=r"--max-perplexity-rise 3 is not clear without %: write 3%, or 0.03"):
+    with pytest.raises(UsageError, match=r"`perplexity_rise` 3 is not clear without %: write 3%, or 0.03"):
         Tolerances.of(perplexity_rise=3)
 
 
@@ -162,11 +162,11 @@ def test_what_removes_nothing_and_what_has_no_context(says, model_of, text_file,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 1}, "--seq-len 1 is too short: a window of 2 tokens has one prediction"),
-        ({"seq_len": -5}, "--seq-len -5 is too short"),
-        ({"windows": 0}, "--windows 0 leaves nothing to measure: give 1 or more"),
-        ({"windows": -1}, "--windows -1 leaves nothing to measure"),
-        ({"stride": 0}, "--stride 0 would leave out tokens"),
+        ({"seq_len": 1}, "`seq_len` 1 is too short: a window of 2 tokens has one prediction"),
+        ({"seq_len": -5}, "`seq_len` -5 is too short"),
+        ({"windows": 0}, "`windows` 0 leaves nothing to measure: give 1 or more"),
+        ({"windows": -1}, "`windows` -1 leaves nothing to measure"),
+        ({"stride": 0}, "`stride` 0 would leave out tokens"),
     ],
 )
 def test_windows_that_cannot_be_measured(options, message):
@@ -179,5 +179,5 @@ def test_a_temperature_that_is_no_number(says, model_of):
     code, _, stderr = says("generate", model_of("llama"), "bon", "--temperature", "inf")
     assert (code, stderr) == (2, "error: --temperature inf is not possible: give 0 or more, such as 0.7\n")
     for value in (-1.0, float("nan")):
-        with pytest.raises(UsageError, match=r"--temperature .* is not possible"):
+        with pytest.raises(UsageError, match=r"`temperature` .* is not possible"):
             generate(str(model_of("llama")), "bon", temperature=value)

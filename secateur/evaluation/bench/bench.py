@@ -207,7 +207,7 @@ def bench(
     wanted = parse_dtype(dtype)
     if not tokens or min(tokens) < 1:
         raise UsageError(
-            f"--tokens {','.join(map(str, tokens))}: there must be at least one number, and all at least 1"
+            f"`tokens` {','.join(map(str, tokens))}: there must be at least one number, and all at least 1"
         )
     target = open_device(device)
     source = open_source(model, trust_remote_code, dtype=wanted)

@@ -35,12 +35,7 @@ LAYOUT = 1
 #: What a baseline is measured on, unless somebody says otherwise.
 TEXT = Text(seq_len=512, windows=16)
 OK, FAILED, UNCLEAR = "ok", "failed", "unclear"
-_SHARES = {
-    "perplexity_rise": "--max-perplexity-rise",
-    "size_rise": "--max-size-rise",
-    "min_agreement": "--min-agreement",
-    "confidence": "--confidence",
-}
+_SHARES = ("perplexity_rise", "size_rise", "min_agreement", "confidence")
 
 
 @dataclass(frozen=True)
@@ -62,23 +57,23 @@ class Tolerances:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, value in (("perplexity", self.perplexity_rise), ("size", self.size_rise)):
+        for name, value in (("perplexity_rise", self.perplexity_rise), ("size_rise", self.size_rise)):
             if not 0 <= value < math.inf:
-                raise UsageError(f"--max-{name}-rise {value} is not a rise: give 0 or more, such as 1%")
+                raise UsageError(f"`{name}` {value} is not a rise: give 0 or more, such as 1%")
         if self.max_kl is not None and not self.max_kl >= 0:
-            raise UsageError(f"--max-kl {self.max_kl} is not a divergence: give 0 or more")
+            raise UsageError(f"`max_kl` {self.max_kl} is not a divergence: give 0 or more")
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise UsageError(f"--min-agreement {self.min_agreement} is not a share: give 0 to 1, or a percentage")
+            raise UsageError(f"`min_agreement` {self.min_agreement} is not a share: give 0 to 1, or a percentage")
         # Of many windows only some signs are flipped: `p_of_rise` then never goes below 1.5e-5.
         if not 0.5 <= self.confidence <= 0.9999:
-            raise UsageError(f"--confidence {self.confidence} cannot be had: give 50% to 99.99%")
+            raise UsageError(f"`confidence` {self.confidence} cannot be had: give 50% to 99.99%")
 
     @classmethod
     def of(cls, **limits: Any) -> Tolerances:
         """The tolerances that a person gave, shares as text (`1%` or `0.01`) or as numbers: see `parse_share`."""
-        for name, option in _SHARES.items():
+        for name in _SHARES:
             if limits.get(name) is not None:
-                limits[name] = parse_share(limits[name], option)
+                limits[name] = parse_share(limits[name], f"`{name}`")
         return cls(**limits)
 
     @property
@@ -269,7 +264,7 @@ def gate(
             wanted = dataclasses.replace(wanted, **{name: given})
         elif given != getattr(wanted, name):
             raise UsageError(
-                f"baseline {file} was measured with --{name.replace('_', '-')} {getattr(wanted, name)}, not {given}: "
+                f"baseline {file} was measured with `{name}` {getattr(wanted, name)}, not {given}: "
                 "leave the option out, or write another baseline"
             )
     runner = runner or Runner(dtype=baseline.dtype)
@@ -283,7 +278,7 @@ def gate(
         )
     if tolerances.needs_reference and reference is None:
         raise UsageError(
-            "--max-kl and --min-agreement measure the distance from the dense model: name it by --reference"
+            "`max_kl` and `min_agreement` measure the distance from the dense model: name it by `reference`"
         )
 
     def same_text(sha256: str) -> None:
@@ -291,11 +286,11 @@ def gate(
             if wanted.bos != baseline.text.bos:
                 raise UsageError(
                     f"baseline {file} was measured on windows {with_bos(baseline.text.bos)}: leave "
-                    f"{'--bos' if wanted.bos else '--no-bos'} out, or write another baseline"
+                    f"`bos={wanted.bos}` out, or write another baseline"
                 )
             why = " (it comes with Python, and each version has its own)" if wanted.data == "docs" else ""
             raise UsageError(
-                f"baseline {file} was measured on another text, or with another tokenizer, than --data {wanted.data} gives "
+                f"baseline {file} was measured on another text, or with another tokenizer, than `data` {wanted.data} gives "
                 f"now{why}: it cannot be compared with; write another"
             )
 
@@ -342,19 +337,19 @@ def write_baseline(
             text has too few windows.
         SecateurError: see `evaluate`; or the perplexity is beyond a float.
     """
-    check_whole("--baseline", file)
+    check_whole("`baseline`", file)
     if file.exists() and not _looks_written(file):
         raise UsageError(f"{file} exists already and is no baseline, which would be lost: choose another name")
     if file.exists() and not overwrite:
-        raise UsageError(f"{file} exists already: choose another name, or give --overwrite")
+        raise UsageError(f"{file} exists already: choose another name, or give `overwrite=True`")
     if text.stride not in (None, text.seq_len):
         raise UsageError(
-            f"windows that overlap (--stride {text.stride}) hang together, which no test of chance allows for: leave it out"
+            f"windows that overlap (`stride` {text.stride}) hang together, which no test of chance allows for: leave it out"
         )
     fewest = fewest_windows(Tolerances().confidence)
     if text.windows < fewest:
         raise UsageError(
-            f"{text.windows} windows cannot tell a change from chance: give --windows {fewest} at least, better 16"
+            f"{text.windows} windows cannot tell a change from chance: give `windows` {fewest} at least, better 16"
         )
     found = evaluate(model, reference, text, runner=runner, cache=cache, progress=progress)
     content = figures_of(found, runner)
@@ -362,7 +357,7 @@ def write_baseline(
     try:
         write_whole(file, lambda part: part.write_text(text_of_file, encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--baseline {file} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"`baseline` {file} cannot be written: {error.strerror or error}") from error
     return found
 
 

@@ -46,7 +46,7 @@ def open_tasks(specs: Sequence[str], few_shot: int | None, trust_remote_code: bo
         names: dict[str, str] = {}
         for spec in dict.fromkeys(specs):
             if not spec:
-                raise UsageError("--tasks has an empty name in it: give names with single commas between")
+                raise UsageError("`tasks` has an empty name in it: give names with single commas between")
             is_file = spec.endswith((".yaml", ".yml")) or os.sep in spec
             names[spec] = own.add(Path(spec).expanduser()) if is_file else spec
         # Reading the thousands of files that lm-eval brings takes seconds.

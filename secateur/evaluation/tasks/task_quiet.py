@@ -60,7 +60,7 @@ def no_metric_code(allowed: bool) -> Iterator[None]:
     def refuse(path: str, *_: Any, **__: Any) -> Any:
         error = UsageError(
             f"a task's metric {path!r} is not lm-eval's but code of the hub: leave that task out, or correct the name, or let "
-            "the code run by --trust-remote-code"
+            "the code run by `trust_remote_code=True`"
         )
         refused.append(error)
         raise error

@@ -107,13 +107,13 @@ def run_tasks(
 def check_tasks(tasks: Sequence[str], few_shot: int | None, limit: int | None, batch: int = 1) -> None:
     """Raise UsageError where options make no sense, or lm-eval is not installed: what can be told without loading anything."""
     if not tasks:
-        for flag, value in (("--few-shot", few_shot), ("--limit", limit)):
+        for name, value in (("few_shot", few_shot), ("limit", limit)):
             if value is not None:
-                raise UsageError(f"{flag} {value} is for tasks: name some by --tasks")
+                raise UsageError(f"`{name}` {value} is for tasks: name some by `tasks`")
         return
-    for flag, value, least in (("--few-shot", few_shot, 0), ("--limit", limit, 1), ("batch", batch, 1)):
+    for name, value, least in (("few_shot", few_shot, 0), ("limit", limit, 1), ("batch", batch, 1)):
         if value is not None and value < least:
-            raise UsageError(f"{flag} {value} is too small: it starts at {least}")
+            raise UsageError(f"`{name}` {value} is too small: it starts at {least}")
     for name, oldest in _NEEDED.items():
         try:
             found = version(name)
@@ -121,7 +121,7 @@ def check_tasks(tasks: Sequence[str], few_shot: int | None, limit: int | None, b
             found = "none"
         if tuple(map(int, re.findall(r"\d+", found))) < oldest:
             wanted = ".".join(map(str, oldest))
-            raise UsageError(f'--tasks needs {name} {wanted} or later, not {found}: pip install "secateur[tasks]"')
+            raise UsageError(f'`tasks` needs {name} {wanted} or later, not {found}: pip install "secateur[tasks]"')
 
 
 def _answer(

@@ -20,11 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -370,6 +366,8 @@ def attach_quantizer(model: Any, config: dict[str, Any], files: Sequence[Path]) 
 
 def register() -> None:
     """Make transformers know the quantizer; a second call does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(SecateurConfig)
-        register_quantizer(QUANT_METHOD)(SecateurQuantizer)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SecateurConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SecateurQuantizer
+
+
+register()

@@ -1,45 +1,52 @@
-"""`secateur methods`: which there are, and what each takes."""
+"""`secateur methods`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from secateur.commands.command import command
+from secateur.commands.screen import screen, show
 from secateur.commands.tables import Column, print_table
-from secateur.core.options import given_options, options_of, types_of
-from secateur.core.registry import ROLES
 from secateur.errors import UsageError, did_you_mean
-from secateur.recipes.methods import OPTIONS_KEY  # importing it registers all methods
 
-_screen = Console(emoji=False, highlight=False)
 _ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize"}
 _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix of the inputs")
 
 
-def methods(
-    name: Annotated[str | None, typer.Argument(help="Method whose options are shown.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON to standard output.")] = False,
-) -> None:
+@command("methods")
+@dataclass(frozen=True)
+class Methods:
     """Show the methods, or one method's options, what it needs and its paper."""
-    found = {each: (role, ROLES[role][each]) for role in OPTIONS_KEY for each in sorted(ROLES[role])}
-    if name is not None and name not in found:
-        raise UsageError(f"method {name!r} is not known: {did_you_mean(name, found)}")
-    told = {each: _about(role, method) for each, (role, method) in found.items() if name in (None, each)}
-    if as_json:
-        print(json.dumps(told if name is None else told[name], indent=2))
-    elif name is None:
-        columns = [Column("method", right=False), Column("as", right=False), Column("needs", right=False, spare=2)]
-        rows = [[each, about["option"], about["needs"], about["paper"] or "–"] for each, about in told.items()]
-        print_table(_screen, [*columns, Column("paper", right=False, spare=1)], rows, lines=False)
-    else:
-        _print_one(name, told[name])
+
+    name: Annotated[str | None, typer.Argument(help="Method whose options are shown.")] = None
+    as_json: Annotated[bool, typer.Option("--json", help="JSON to standard output.")] = False
+
+    def run(self) -> None:
+        from secateur.core.registry import ROLES
+        from secateur.recipes.methods import OPTIONS_KEY  # importing it registers all methods
+
+        name = self.name
+        found = {each: (role, ROLES[role][each]) for role in OPTIONS_KEY for each in sorted(ROLES[role])}
+        if name is not None and name not in found:
+            raise UsageError(f"method {name!r} is not known: {did_you_mean(name, found)}")
+        told = {each: _about(role, method) for each, (role, method) in found.items() if name in (None, each)}
+        if self.as_json:
+            print(json.dumps(told if name is None else told[name], indent=2))
+        elif name is None:
+            columns = [Column("method", right=False), Column("as", right=False), Column("needs", right=False, spare=2)]
+            rows = [[each, about["option"], about["needs"], about["paper"] or "–"] for each, about in told.items()]
+            print_table(screen, [*columns, Column("paper", right=False, spare=1)], rows, lines=False)
+        else:
+            _print_one(name, told[name])
 
 
 def _about(role: str, method: Any) -> dict[str, Any]:
+    from secateur.core.options import given_options, options_of, types_of
+
     default = method()
     values = given_options(default)
     needs = _NEEDS[default.level]
@@ -67,11 +74,11 @@ def _print_one(name: str, about: dict[str, Any]) -> None:
     lines += [f"paper: {about['paper']}"] if about["paper"] else []
     lines += [] if about["options"] else ["no options"]
     for line in lines:
-        _screen.print(escape(line), soft_wrap=True)
+        show(line)
     columns = [Column(heading, right=False) for heading in ("option", "default", "values", "")]
     rows = []
     for option, each in about["options"].items():
         default = "–" if each["default"] is None else str(each["default"])
         rows.append([f"--{option.replace('_', '-')}", default, each["values"], each["help"]])
     if rows:
-        print_table(_screen, columns, rows, lines=False)
+        print_table(screen, columns, rows, lines=False)

@@ -1,0 +1,111 @@
+"""`secateur bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.commands.command import command
+from secateur.commands.result_files import check_files, write_json
+from secateur.commands.screen import counter, screen, show
+from secateur.commands.shared_options import Backend, Debug, Device, Dtype, JsonFile, OurFolder, Quiet, Trust
+from secateur.commands.tables import Column, print_table
+from secateur.errors import UsageError
+
+
+@command("bench")
+@dataclass(frozen=True)
+class Bench:
+    """Time the packed linears of MODEL, against dense ones and against the machine's memory."""
+
+    model: OurFolder
+    backend: Backend = "auto"
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
+    tokens: Annotated[str, typer.Option(help="Inputs of a call; several with commas between.")] = "1"
+    threads: Annotated[int | None, typer.Option(help="Of the CPU (default: torch's choice).", min=1)] = None
+    json_file: JsonFile = None
+    plot: Annotated[Path | None, typer.Option(help="Draw a bar chart to this .png or .svg file.")] = None
+    trust_remote_code: Trust = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        from secateur.evaluation.bench.bench import bench
+        from secateur.report.bench_plot import check_plot, plot
+
+        counts = self.tokens.split(",")
+        if not all(count.isdecimal() for count in counts):
+            raise UsageError(f"--tokens {self.tokens!r} is not understood: give whole numbers, such as 1,16")
+        if self.plot is not None:
+            check_plot(self.plot)
+        check_files({"--json": self.json_file})
+        found = bench(
+            self.model,
+            self.backend,
+            device=self.device,
+            dtype=self.dtype,
+            tokens=[int(count) for count in counts],
+            threads=self.threads,
+            trust_remote_code=self.trust_remote_code,
+            progress=counter(self.quiet, ""),
+        )
+        if not self.quiet and str(self.json_file) != "-":
+            self._print(found)
+        write_json(found.to_dict(), self.json_file)
+        if self.plot is not None:
+            plot(found, self.plot)
+
+    def _print(self, found: Any) -> None:
+        show(f"{self.model} in {found.dtype} on {found.device}")
+        _print_tables(found)
+        screen.print()
+        for line in _lines(found):
+            show(line)
+
+
+def _print_tables(found: Any) -> None:
+    """A table for each layout, and no lines: so the figures fit into eighty columns."""
+    from secateur.evaluation.bench.bench import describe
+
+    columns = [Column("shape"), Column("linears", spare=3), Column("backend", right=False)]
+    columns += [Column("tokens"), Column("ms"), Column("dense"), Column("faster")]
+    columns += [Column("MB", spare=2), Column("GB/s", spare=1), Column("of copy")]
+    for layout in dict.fromkeys(describe(case.layout) for case in found.cases):
+        rows = [
+            [
+                "{}×{}".format(*case.shape),
+                str(case.linears),
+                case.backend,
+                str(case.tokens),
+                f"{1e3 * case.seconds:.3f}",
+                f"{1e3 * case.dense_seconds:.3f}",
+                f"{case.speed_up:.2f}×",
+                f"{case.bytes / 1e6:.2f}",
+                f"{case.bandwidth / 1e9:.1f}",
+                f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
+            ]
+            for case in found.cases
+            if describe(case.layout) == layout
+        ]
+        print_table(screen, columns, rows, title=f"\n{layout}", lines=False)
+
+
+def _lines(found: Any) -> list[str]:
+    threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
+    lines = [f"a copy moves {found.copy_bandwidth / 1e9:.1f} GB/s, read and written, with {threads}"]
+    if any(case.cached for case in found.cases):
+        lines.append("* out of the cache: memory does not hold enough such weights to fill it")
+    chosen = ", ".join(f"{name} for {count} linears" for name, count in found.chosen.items())
+    lines.append(f"backend {found.backend} chose {chosen}" if found.backend == "auto" else f"backend {chosen}")
+    lines += [found.fallback] if found.fallback is not None else []
+    for total in found.totals:
+        at_once = "" if total.tokens == 1 else f", {total.tokens} tokens at a time"
+        lines.append(
+            f"all linears{at_once}: {1e3 * total.seconds:.2f} ms a token, dense {1e3 * total.dense_seconds:.2f} ms "
+            f"({total.speed_up:.2f}×)"
+        )
+    return lines

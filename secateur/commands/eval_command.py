@@ -1,0 +1,95 @@
+"""`secateur eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from secateur.commands.command import command
+from secateur.commands.eval_tables import print_evaluation
+from secateur.commands.result_files import check_files, write_json
+from secateur.commands.screen import counter
+from secateur.commands.shared_options import (
+    TEXT_HELP,
+    Bos,
+    Cache,
+    CacheTokens,
+    Debug,
+    Device,
+    Dtype,
+    JsonFile,
+    Model,
+    Quiet,
+    Reference,
+    SeqLen,
+    TextField,
+    Trust,
+    Verify,
+    Windows,
+    WindowTokens,
+)
+
+
+@command("eval")
+@dataclass(frozen=True)
+class Eval:
+    """Measure the perplexity of MODEL and its scores in tasks, and how far it is from a reference."""
+
+    model: Model
+    reference: Reference = None
+    data: Annotated[str, typer.Option(help=TEXT_HELP)] = "docs"
+    text_field: TextField = "text"
+    seq_len: SeqLen = 1024
+    windows: Windows = 12
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next (default: --seq-len, no overlap).", min=1)
+    ] = None
+    bos: Bos = None
+    by_block: Annotated[
+        bool, typer.Option("--by-block", help="Compare the outputs of all blocks with the reference's.")
+    ] = False
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, or .yaml files of your own; several with commas between.")
+    ] = None
+    few_shot: Annotated[int | None, typer.Option(help="Examples in a task's prompt (default: the task's).", min=0)] = (
+        None
+    )
+    limit: Annotated[int | None, typer.Option(help="Samples of each task (default: all).", min=1)] = None
+    cache: Cache = None
+    cache_tokens: CacheTokens = 1024
+    batch_tokens: WindowTokens = None
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+    json_file: JsonFile = None
+    verify: Verify = False
+    trust_remote_code: Trust = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        check_files({"--json": self.json_file})
+        from secateur.evaluation.eval_text import Text
+        from secateur.evaluation.quality import Runner, evaluate
+
+        result = evaluate(
+            self.model,
+            self.reference,
+            Text(self.data, self.seq_len, self.windows, self.stride, self.text_field, self.bos is not False),
+            runner=Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code),
+            cache=self.cache,
+            cache_tokens=self.cache_tokens or None,
+            by_block=self.by_block,
+            tasks=self.tasks.split(",") if self.tasks is not None else (),
+            few_shot=self.few_shot,
+            limit=self.limit,
+            verify=self.verify,
+            progress=counter(self.quiet),
+            task_progress=counter(self.quiet, "task request "),
+        )
+        if not self.quiet and str(self.json_file) != "-":
+            overlap = "" if self.stride is None else f", {self.stride} apart"
+            text = f"{self.windows} windows of {self.seq_len} tokens of {self.data}{overlap}"
+            print_evaluation(result, self.model, self.reference, text)
+        write_json(result.to_dict(), self.json_file)

@@ -1,0 +1,38 @@
+"""`secateur export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from secateur.commands.command import command
+from secateur.commands.screen import say
+from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Trust
+from secateur.commands.spelling import as_flags
+
+
+@command("export")
+@dataclass(frozen=True)
+class Export:
+    """Write the same weights in another form."""
+
+    model: Model
+    out: Out
+    to: Annotated[str, typer.Option(help="dense (every tool reads it), secateur, compressed-tensors or spqr.")]
+    overwrite: Overwrite = False
+    trust_remote_code: Trust = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        from secateur.checkpoint.export import export
+
+        notes = export(
+            self.model, self.out, self.to, overwrite=self.overwrite, trust_remote_code=self.trust_remote_code
+        )
+        if not self.quiet:
+            for note in notes:
+                say(as_flags(f"note: {note}", "export"))
+            say(f"{self.model} is written as {self.to} to {self.out}")

@@ -1,0 +1,50 @@
+"""`secateur generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from secateur.commands.command import command
+from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Model, Trust, Verify
+
+
+@command("generate")
+@dataclass(frozen=True)
+class Generate:
+    """Let MODEL go on from a prompt."""
+
+    model: Model
+    prompt: Annotated[str, typer.Argument(help="What to go on from.")]
+    max_new_tokens: Annotated[int, typer.Option(help="How much to write at most.", min=1)] = 64
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.", min=0.0)] = 0.0
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message, by the chat template.")] = (
+        False
+    )
+    dtype: Dtype = "auto"
+    device: Device = "cpu"
+    backend: Backend = "auto"
+    verify: Verify = False
+    trust_remote_code: Trust = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        from secateur.evaluation.quality import generate
+
+        text = generate(
+            self.model,
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            chat=self.chat,
+            dtype=self.dtype,
+            device=self.device,
+            backend=self.backend,
+            verify=self.verify,
+            trust_remote_code=self.trust_remote_code,
+        )
+        print(text)

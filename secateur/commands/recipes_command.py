@@ -1,0 +1,41 @@
+"""`secateur recipes`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from secateur.commands.command import command
+from secateur.commands.result_files import print_json
+from secateur.commands.screen import screen
+from secateur.commands.shared_options import Debug, Json
+from secateur.commands.tables import Column, print_table
+
+
+@command("recipes")
+@dataclass(frozen=True)
+class Recipes:
+    """List the built-in recipes, or write one of them: `secateur recipes NAME > my.yaml`."""
+
+    name: Annotated[str | None, typer.Argument(help="Write this recipe as YAML, to be changed and used.")] = None
+    as_json: Json = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        from secateur.recipes.built_in import NAMES, built_in
+
+        found = [built_in(each) for each in (NAMES if self.name is None else [self.name])]
+        if self.as_json:
+            about = [
+                {"name": each.name, "good_for": each.good_for, "costs": each.costs, "recipe": each.recipe.to_dict()}
+                for each in found
+            ]
+            print_json(about if self.name is None else about[0])
+        elif self.name is not None:
+            print(found[0].text, end="")
+        else:
+            columns = [Column("recipe", right=False), Column("good for, and what it costs", right=False)]
+            rows = [[each.name, f"{each.good_for}\n{each.costs}\n"] for each in found]
+            print_table(screen, columns, rows, lines=False)

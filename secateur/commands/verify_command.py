@@ -1,0 +1,43 @@
+"""`secateur verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.commands.command import command
+from secateur.commands.result_files import check_files, write_json
+from secateur.commands.screen import say
+from secateur.commands.shared_options import Debug, Quiet, Trust
+
+
+@command("verify")
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Say what is broken in the folder OUT, and where; the exit code is 1 if anything is."""
+
+    out: Annotated[Path, typer.Argument(help="A folder made by secateur.")]
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the problems to this file ('-': standard output).")
+    ] = None
+    trust_remote_code: Trust = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def run(self) -> None:
+        from secateur.checkpoint.verify import examine
+
+        check_files({"--json": self.json_file})
+        found = examine(self.out, trust_remote_code=self.trust_remote_code)
+        if str(self.json_file) != "-":
+            for problem in found.problems:
+                say(f"{problem}")
+            if not found.problems and not self.quiet:
+                say(f"{self.out} is sound: {found.files} files, {found.linears} linears")
+        sound = not found.problems
+        write_json({"folder": str(self.out), "sound": sound, **dataclasses.asdict(found)}, self.json_file)
+        if not sound:
+            raise typer.Exit(1)

@@ -7,9 +7,9 @@ from secateur._version import __version__
 from secateur.checkpoint.verify import verify
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.formats.folder.manifest import Problem
-from secateur.formats.transformers.quantizer import backend
-from secateur.formats.transformers.quantizer import register as _register
 from secateur.model.load import load
+from secateur.model.transformers.quantizer import backend
+from secateur.model.transformers.quantizer import register as _register
 from secateur.pipeline.outcome import Progress, Report
 from secateur.recipes.recipe import Calibration, Choice, Recipe
 from secateur.runs.compress import compress

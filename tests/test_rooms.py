@@ -33,11 +33,9 @@ MOST_LINES, MOST_LINES_OF_A_ROOM = 400, 3000
 TOO_LONG = {
     "secateur.cli": 1055,
     "secateur.evaluation.gate.gate": 498,
-    "secateur.formats.layouts.coded": 409,
-    "secateur.model.source": 513,
     "secateur.pipeline.run": 941,
 }
-ROOMS_TOO_LONG = {"formats": 3913}
+ROOMS_TOO_LONG = {"formats": 3600}
 
 
 def module_of(file):

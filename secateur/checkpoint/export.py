@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur._version import __version__
 from secateur.checkpoint.forms import FORMS, Form
 from secateur.errors import UsageError
-from secateur.formats.folder.card import write_card
+from secateur.formats.card import write_card
 from secateur.formats.folder.manifest import MANIFEST_NAME
 from secateur.formats.folder.reader import read_json
 from secateur.formats.folder.writer import ShardWriter, assemble, staged_folder, write_manifest

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.quantized import Quantized, Uniform
+from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
 from secateur.formats.foreign import pack_quantized, spqr_quant
-from secateur.formats.foreign.pack_quantized import PackQuantized
-from secateur.formats.foreign.spqr_quant import SpQRQuant
 from secateur.formats.layouts.bitmap import Bitmap
-from secateur.formats.layouts.choose import layout_for
-from secateur.formats.layouts.coded import HALF_DTYPES
-from secateur.formats.layouts.layout import Layout
-from secateur.formats.layouts.nm import NMBits
-from secateur.formats.layouts.sparse_int import CodedLayout
-from secateur.formats.transformers.quantizer import quantization_config
+from secateur.formats.stored_weights import quantization_config
 from secateur.model.structure import Linear, is_transposed
 from secateur.model.weights import ModelWeights
 
@@ -78,25 +70,17 @@ class Secateur:
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         name = f"{module}.weight"
         packed = weights.packed(name)
-        layout: Layout
-        if packed is not None and isinstance(packed.layout, CodedLayout):
-            layout, parts = packed.layout, {part: tensor.clone() for part, tensor in weights.parts(name).items()}
-        elif packed is not None and isinstance(packed.layout, PackQuantized):
-            weight = _with_half_scales(packed.layout.read(weights.parts(name)))
-            if weight is None:
+        if packed is not None:
+            found = packed.layout.ours(weights.parts(name))
+            if found is None:
                 return None
-            layout = layout_for(weight)
-            parts = layout.pack(weight)
-        elif packed is not None and isinstance(packed.layout, SpQRQuant):
-            return None
+            layout, parts = found
         else:
             dense = weights[name]
-            W_OI = dense.T.contiguous() if is_transposed(linear) else dense
-            bits = torch.count_nonzero(dense).item() * 8 * dense.element_size() + dense.numel()
-            if packed is None and bits >= 8 * dense.nbytes:
+            if torch.count_nonzero(dense).item() * 8 * dense.element_size() + dense.numel() >= 8 * dense.nbytes:
                 return None
-            layout = packed.layout if packed is not None and isinstance(packed.layout, NMBits) else Bitmap()
-            parts = layout.pack(W_OI)
+            layout = Bitmap()
+            parts = layout.pack(dense.T.contiguous() if is_transposed(linear) else dense)
         self.entries[module] = {**layout.to_config(), **({"transposed": True} if is_transposed(linear) else {})}
         return {f"weight.{part}": tensor for part, tensor in parts.items()}
 
@@ -173,25 +157,12 @@ FORMS: dict[str, type[Form]] = {
 }
 
 
-def _with_half_scales(weight: Quantized) -> Quantized | None:
-    """The same with scales of 16 bits, if there are such."""
-    codes = weight.codes
-    assert isinstance(codes, Uniform)
-    for dtype in HALF_DTYPES:
-        scale_OG = codes.scale_OG.to(dtype)
-        if torch.equal(scale_OG.to(codes.scale_OG.dtype), codes.scale_OG):
-            return replace(weight, codes=replace(codes, scale_OG=scale_OG))
-    return None
-
-
 def _quantized(module: str, linear: Linear, weights: ModelWeights, form: str) -> Quantized | None:
     """The codes of a linear, or None where it is dense."""
     packed = weights.packed(f"{module}.weight")
     if packed is None:
         return None
     try:
-        if not isinstance(packed.layout, CodedLayout):
-            raise ValueError(f"layout {packed.layout.name!r} has no codes")
         if is_transposed(linear):
             raise ValueError("its module keeps weights as [in, out], which only torch.nn.Linear's are read as")
         return packed.layout.read(weights.parts(f"{module}.weight"))

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
@@ -20,6 +22,7 @@ from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
+from secateur.errors import one_line
 
 
 class Pruner(Protocol):
@@ -105,7 +108,20 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
 
 
-def import_all(package: str, path: Iterable[str]) -> None:
-    """Import every file of a package, so that what is in it registers itself."""
-    for module in pkgutil.iter_modules(path):
-        importlib.import_module(f"{package}.{module.name}")
+def import_all(package: str, path: Iterable[str], ending: str = "") -> None:
+    """Import every file of a package, at any depth, whose name ends so: what is in it registers itself."""
+    for module in pkgutil.walk_packages(path, f"{package}."):
+        if not module.ispkg and module.name.endswith(ending):
+            importlib.import_module(module.name)
+
+
+def import_others(group: str, what: str) -> None:
+    """Import the modules of other packages that the entry points of a group name: what is in them registers itself.
+
+    One that cannot be imported is told, and left out.
+    """
+    for entry in entry_points(group=group):
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(f"the {what} of {entry.value} cannot be loaded: {one_line(error)}", stacklevel=2)

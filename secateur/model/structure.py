@@ -271,7 +271,7 @@ def select_linears(names: Iterable[str], targets: tuple[str, ...], ignore: tuple
         UsageError: a pattern matches nothing, or nothing is left.
     """
     names = list(names)
-    for option, patterns in (("--targets", targets), ("--ignore", ignore)):
+    for option, patterns in (("`targets`", targets), ("`ignore`", ignore)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UsageError(f"{option} {pattern!r} matches none of the linears, which are called like {names[0]}")
@@ -281,7 +281,7 @@ def select_linears(names: Iterable[str], targets: tuple[str, ...], ignore: tuple
         if (not targets or any(fnmatchcase(name, p) for p in targets)) and not any(fnmatchcase(name, p) for p in ignore)
     ]
     if not chosen:
-        raise UsageError("nothing is left to compress: --targets and --ignore rule every linear out")
+        raise UsageError("nothing is left to compress: `targets` and `ignore` rule every linear out")
     return chosen
 
 

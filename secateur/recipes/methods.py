@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 import secateur.prune
 import secateur.quant  # noqa: F401 - both register what is in them
 from secateur.core.options import options_of, types_of
-from secateur.core.registry import ROLES
-from secateur.errors import UsageError, did_you_mean, one_line
+from secateur.core.registry import ROLES, import_others
+from secateur.errors import UsageError, did_you_mean
 from secateur.shares import parse_share
 
 #: Entry points of this group are modules of other packages, which register methods as ours do.
@@ -23,16 +21,7 @@ _WORDS = {"prune": "pruning method", "refine": "refiner", "quantize": "quantizat
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
-def load_others() -> None:
-    """Import the methods of other packages; one that cannot be imported is told, and left out."""
-    for entry in entry_points(group=GROUP):
-        try:
-            entry.load()
-        except Exception as error:
-            warnings.warn(f"the methods of {entry.value} cannot be loaded: {one_line(error)}", stacklevel=2)
-
-
-load_others()
+import_others(GROUP, "methods")
 
 
 def find(role: str, name: str) -> Any:

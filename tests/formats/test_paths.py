@@ -150,7 +150,7 @@ def test_what_was_put_beside_is_not_lost(model_of, tmp_path):
     with pytest.raises(UsageError, match=r"secateur did not write runs/adapter\.safetensors, which would be lost"):
         secateur.compress(str(model_of("llama")), out, RTN, overwrite=True)
     # Nor is it advised, where it would not help.
-    with pytest.raises(UsageError, match="exists already: choose another folder; --overwrite does not replace it"):
+    with pytest.raises(UsageError, match="exists already: choose another folder; `overwrite` does not replace it"):
         secateur.compress(str(model_of("llama")), out, RTN)
     assert (out / "runs" / "adapter.safetensors").read_text() == "mine"
 

@@ -337,8 +337,8 @@ def test_a_model_that_runs_by_its_own_code_or_by_a_newer_transformers(own_model)
     source = own_model("llama")
     own = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
     for changes, message in (
-        ({"model_type": "x", "architectures": ["XForCausalLM"], "auto_map": own}, "give --trust-remote-code"),
-        ({"model_type": "x", "architectures": None, "auto_map": own}, "give --trust-remote-code"),
+        ({"model_type": "x", "architectures": ["XForCausalLM"], "auto_map": own}, "give `trust_remote_code`"),
+        ({"model_type": "x", "architectures": None, "auto_map": own}, "give `trust_remote_code`"),
         (
             {"model_type": "llama5", "architectures": ["Llama5ForCausalLM"]},
             r"does not know; .* by 99\.1.*pip install -U",

@@ -304,7 +304,7 @@ WRONG = {
     "too large": (
         {"model.layers.1.input_layernorm.weight": lambda t: t * 1e6},
         {"dtype": "float16"},
-        "overflow torch.float16: give another --dtype",
+        "overflow torch.float16: give another `dtype`",
     ),
 }
 

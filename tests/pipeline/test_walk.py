@@ -290,9 +290,9 @@ def test_patterns_that_match_nothing(model_of, text_file, tmp_path):
     for options, message in (
         (
             {"targets": ("*.fc1",)},
-            r"--targets '\*\.fc1' matches none of the linears, which are called like model\.layers",
+            r"`targets` '\*\.fc1' matches none of the linears, which are called like model\.layers",
         ),
-        ({"ignore": ("lm_head",)}, r"--ignore 'lm_head' matches none"),
+        ({"ignore": ("lm_head",)}, r"`ignore` 'lm_head' matches none"),
         ({"ignore": ("*",)}, "nothing is left to compress"),
         ({"targets": ("*.q_proj",), "ignore": ("*.self_attn.*",)}, "nothing is left to compress"),
     ):

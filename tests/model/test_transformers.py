@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.formats.folder.writer import ShardWriter, assemble
-from secateur.formats.transformers import quantizer as hf
+from secateur.model.transformers import quantizer as hf
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 

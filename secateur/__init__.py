@@ -6,7 +6,7 @@ Importing it registers its quantizer with transformers, so that `from_pretrained
 from secateur._version import __version__
 from secateur.checkpoint.verify import verify
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder.manifest import Problem
+from secateur.folder.manifest import Problem
 from secateur.model.load import load
 from secateur.model.transformers.quantizer import backend
 from secateur.model.transformers.quantizer import register as _register

@@ -12,10 +12,10 @@ from torch import Tensor
 from secateur._version import __version__
 from secateur.checkpoint.forms import FORMS, Form
 from secateur.errors import UsageError
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
+from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.formats.card import write_card
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
-from secateur.formats.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.model.source import Source, open_source, save_config, save_untied
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.model.weights import ModelWeights, converted

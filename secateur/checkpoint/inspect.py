@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
 from secateur.formats.layouts.layout import describe_dense
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton, find_blocks, weight_matrix

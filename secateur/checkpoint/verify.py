@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, SecateurError, UsageError, one_line
-from secateur.formats.folder.entries import unsafe_entries
-from secateur.formats.folder.manifest import MANIFEST_NAME, Problem, check_files
-from secateur.formats.folder.paths import check_named
-from secateur.formats.folder.reader import (
+from secateur.folder.entries import unsafe_entries
+from secateur.folder.manifest import MANIFEST_NAME, Problem, check_files
+from secateur.folder.paths import check_named
+from secateur.folder.reader import (
     INDEX_NAME,
     StoredTensors,
     read_json,

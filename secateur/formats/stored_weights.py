@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.folder.reader import StoredTensors, weight_files
+from secateur.folder.reader import StoredTensors, weight_files
 from secateur.formats.foreign import FOREIGN
 from secateur.formats.layouts.layout import LAYOUT_VERSION, Layout, dtype_name, layout_from_config, part_names
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight

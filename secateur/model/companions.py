@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from secateur.errors import UsageError, one_line
-from secateur.formats.folder.entries import is_inner_name, leads_out
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.writer import write_json
+from secateur.folder.entries import is_inner_name, leads_out
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.writer import write_json
 
 # All files of a checkpoint come along with what is made of it, but those that are made anew, and by their endings: weights and
 # what belongs to them, in whatever form, optimizer states, pickles and archives, in which all of these may be; and code.

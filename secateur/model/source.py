@@ -25,11 +25,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import quantization_config
 
 from secateur.errors import CheckpointError, UsageError, one_line
-from secateur.formats.folder.entries import check_entries
-from secateur.formats.folder.manifest import MANIFEST_NAME, require_files, sha256_of
-from secateur.formats.folder.paths import check_named
-from secateur.formats.folder.reader import LoadedTensors, read_json, weight_files
-from secateur.formats.folder.writer import write_json
+from secateur.folder.entries import check_entries
+from secateur.folder.manifest import MANIFEST_NAME, require_files, sha256_of
+from secateur.folder.paths import check_named
+from secateur.folder.reader import LoadedTensors, read_json, weight_files
+from secateur.folder.writer import write_json
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.formats.stored_weights import (
     QUANT_METHOD,

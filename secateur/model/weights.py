@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import CheckpointError, RepeatedError, one_line
-from secateur.formats.folder.reader import LoadedTensors
+from secateur.folder.reader import LoadedTensors
 from secateur.formats.layouts.layout import all_finite
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 from secateur.model.block_names import generalise, split_name

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.fisher import fisher
-from secateur.formats.folder.reader import StoredTensors
-from secateur.formats.folder.writer import save_tensors, sync
+from secateur.folder.reader import StoredTensors
+from secateur.folder.writer import save_tensors, sync
 from secateur.pipeline.ranks import Ranks
 
 

@@ -23,8 +23,8 @@ from secateur.calibration.tokens import hash_of
 from secateur.core.patterns import NM
 from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError, UsageError
-from secateur.formats.folder.reader import StoredTensors
-from secateur.formats.folder.writer import SHARD_BYTES, ShardWriter, entry_bytes
+from secateur.folder.reader import StoredTensors
+from secateur.folder.writer import SHARD_BYTES, ShardWriter, entry_bytes
 from secateur.formats.layouts.layout import all_finite
 from secateur.model.block_names import how_to_ignore, lists_of, patterns_of, split_name
 from secateur.model.load import load_source

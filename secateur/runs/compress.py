@@ -12,9 +12,9 @@ import torch
 from secateur._version import __version__
 from secateur.checkpoint.verify import verify as verify_folder
 from secateur.errors import RepeatedError
+from secateur.folder.reader import read_json
+from secateur.folder.writer import write_manifest
 from secateur.formats.card import write_card
-from secateur.formats.folder.reader import read_json
-from secateur.formats.folder.writer import write_manifest
 from secateur.formats.stored_weights import quantization_config
 from secateur.model.load import open_device
 from secateur.model.source import open_source, save_config, save_untied

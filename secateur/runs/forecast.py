@@ -19,8 +19,8 @@ import torch
 from secateur.checkpoint.verify import verify
 from secateur.core.stats import Level
 from secateur.errors import UsageError
-from secateur.formats.folder.paths import check_named
-from secateur.formats.folder.writer import SHARD_BYTES
+from secateur.folder.paths import check_named
+from secateur.folder.writer import SHARD_BYTES
 from secateur.model.free_memory import free_memory
 from secateur.model.load import open_device
 from secateur.model.source import open_source

@@ -24,8 +24,8 @@ from secateur.core.patterns import parse_pattern
 from secateur.core.registry import Quantizer
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import measure
-from secateur.formats.folder.manifest import hash_of_values
-from secateur.formats.folder.writer import entry_bytes, write_whole
+from secateur.folder.manifest import hash_of_values
+from secateur.folder.writer import entry_bytes, write_whole
 from secateur.model.block_names import split_name
 from secateur.model.load import load_source
 from secateur.model.source import open_source

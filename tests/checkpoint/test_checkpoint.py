@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder import writer
-from secateur.formats.folder.manifest import MANIFEST_NAME, sha256
-from secateur.formats.folder.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, weight_files
-from secateur.formats.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
+from secateur.folder import writer
+from secateur.folder.manifest import MANIFEST_NAME, sha256
+from secateur.folder.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, weight_files
+from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.formats.stored_weights import find_entry
 from secateur.model.source import open_source
 

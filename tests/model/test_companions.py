@@ -9,7 +9,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import secateur
 from secateur.checkpoint.export import export
-from secateur.formats.folder.manifest import MANIFEST_NAME, sha256
+from secateur.folder.manifest import MANIFEST_NAME, sha256
 from secateur.model import companions
 from secateur.model.source import open_source
 from secateur.recipes.recipe import Recipe

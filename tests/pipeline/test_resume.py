@@ -15,7 +15,7 @@ from conftest import config_of
 
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder import writer
+from secateur.folder import writer
 from secateur.pipeline import partial as partial_module
 from secateur.pipeline import run as run_module
 from secateur.pipeline.memory.footprint import Settings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.folder.reader import Tensors
+from secateur.folder.reader import Tensors
 from secateur.formats.layouts.layout import Decoder, Layout, Stored
 from secateur.kernels.packed import Packed
 

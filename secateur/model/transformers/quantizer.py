@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
-from secateur.formats.folder.reader import HeldTensors, StoredTensors
+from secateur.folder.reader import HeldTensors, StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 from secateur.formats.stored_weights import (

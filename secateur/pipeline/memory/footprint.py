@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.core.patterns import NM
 from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
-from secateur.formats.folder.reader import MAPPED_BYTES
+from secateur.folder.reader import MAPPED_BYTES
 from secateur.model.free_memory import free_memory
 from secateur.model.structure import Linear, weight_matrix
 from secateur.pipeline.capture import BlockCalls, BodyCalls

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
 
 # What a sweep leaves in its folder, beside the checkpoints that it may keep, and the file that it is known by.
 SWEEP_RESULT = "sweep.json"

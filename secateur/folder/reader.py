@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.folder.entries import is_plain_name
+from secateur.folder.entries import is_plain_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

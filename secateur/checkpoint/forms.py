@@ -21,9 +21,11 @@ class Form(Protocol):
 
     Attributes:
         dtype: that every tensor written dense must have; None: the one that it has.
+        unconverted: whether tensors that transformers converted as it loaded them are written as the files had them.
     """
 
     dtype: torch.dtype | None
+    unconverted: bool
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
@@ -47,6 +49,7 @@ class Dense:
     """Every tensor as any tool reads it."""
 
     dtype: torch.dtype | None = None
+    unconverted = True
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
@@ -63,6 +66,7 @@ class Secateur:
     """
 
     dtype: torch.dtype | None = None
+    unconverted = False
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
@@ -95,6 +99,7 @@ class CompressedTensors:
     """The format `pack-quantized` of compressed-tensors: integer codes of 4 or 8 bits."""
 
     dtype: torch.dtype | None = None
+    unconverted = False
 
     def __init__(self) -> None:
         self.schemes: dict[str, pack_quantized.Scheme] = {}
@@ -122,6 +127,7 @@ class SpQR:
     """What the package spqr_quant reads: SpQR of 3 bits in tiles of 16 × 16, and everything else in float16."""
 
     dtype: torch.dtype | None = torch.float16
+    unconverted = False
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}

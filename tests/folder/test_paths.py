@@ -295,7 +295,7 @@ def idle(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the work was begun")
 
-    for place in ("secateur.model.source.open_folder", "secateur.model.source._download"):
+    for place in ("secateur.model.source.open_folder", "secateur.model.source.download"):
         monkeypatch.setattr(place, fail)
 
 

@@ -52,7 +52,7 @@ class Packed(ABC):
 
     def operands(self) -> tuple[Any, ...]:
         """What those kernels take between inputs and bias."""
-        raise NotImplementedError
+        return ()
 
     @property
     def masked(self) -> bool:
@@ -74,7 +74,7 @@ class Packed(ABC):
 
     @abstractmethod
     def count(self) -> int:
-        """How many of its weights are stored as other than zero."""
+        """How many of its weights are not just zero: those stored as other values, or that have a code, whatever it stands for."""
 
     def dense_rows(self) -> Iterator[tuple[int, Tensor]]:
         """The dense weight some rows at a time, with the number of the first: on their way they take many times their size."""

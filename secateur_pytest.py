@@ -35,7 +35,7 @@ def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
         from secateur.errors import CheckpointError
         from secateur.evaluation.gate.gate import TEXT, Baseline, Tolerances, gate, write_baseline
         from secateur.evaluation.quality import Runner
-        from secateur.formats.folder.paths import check_named
+        from secateur.folder.paths import check_named
         from secateur.report.gate_report import markdown
 
         check_named(baseline, "the name of a baseline")

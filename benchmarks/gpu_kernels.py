@@ -24,7 +24,6 @@ from benchmarks.random_packed import BF16, bitmap, packed_int, spqr, two_of_four
 from secateur import kernels
 from secateur.errors import one_line
 from secateur.kernels.packed import Packed, map_tensors, nbytes
-from secateur.kernels.plain import dense_weight
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 11008), (14336, 4096))
 TOKENS = (1, 16, 512, 4096)
@@ -143,7 +142,7 @@ def measure(make: Callable[[int, int], Packed], shape: tuple[int, int], backend:
     held = nbytes(copies[0].weight)
     cold = 4 * torch.cuda.get_device_properties(0).L2_cache_size
     copies += [prepare() for _ in range(math.ceil(cold / held))]
-    W_OI = dense_weight(random).float()
+    W_OI = random.dense().float()
     times, error = [], 0.0
     for T in TOKENS:
         x_TI = torch.randn(T, shape[1], device="cuda").to(BF16)

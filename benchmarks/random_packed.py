@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from secateur.formats.layouts.codebook import TableGrid
+from secateur.formats.layouts.packed_int import UniformGrid
+from secateur.formats.layouts.two_level_int import TwoLevelGrid
 from secateur.kernels.bits import bytes_of
 from secateur.kernels.expand import compress_bitmap, count_rows
-from secateur.kernels.packed import (
-    CodedWeight,
-    Grid,
-    SparseRows,
-    SparseWeight,
-    TableGrid,
-    TwoLevelGrid,
-    UniformGrid,
-    padded,
-)
+from secateur.kernels.packed import CodedWeight, Grid, SparseRows, SparseWeight, padded
 
 BF16, FP16 = torch.bfloat16, torch.float16
 _TILE_ROWS = 16

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from benchmarks.protocol import arguments, plain_model, prepare
-from secateur.formats.folder.manifest import sha256
+from secateur.folder.manifest import sha256
 
 TEXT = Path("tests/fixtures/text/calibration.txt")
 _WINDOWS = ["--calibration", str(TEXT), "--samples", "8", "--seq-len", "128"]

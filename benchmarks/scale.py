@@ -199,7 +199,7 @@ def ranks(args: argparse.Namespace, calibration: Path) -> None:
 
 def verify(args: argparse.Namespace, calibration: Path) -> None:
     import secateur
-    from secateur.formats.folder.writer import sha256
+    from secateur.folder.writer import sha256
 
     model, out = model_of(args, args.sizes.split(",")[-1]), args.work / "out-verify"
     run([*compress_command(model, out, prune_options("magnitude", "0.5"), calibration)], args.threads)

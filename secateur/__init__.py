@@ -13,9 +13,9 @@ from secateur.registration import register_later as _register_later
 if TYPE_CHECKING:
     from secateur.checkpoint.verify import verify
     from secateur.errors import CheckpointError, SecateurError, UsageError
-    from secateur.formats.folder.manifest import Problem
-    from secateur.formats.transformers.quantizer import backend
+    from secateur.folder.manifest import Problem
     from secateur.model.load import load
+    from secateur.model.transformers.quantizer import backend
     from secateur.pipeline.outcome import Progress, Report
     from secateur.recipes.recipe import Calibration, Choice, Recipe
     from secateur.runs.compress import compress
@@ -42,8 +42,8 @@ __all__ = [
 _HOMES = {
     "checkpoint.verify": ["verify"],
     "errors": ["CheckpointError", "SecateurError", "UsageError"],
-    "formats.folder.manifest": ["Problem"],
-    "formats.transformers.quantizer": ["backend"],
+    "folder.manifest": ["Problem"],
+    "model.transformers.quantizer": ["backend"],
     "model.load": ["load"],
     "pipeline.outcome": ["Progress", "Report"],
     "recipes.recipe": ["Calibration", "Choice", "Recipe"],

@@ -74,7 +74,7 @@ def run(command: Callable[..., Any]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (KeyboardInterrupt, Interrupted) as stop:
-        _say(f"interrupted: {getattr(stop, 'left', Interrupted.left)}")
+        _say(f"interrupted: {_spelled(getattr(stop, 'left', Interrupted.left), asked)}")
         return 130
     except typer.Abort:  # what asked for input got none
         _say("aborted")
@@ -95,12 +95,16 @@ def _tell(error: Exception, asked: Asked) -> int:
 
         err.print_exception()
     elif isinstance(error, SecateurError):
-        from secateur.commands.spelling import as_flags
-
-        _say(f"error: {as_flags(str(error), asked.command)}")
+        _say(f"error: {_spelled(str(error), asked)}")
     else:
         _say(f"error: {type(error).__name__}: {one_line(error)} (run again with --debug for details)")
     return error.exit_code if isinstance(error, SecateurError) else 1
+
+
+def _spelled(text: str, asked: Asked) -> str:
+    from secateur.commands.spelling import as_flags
+
+    return as_flags(text, asked.command)
 
 
 def _tell_usage(error: Any) -> int:

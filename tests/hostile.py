@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.formats.folder.manifest import MANIFEST_NAME, seal
-from secateur.formats.folder.reader import INDEX_NAME, SINGLE_NAME
-from secateur.formats.transformers.packed_modules import packed_linears
+from secateur.folder.manifest import MANIFEST_NAME, seal
+from secateur.folder.reader import INDEX_NAME, SINGLE_NAME
+from secateur.model.transformers.packed_modules import packed_linears
 
 # Far above what the tiny folders need, which have ten kilobytes, and far below what their numbers can ask for.
 MEMORY = 512 * 2**20

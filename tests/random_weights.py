@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from secateur.core.quantized import Outliers, Quantized, Table, TwoLevel, Uniform
+from secateur.core.quantized import Outliers, Quantized
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.codebook import Table
 from secateur.formats.layouts.nm import NMBits
+from secateur.formats.layouts.packed_int import Uniform
+from secateur.formats.layouts.two_level_int import TwoLevel
 
 FP16, FP32 = torch.float16, torch.float32
 

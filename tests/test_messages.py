@@ -8,7 +8,7 @@ from test_rooms import FILES, FLOOR, room_of
 
 #: Messages that still name flags, by file: only ever to be made less.
 STILL = {
-    "secateur.formats.folder.paths": 2,
+    "secateur.folder.paths": 2,
     "secateur.kernels.cpu.cpu_backend": 1,
     "secateur.model.load": 4,
     "secateur.pipeline.memory.footprint": 2,

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
-from secateur.formats.folder.writer import write_manifest
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
+from secateur.folder.writer import write_manifest
 
 _WORDS = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
 _SPQR = {"bits": 3, "group_size": 4, "scale_bits": 3, "tile_rows": 4, "outlier_share": 0.1}

@@ -20,7 +20,7 @@ from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windo
 from secateur.calibration.text import read_text
 from secateur.calibration.tokens import bos_ids, check_room, windows
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.folder.manifest import hash_of_values
+from secateur.folder.manifest import hash_of_values
 from secateur.model.load import load_source
 from secateur.model.source import DEMO, Source, longest_window
 from secateur.recipes.recipe import Calibration

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur._version import __version__
 from secateur.checkpoint.forms import FORMS, Form
 from secateur.errors import UsageError
-from secateur.formats.folder.card import write_card
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
-from secateur.formats.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
+from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
+from secateur.formats.card import write_card
 from secateur.model.source import Source, open_source, save_config, save_untied
-from secateur.model.structure import build_skeleton, find_blocks
+from secateur.model.structure import Linear, build_skeleton, find_blocks
 from secateur.model.weights import ModelWeights, converted
 
 
@@ -49,7 +49,7 @@ def export(
         SecateurError: the model cannot be read or written in this form, the form is unknown or the folder cannot be written.
     """
     if to not in FORMS:
-        raise UsageError(f"`to` {to!r} is not known: it can be {', '.join(FORMS)}")
+        raise UsageError(f"--to {to!r} is not known: it can be {', '.join(FORMS)}")
     form: Form = FORMS[to]()
     with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
         source = open_source(model, trust_remote_code, dtype=form.dtype)
@@ -58,39 +58,7 @@ def export(
         blocks = find_blocks(skeleton)
         linears = blocks.linears
         writer = ShardWriter(folder)
-
-        def as_written(name: str, tensor: Tensor) -> Tensor:
-            return converted(name, tensor, form.dtype, "`to='dense'` keeps them")
-
-        def write_waiting() -> None:
-            if waiting:
-                for name, tensor in weights.unconverted(waiting).items():
-                    writer.add(name, tensor)
-                waiting.clear()
-
-        waiting: dict[str, Tensor] = {}  # of one block, where transformers converted them
-        for name in skeleton.state_dict():
-            if name not in weights:
-                continue
-            if waiting and _block(name) != _block(next(iter(waiting))):
-                write_waiting()
-            module = name.removesuffix(".weight")
-            linear = linears.get(module) if module != name else None
-            parts = form.pack(module, linear, weights) if linear is not None else None
-            if parts is None:
-                tensor = as_written(name, weights[name])
-                if weights.converted and to == "dense":
-                    waiting[name] = tensor
-                else:
-                    writer.add(weights.name_to_write(name), tensor)
-                continue
-            progress(module)
-            stored = weights.module_to_write(module)
-            for part, tensor in parts.items():
-                writer.add(f"{stored}.{part}", tensor)
-        write_waiting()
-        for name in weights.unused:
-            writer.add(name, converted(name, weights.stored(name), None, ""))
+        _write_tensors(form, skeleton, linears, weights, writer, progress)
         writer.flush()
         assemble(writer.files, folder, folder)
         quantization = form.config(skeleton, blocks.lists, linears, weights)
@@ -101,6 +69,47 @@ def export(
         write_card(folder, source.name, read_json(folder / "config.json"))
         write_manifest(folder, _manifest(source, to, weights.unused, notes))
     return notes
+
+
+def _write_tensors(
+    form: Form,
+    skeleton: nn.Module,
+    linears: Mapping[str, Linear],
+    weights: ModelWeights,
+    writer: ShardWriter,
+    progress: Callable[[str], None],
+) -> None:
+    """Write all that the files hold: linears as the form packs them, and everything else dense."""
+    waiting: dict[str, Tensor] = {}  # of one block, where transformers converted them
+
+    def write_waiting() -> None:
+        if waiting:
+            for name, tensor in weights.unconverted(waiting).items():
+                writer.add(name, tensor)
+            waiting.clear()
+
+    for name in skeleton.state_dict():
+        if name not in weights:
+            continue
+        if waiting and _block(name) != _block(next(iter(waiting))):
+            write_waiting()
+        module = name.removesuffix(".weight")
+        linear = linears.get(module) if module != name else None
+        parts = form.pack(module, linear, weights) if linear is not None else None
+        if parts is not None:
+            progress(module)
+            stored = weights.module_to_write(module)
+            for part, tensor in parts.items():
+                writer.add(f"{stored}.{part}", tensor)
+            continue
+        tensor = converted(name, weights[name], form.dtype, "`to='dense'` keeps them")
+        if weights.converted and form.unconverted:
+            waiting[name] = tensor
+        else:
+            writer.add(weights.name_to_write(name), tensor)
+    write_waiting()
+    for name in weights.unused:
+        writer.add(name, converted(name, weights.stored(name), None, ""))
 
 
 def _block(name: str) -> str:

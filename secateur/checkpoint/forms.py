@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.quantized import Quantized, Uniform
+from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
 from secateur.formats.foreign import pack_quantized, spqr_quant
-from secateur.formats.foreign.pack_quantized import PackQuantized
-from secateur.formats.foreign.spqr_quant import SpQRQuant
 from secateur.formats.layouts.bitmap import Bitmap
-from secateur.formats.layouts.choose import layout_for
-from secateur.formats.layouts.coded import HALF_DTYPES
-from secateur.formats.layouts.layout import Layout
-from secateur.formats.layouts.nm import NMBits
-from secateur.formats.layouts.sparse_int import CodedLayout
-from secateur.formats.transformers.quantizer import quantization_config
+from secateur.formats.stored_weights import quantization_config
 from secateur.model.structure import Linear, is_transposed
 from secateur.model.weights import ModelWeights
 
@@ -29,9 +21,11 @@ class Form(Protocol):
 
     Attributes:
         dtype: that every tensor written dense must have; None: the one that it has.
+        unconverted: whether tensors that transformers converted as it loaded them are written as the files had them.
     """
 
     dtype: torch.dtype | None
+    unconverted: bool
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
@@ -55,6 +49,7 @@ class Dense:
     """Every tensor as any tool reads it."""
 
     dtype: torch.dtype | None = None
+    unconverted = True
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
@@ -71,6 +66,7 @@ class Secateur:
     """
 
     dtype: torch.dtype | None = None
+    unconverted = False
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
@@ -78,25 +74,17 @@ class Secateur:
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         name = f"{module}.weight"
         packed = weights.packed(name)
-        layout: Layout
-        if packed is not None and isinstance(packed.layout, CodedLayout):
-            layout, parts = packed.layout, {part: tensor.clone() for part, tensor in weights.parts(name).items()}
-        elif packed is not None and isinstance(packed.layout, PackQuantized):
-            weight = _with_half_scales(packed.layout.read(weights.parts(name)))
-            if weight is None:
+        if packed is not None:
+            found = packed.layout.ours(weights.parts(name))
+            if found is None:
                 return None
-            layout = layout_for(weight)
-            parts = layout.pack(weight)
-        elif packed is not None and isinstance(packed.layout, SpQRQuant):
-            return None
+            layout, parts = found
         else:
             dense = weights[name]
-            W_OI = dense.T.contiguous() if is_transposed(linear) else dense
-            bits = torch.count_nonzero(dense).item() * 8 * dense.element_size() + dense.numel()
-            if packed is None and bits >= 8 * dense.nbytes:
+            if torch.count_nonzero(dense).item() * 8 * dense.element_size() + dense.numel() >= 8 * dense.nbytes:
                 return None
-            layout = packed.layout if packed is not None and isinstance(packed.layout, NMBits) else Bitmap()
-            parts = layout.pack(W_OI)
+            layout = Bitmap()
+            parts = layout.pack(dense.T.contiguous() if is_transposed(linear) else dense)
         self.entries[module] = {**layout.to_config(), **({"transposed": True} if is_transposed(linear) else {})}
         return {f"weight.{part}": tensor for part, tensor in parts.items()}
 
@@ -111,6 +99,7 @@ class CompressedTensors:
     """The format `pack-quantized` of compressed-tensors: integer codes of 4 or 8 bits."""
 
     dtype: torch.dtype | None = None
+    unconverted = False
 
     def __init__(self) -> None:
         self.schemes: dict[str, pack_quantized.Scheme] = {}
@@ -138,6 +127,7 @@ class SpQR:
     """What the package spqr_quant reads: SpQR of 3 bits in tiles of 16 × 16, and everything else in float16."""
 
     dtype: torch.dtype | None = torch.float16
+    unconverted = False
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
@@ -173,25 +163,12 @@ FORMS: dict[str, type[Form]] = {
 }
 
 
-def _with_half_scales(weight: Quantized) -> Quantized | None:
-    """The same with scales of 16 bits, if there are such."""
-    codes = weight.codes
-    assert isinstance(codes, Uniform)
-    for dtype in HALF_DTYPES:
-        scale_OG = codes.scale_OG.to(dtype)
-        if torch.equal(scale_OG.to(codes.scale_OG.dtype), codes.scale_OG):
-            return replace(weight, codes=replace(codes, scale_OG=scale_OG))
-    return None
-
-
 def _quantized(module: str, linear: Linear, weights: ModelWeights, form: str) -> Quantized | None:
     """The codes of a linear, or None where it is dense."""
     packed = weights.packed(f"{module}.weight")
     if packed is None:
         return None
     try:
-        if not isinstance(packed.layout, CodedLayout):
-            raise ValueError(f"layout {packed.layout.name!r} has no codes")
         if is_transposed(linear):
             raise ValueError("its module keeps weights as [in, out], which only torch.nn.Linear's are read as")
         return packed.layout.read(weights.parts(f"{module}.weight"))

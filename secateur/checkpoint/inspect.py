@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
-from secateur.formats.foreign.pack_quantized import PackQuantized
-from secateur.formats.foreign.spqr_quant import SpQRQuant
-from secateur.formats.layouts.sparse_int import CodedLayout
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
+from secateur.formats.layouts.layout import describe_dense
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton, find_blocks, weight_matrix
 from secateur.model.weights import ModelWeights
@@ -59,30 +57,20 @@ def inspect(source: Source) -> Inspection:
         key = f"{name}.weight"
         if key not in weights:
             continue  # tied to one that is listed
-        weight = weights[key]
         packed = weights.packed(key)
-        stored, outliers = int(torch.count_nonzero(weight)), 0
-        if packed is None:
-            size, layout = weight.nbytes, "dense"
-        else:
-            parts = weights.parts(key)
-            size, layout = sum(tensor.nbytes for tensor in parts.values()), packed.layout.name
-            if isinstance(packed.layout, CodedLayout):
-                quantized = packed.layout.read(parts)
-                stored, outliers = quantized.stored, quantized.outlier_count
-            elif isinstance(packed.layout, PackQuantized | SpQRQuant):
-                stored = weight.numel()  # a zero is a level like any other
+        found = describe_dense(weights[key]) if packed is None else packed.describe(key, weights.stored_tensors)
         error, kind = errors.get(name, (float("nan"), "not recorded"))
         O, I = weight_matrix(linear).shape
+        count = O * I
         linears.append(
             LinearReport(
                 name=name,
                 shape=(O, I),
-                layout=layout,
-                sparsity=1 - stored / weight.numel(),
-                outliers=outliers / weight.numel(),
-                bits=8 * size / weight.numel(),
-                bytes=size,
+                layout=found.layout,
+                sparsity=1 - found.count / count,
+                outliers=found.outliers / count,
+                bits=8 * found.bytes / count,
+                bytes=found.bytes,
                 error=error,
                 error_kind=kind,
             )

@@ -18,23 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, SecateurError, UsageError, one_line
-from secateur.formats.folder.entries import unsafe_entries
-from secateur.formats.folder.manifest import MANIFEST_NAME, Problem, check_files
-from secateur.formats.folder.paths import check_named
-from secateur.formats.folder.reader import (
+from secateur.folder.entries import unsafe_entries
+from secateur.folder.manifest import MANIFEST_NAME, Problem, check_files
+from secateur.folder.paths import check_named
+from secateur.folder.reader import (
     INDEX_NAME,
     StoredTensors,
-    find_entry,
-    parse_quantization_config,
     read_json,
     weight_files,
 )
-from secateur.formats.foreign.compressed_tensors import SparseBitmask
-from secateur.formats.foreign.pack_quantized import PackQuantized
-from secateur.formats.foreign.spqr_quant import SpQRQuant
-from secateur.formats.layouts.layout import all_finite, widened
+from secateur.formats.layouts.layout import Stored, describe_dense
 from secateur.formats.layouts.packed_weight import DecodedWeights
-from secateur.kernels.packed import SparseWeight
+from secateur.formats.stored_weights import find_entry, parse_quantization_config
 from secateur.model.limits import check_config
 from secateur.model.source import Source, open_folder, open_tokenizer
 from secateur.model.structure import LINEARS, build_skeleton, is_transposed, weight_matrix
@@ -86,16 +81,6 @@ def examine(folder: str | Path, *, trust_remote_code: bool = False) -> Verificat
     with torch.no_grad():
         run.run()
     return run.found
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """What the tensors of a linear tell: how it is stored, how many of its weights, and in how many bytes."""
-
-    layout: str
-    stored: int
-    outliers: int
-    bytes: int
 
 
 @dataclass
@@ -190,20 +175,21 @@ class _Run:
                 continue
             owner = model.get_submodule(name.rpartition(".")[0])
             is_linear = isinstance(owner, LINEARS) and name.endswith(".weight")
-            weight = self._try(name, partial(_read, source.weights, names[name], expected, is_linear))
+            weight = self._try(name, partial(_read, source.weights, names[name], expected))
             said = reports.pop(name.removesuffix(".weight"), None) if is_linear else None
             if is_linear and weight is not None:
                 self.found.linears += owner is not head
-                self._compare(name.removesuffix(".weight"), weight, tuple(weight_matrix(owner).shape), said)
+                packed = names[name] in source.weights.packed
+                self._compare(name.removesuffix(".weight"), weight, packed, tuple(weight_matrix(owner).shape), said)
         for name in reports:
             self._say(name, f"is a linear in {MANIFEST_NAME}, but not in the model that config.json describes")
         for name in source.weights:
             if name not in used:
-                self._try(name, partial(_read, source.weights, name, None, False))
+                self._try(name, partial(_read, source.weights, name, None))
 
     def _layouts(self, source: Source, model: nn.Module, names: Mapping[str, str]) -> None:
         """The config names just those linears that are packed, and says right how their modules keep them."""
-        if source.quantization is None or not isinstance(source.weights, DecodedWeights):
+        if source.quantization is None:
             return
         entries = parse_quantization_config(source.quantization)
         packed = source.weights.packed
@@ -228,22 +214,22 @@ class _Run:
         for pattern in sorted(unnamed):
             self._say(CONFIG_NAME, f"names a layout for {pattern!r}, which no packed weight is called")
 
-    def _compare(self, name: str, weight: _Weight, shape: tuple[int, ...], said: Any) -> None:
+    def _compare(self, name: str, weight: Stored, packed: bool, shape: tuple[int, ...], said: Any) -> None:
         """Whether the manifest says the same about a linear as its tensors."""
         exported = "exported" in self.manifest  # what is exported has another form than what the manifest tells of
         if said is None:
-            if weight.layout != "dense" and "linears" in self.manifest and not exported:
+            if packed and "linears" in self.manifest and not exported:
                 self._say(name, f"is packed, but {MANIFEST_NAME} does not have it among its linears")
             return
         if not isinstance(said, dict):
             self._say(name, f"is {said!r} in {MANIFEST_NAME}")
             return
         count = max(math.prod(shape), 1)
-        found: dict[str, Any] = {"shape": list(shape), "sparsity": 1 - weight.stored / count}
+        found: dict[str, Any] = {"shape": list(shape), "sparsity": 1 - weight.count / count}
         if not exported:
             found |= {"layout": weight.layout, "bytes": weight.bytes, "bits": 8 * weight.bytes / count}
             found["outliers"] = weight.outliers / count
-        if weight.layout == "dense" and _quantized(self.manifest):
+        if not packed and _quantized(self.manifest):
             # Outliers no longer stand apart, and some values of a grid are zero, which are weights like others.
             found.pop("outliers", None)
             found["sparsity"] = min(found["sparsity"], _number(said.get("sparsity")))
@@ -270,51 +256,34 @@ def _ignored(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _read(weights: Mapping[str, Tensor], name: str, expected: Tensor | None, is_linear: bool) -> _Weight:
-    """Read one weight, all of which is checked.
+def _read(weights: DecodedWeights, name: str, expected: Tensor | None) -> Stored:
+    """Read one weight, all of which is checked, and tell what it is.
 
     Args:
         weights: of the checkpoint.
         name: that it is stored under.
         expected: of the shape and kind that its module has. None: no module has it, and whatever it holds does no harm.
-        is_linear: whether its module is one.
 
     Raises:
         CheckpointError: it is damaged, has other than finite values, or is not as expected.
     """
-    packed = weights.packed.get(name) if isinstance(weights, DecodedWeights) else None
-    if packed is None or not isinstance(weights, DecodedWeights):
+    packed = weights.packed.get(name)
+    if packed is None:
         tensor = weights[name]
-        if expected is not None:
-            _check_dense(tensor, expected)
-        return _Weight("dense", _count_nonzero(tensor) if is_linear else 0, 0, tensor.nbytes)
-    size, layout = sum(weights.stored[key].nbytes for key in packed.parts.values()), packed.layout.name
-    if isinstance(packed.layout, PackQuantized | SpQRQuant | SparseBitmask):
-        tensor = packed.decode(name, weights.stored)
-        _check_dense(tensor, expected)
-        return _Weight(layout, tensor.numel(), 0, size)
-    weight = packed.load(name, weights.stored)
-    _check_shape(weight.shape[::-1] if packed.transposed else weight.shape, expected)
-    if isinstance(weight, SparseWeight):
-        if not all_finite(weight.values_V):
-            raise CheckpointError("holds NaN or infinity")
-        return _Weight(layout, _count_nonzero(weight.values_V), 0, size)
-    kept = math.prod(weight.shape) if weight.count_O is None else int(weight.count_O.sum(dtype=torch.int64))
-    return _Weight(layout, kept, 0 if weight.outliers is None else weight.outliers.value_N.numel(), size)
-
-
-def _check_dense(tensor: Tensor, expected: Tensor | None) -> None:
-    _check_shape(tensor.shape, expected)
-    if expected is not None and tensor.is_floating_point() != expected.is_floating_point():
-        raise CheckpointError(f"is {tensor.dtype} in the files, but {expected.dtype} in the model")
-    if tensor.is_floating_point() and not all_finite(tensor):
+        if expected is None:
+            return Stored("dense", tuple(tensor.shape), 0, 0, tensor.nbytes, True)
+        _check_shape(tensor.shape, expected)
+        if tensor.is_floating_point() != expected.is_floating_point():
+            raise CheckpointError(f"is {tensor.dtype} in the files, but {expected.dtype} in the model")
+        found = describe_dense(tensor)
+    else:
+        found = packed.describe(name, weights.stored)
+        _check_shape(found.shape[::-1] if packed.transposed else found.shape, expected)
+    if not found.finite:
         raise CheckpointError("holds NaN or infinity")
+    return found
 
 
 def _check_shape(shape: tuple[int, ...], expected: Tensor | None) -> None:
     if expected is not None and tuple(shape) != tuple(expected.shape):
         raise CheckpointError(f"is {list(shape)} in the files, but {list(expected.shape)} in the model")
-
-
-def _count_nonzero(tensor: Tensor) -> int:
-    return int(torch.count_nonzero(widened(tensor)))

@@ -30,7 +30,7 @@ def print_json(value: Any) -> None:
 
 def check_files(files: dict[str, Path | None], out: Path | None = None) -> None:
     """Raise UsageError when a file that an option names cannot be written, see `check_file`."""
-    from secateur.formats.folder.paths import check_file
+    from secateur.folder.paths import check_file
 
     for option, file in files.items():
         if file is not None:

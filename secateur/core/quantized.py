@@ -1,14 +1,13 @@
 """Quantized weights: what quantizers return and layouts store.
 
-O: output features, I: input features, K: stored weights of a row (I of them, or as many as are kept), G: groups of a row,
-Γ: groups of all rows together, T: tiles of consecutive rows, C: entries of a lookup table, N: outliers.
+O: output features, I: input features, K: stored weights of a row (I of them, or as many as are kept), N: outliers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,92 +15,23 @@ from torch import Tensor
 BITS = (2, 3, 4, 8)
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """Codes on a grid a group: w = (code − zero) · scale.
+class Codes(Protocol):
+    """The codes of a weight and what they stand for: a frozen dataclass of a family of codes (see `formats.layouts`).
 
     Attributes:
         bits: of a code.
-        group_size: stored weights that share a scale and zero point; the last group of a row may have fewer.
-        code_OK: uint8.
-        scale_OG: positive, in the dtype that it is stored in.
-        zero_OG: uint8; None when all zero points are 2^(bits − 1).
     """
 
-    bits: int
-    group_size: int
-    code_OK: Tensor
-    scale_OG: Tensor
-    zero_OG: Tensor | None
+    @property
+    def bits(self) -> int: ...
 
     def values(self) -> Tensor:
         """The stored weights `[O, K]`, float32."""
-        zero_OG = torch.full_like(self.scale_OG, 2 ** (self.bits - 1)) if self.zero_OG is None else self.zero_OG
-        return _on_grid(self.code_OK, self.scale_OG.float(), zero_OG.float(), self.group_size)
+        ...
 
-
-@dataclass(frozen=True)
-class TwoLevel:
-    """Codes on a grid a group whose scale and zero point are themselves codes: SpQR's.
-
-    scale = low + step · scale_code, zero = low + step · zero_code, with low and step of each for every tile of consecutive rows
-    and group; w = (code − zero) · scale.
-
-    Attributes:
-        bits, group_size: as in `Uniform`.
-        scale_bits: of the codes of scales and zero points.
-        tile_rows: rows of a tile; the last tile may have fewer.
-        code_OK, scale_code_OG, zero_code_OG: uint8.
-        second_TG4: step and low of the scale, step and low of the zero point, in the dtype that they are stored in.
-    """
-
-    bits: int
-    group_size: int
-    scale_bits: int
-    tile_rows: int
-    code_OK: Tensor
-    scale_code_OG: Tensor
-    zero_code_OG: Tensor
-    second_TG4: Tensor
-
-    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        """Both `[O, G]`, float32."""
-        tile_O = torch.arange(len(self.code_OK), device=self.code_OK.device) // self.tile_rows
-        step_OG, low_OG, zero_step_OG, zero_low_OG = self.second_TG4.float()[tile_O].unbind(2)
-        return low_OG + step_OG * self.scale_code_OG, zero_low_OG + zero_step_OG * self.zero_code_OG
-
-    def values(self) -> Tensor:
-        """The stored weights `[O, K]`, float32."""
-        return _on_grid(self.code_OK, *self.scale_and_zero(), self.group_size)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Codes that number the entries of a lookup table, one table a row: SqueezeLLM's.
-
-    Attributes:
-        bits: of a code.
-        code_OK: uint8.
-        table_OC: 2^bits values of each row, in the dtype that they are stored in.
-    """
-
-    bits: int
-    code_OK: Tensor
-    table_OC: Tensor
-
-    def values(self) -> Tensor:
-        """The stored weights `[O, K]`, float32."""
-        return self.table_OC.float().gather(1, self.code_OK.long())
-
-
-Codes = Uniform | TwoLevel | Table
-
-
-def _on_grid(code_OK: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_size: int) -> Tensor:
-    K = code_OK.shape[1]
-    size = min(group_size, K)  # a file may claim groups of any size
-    scale_OK = scale_OG.repeat_interleave(size, 1)[:, :K]
-    return (code_OK - zero_OG.repeat_interleave(size, 1)[:, :K]).mul_(scale_OK)
+    def layout(self, dtype: torch.dtype) -> Any:
+        """What stores them, as codes of a weight that is of this dtype where it is dense."""
+        ...
 
 
 @dataclass(frozen=True)

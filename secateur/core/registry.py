@@ -109,15 +109,19 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
 
 
-def import_all(package: str, path: Iterable[str]) -> None:
-    """Import every file of a package, so that what is in it registers itself."""
-    for module in pkgutil.iter_modules(path):
-        importlib.import_module(f"{package}.{module.name}")
+def import_all(package: str, path: Iterable[str], ending: str = "") -> None:
+    """Import every file of a package, at any depth, whose name ends so: what is in it registers itself."""
+    for module in pkgutil.walk_packages(path, f"{package}."):
+        if not module.ispkg and module.name.endswith(ending):
+            importlib.import_module(module.name)
 
 
 @cache
-def load_others(group: str, what: str) -> None:
-    """Import the modules that other packages name as entry points of a group; one that cannot be is told, and left out."""
+def import_others(group: str, what: str) -> None:
+    """Import the modules of other packages that the entry points of a group name: what is in them registers itself.
+
+    One that cannot be imported is told, and left out.
+    """
     for entry in entry_points(group=group):
         try:
             entry.load()

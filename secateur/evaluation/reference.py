@@ -31,9 +31,9 @@ from secateur.evaluation.perplexity import (
     place_of,
     scored_predictions,
 )
-from secateur.formats.folder.manifest import hash_of_values
-from secateur.formats.folder.paths import check_named, drop_empty
-from secateur.formats.folder.writer import save_tensors, write_whole
+from secateur.folder.manifest import hash_of_values
+from secateur.folder.paths import check_named, drop_empty
+from secateur.folder.writer import save_tensors, write_whole
 
 _LAYOUT = 1
 # Of each distribution, unless somebody says otherwise: most of the divergence is known from them, in 8 kB.

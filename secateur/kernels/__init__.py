@@ -1,10 +1,13 @@
-"""Computing with packed weights: `prepare` one for a backend, and `linear` multiplies by it."""
+"""Computing with packed weights: `prepare` one for a backend, and `linear` multiplies by it.
 
-from secateur.kernels import dense_backend as dense  # noqa: F401 - they register themselves
-from secateur.kernels import plain  # noqa: F401 - they register themselves
-from secateur.kernels.backends import AUTO, BACKENDS, Prepared, check_backend, choose, linear, prepare
-from secateur.kernels.cpu import cpu_backend  # noqa: F401 - they register themselves
-from secateur.kernels.cuda24 import semi_structured  # noqa: F401 - they register themselves
-from secateur.kernels.triton import triton_backend as triton_decode  # noqa: F401 - they register themselves
+Each backend is a file that is called `…_backend`, here or a folder below, and registers itself under the name that the user
+types; those of other packages are modules that the entry points of `backends.GROUP` name.
+"""
+
+from secateur.core.registry import import_all, import_others
+from secateur.kernels.backends import AUTO, BACKENDS, GROUP, Prepared, check_backend, choose, linear, prepare
+
+import_all(__name__, __path__, "_backend")
+import_others(GROUP, "backends")
 
 __all__ = ["AUTO", "BACKENDS", "Prepared", "check_backend", "choose", "linear", "prepare"]

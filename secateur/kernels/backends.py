@@ -1,6 +1,6 @@
 """The door to all backends: `prepare` a packed weight for one, and `linear` computes with it.
 
-A backend is one file that registers itself; `auto` takes the first of a device's list that can be used.
+A backend is one file that registers itself; `auto` takes the best for a device that can be used.
 
 O: output features, I: input features, T: tokens.
 """
@@ -20,8 +20,8 @@ from secateur.errors import UsageError
 from secateur.kernels.packed import FLOAT_DTYPES, Packed
 
 AUTO = "auto"
-# What `auto` tries, by type of device; elsewhere, and at the end of each list, weights are made dense.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda-2:4", "triton")}
+#: Entry points of this group are modules of other packages, which register backends as ours do.
+GROUP = "secateur.backends"
 
 
 class Backend(Protocol):
@@ -29,9 +29,12 @@ class Backend(Protocol):
 
     Attributes:
         name: what the user calls it.
+        first_on: types of devices where `auto` tries it, each with a rank: the highest goes first, and last of all weights are
+            made dense.
     """
 
     name: ClassVar[str]
+    first_on: ClassVar[dict[str, int]]
 
     def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot compute with this weight on this device with inputs of this dtype, in half a sentence that names what
@@ -111,8 +114,9 @@ def choose(weight: Packed, name: str, device: torch.device, dtype: torch.dtype) 
     if dtype not in FLOAT_DTYPES:
         raise UsageError(f"no backend computes in {dtype}: it can be float32, bfloat16 or float16")
     if name == AUTO:
-        candidates = (BACKENDS[other] for other in _PREFERENCE.get(device.type, ()))
-        return next((b for b in candidates if b.why_not(weight, device, dtype) is None), BACKENDS["dense"])
+        ranked = [b for b in BACKENDS.values() if device.type in b.first_on]
+        ranked.sort(key=lambda b: -b.first_on[device.type])
+        return next((b for b in ranked if b.why_not(weight, device, dtype) is None), BACKENDS["dense"])
     chosen = BACKENDS[name]
     problem = chosen.why_not(weight, device, dtype)
     if problem is not None:

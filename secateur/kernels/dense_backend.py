@@ -10,7 +10,6 @@ from torch.nn.functional import linear
 
 from secateur.kernels.backends import backend
 from secateur.kernels.packed import Packed
-from secateur.kernels.plain import dense_weight
 
 
 @backend
@@ -18,12 +17,13 @@ class Dense:
     """Dense weights in the dtype of the inputs."""
 
     name: ClassVar[str] = "dense"
+    first_on: ClassVar[dict[str, int]] = {}
 
     def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
     def prepare(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return dense_weight(weight).to(device, dtype)
+        return weight.dense().to(device, dtype)
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         return linear(x_TI, weight.to(x_TI.dtype), bias_O)

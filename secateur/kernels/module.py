@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 from secateur.kernels.backends import Prepared, linear, prepare
 from secateur.kernels.lazy import LazyWeight
-from secateur.kernels.packed import Packed, SparseWeight, map_tensors, nbytes
-from secateur.kernels.plain import dense_weight
+from secateur.kernels.packed import Packed, map_tensors, nbytes
 
 Store = Callable[[Packed], dict[str, Tensor]]
 
@@ -46,11 +45,12 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.backend, self.dtype, self.store = backend, dtype, store
         self.bias: nn.Parameter | None = bias_O
-        self.prepared: Prepared | Packed = weight
+        #: None until it is placed.
+        self.prepared: Prepared | None = None
         self._weight_dtype = weight.dtype
         self._fetch = False
-        # What `prepared` was made of, where it does not give that back.
-        self._source: Packed | None = None
+        # What `prepared` is made of; None where that gives it back.
+        self._source: Packed | None = weight
 
     def place(self, device: torch.device, fetch: bool = False) -> None:
         """Make the weight ready on a device. Raises UsageError when its backend cannot be used there.
@@ -60,14 +60,14 @@ class PackedLinear(nn.Module):
             fetch: whether inputs that are elsewhere are brought there, and outputs back.
         """
         self._fetch = fetch
-        if isinstance(self.prepared, Prepared) and self.prepared.device == device:
+        if self.prepared is not None and self.prepared.device == device:
             return
         weight = map_tensors(self.packed(), lambda tensor: tensor.to(device))
         self.prepared = prepare(weight, self.backend, device=device, dtype=self.dtype)
         self._source = weight if self.prepared.backend.packed(self.prepared.weight) is None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self.prepared, Prepared)
+        assert self.prepared is not None
         if not self._fetch or x.device == self.prepared.device:
             return linear(self.prepared, x, self.bias)
         bias_O = None if self.bias is None else self.bias.to(self.prepared.device)
@@ -75,9 +75,9 @@ class PackedLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The weight as it is stored, but in the dtype of the inputs where the backend needs that."""
-        if not isinstance(self.prepared, Prepared):
-            return self.prepared
-        found = self.prepared.backend.packed(self.prepared.weight) if self._source is None else self._source
+        found = self._source
+        if found is None and self.prepared is not None:
+            found = self.prepared.backend.packed(self.prepared.weight)
         assert found is not None
         return found
 
@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """The dense weight `[O, I]`."""
-        return dense_weight(self.packed()).to(self._weight_dtype)
+        return self.packed().dense().to(self._weight_dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -98,7 +98,7 @@ class PackedLinear(nn.Module):
         """
         shape = (self.out_features, self.in_features)
         W: Tensor
-        if not isinstance(self.prepared, Prepared):
+        if self.prepared is None:
             W = torch.empty(shape[::-1] if self.transposed else shape, device="meta")
         elif self.transposed:
             W = LazyWeight(shape[::-1], self._weight_dtype, self.prepared.device, lambda: self.dense().T)
@@ -110,26 +110,18 @@ class PackedLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes in memory."""
-        prepared = self.prepared.weight if isinstance(self.prepared, Prepared) else self.prepared
-        return nbytes(prepared) + nbytes(self._source)
+        return nbytes(self.prepared and self.prepared.weight) + nbytes(self._source)
 
     def __getstate__(self) -> dict[str, Any]:
         # As it is stored: what a backend made of it may not be of use where it is read.
-        return {
-            **self.__dict__,
-            "prepared": self.packed(),
-            "_source": None,
-            "_ready": isinstance(self.prepared, Prepared),
-        }
+        return {**self.__dict__, "prepared": None, "_source": self.packed(), "_ready": self.prepared is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         ready = state.pop("_ready")
         super().__setstate__(state)
         if not ready:
             return
-        assert not isinstance(self.prepared, Prepared)
-        weight = self.prepared
-        device = (weight.values_V if isinstance(weight, SparseWeight) else weight.codes_S).device
+        device = self.packed().device
         try:
             self.place(device, self._fetch)
         except UsageError as error:
@@ -146,12 +138,12 @@ class PackedLinear(nn.Module):
         return twin
 
     def _backend_name(self) -> str:
-        return self.prepared.backend.name if isinstance(self.prepared, Prepared) else self.backend
+        return self.backend if self.prepared is None else self.prepared.backend.name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         # What a cast or a move does to any tensor tells where it would go; casts leave the weight alone.
-        if isinstance(self.prepared, Prepared):
+        if self.prepared is not None:
             probe = fn(torch.empty(0, device=self.prepared.device))
             if probe.device.type != "meta":
                 self.place(probe.device, self._fetch and probe.device == self.prepared.device)

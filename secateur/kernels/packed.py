@@ -1,37 +1,101 @@
 """Weights as the kernels compute on them: close to how they lie in a checkpoint, and checked before they get here.
 
 O: output features, I: input features, K: stored weights of a row (I of them, or as many as are kept), B: bytes of a row's
-mask, ⌈I/8⌉, V: values, S: bytes of a stream, G: groups of a row, Γ: groups of all rows together, T: tiles of consecutive rows,
-C: entries of a lookup table, N: outliers.
+mask, ⌈I/8⌉, V: values, S: bytes of a stream, G: groups of the row with most, Γ: groups of all rows together, R: some rows,
+N: outliers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor
 
+from secateur.kernels.bits import unpack_bits
+from secateur.kernels.expand import expand_bitmap, unpack_mask
+
 #: What weights, inputs and outputs may be.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Zero bytes after the last value or code, so that a wide load that begins inside the stream ends inside the tensor.
 PADDING = 64
+# Which a CPU's caches hold on their way from codes.
+_WEIGHTS_AT_ONCE = 2**19
 
 
-@dataclass(frozen=True)
-class SparseWeight:
-    """A pruned weight: the kept values row after row, and one bit a weight that says where they belong.
+class Packed(ABC):
+    """A weight `[O, I]` that is not dense: a frozen dataclass of tensors, all on one device.
 
     Attributes:
         shape: (O, I).
+        dtype: of the dense weight.
+        kernels: which of the compiled kernels compute on it, those of `sparse` weights or of `coded` ones; "": none do.
+        pattern: (N, M) where every group of M columns has exactly N stored weights; None otherwise.
+        order_I: int32, the input feature of each stored column; None when columns are in natural order.
+        outliers: to be added; None if there are none.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    pattern: tuple[int, int] | None = None
+    order_I: Tensor | None = None
+    outliers: SparseRows | None = None
+
+    @property
+    def kernels(self) -> str:
+        return ""
+
+    def operands(self) -> tuple[Any, ...]:
+        """What those kernels take between inputs and bias."""
+        return ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask says which of its weights have a code."""
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return next(_tensors(self)).device
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The dense weight `[O, I]`, input features in natural order, by operations that torch can trace on any device."""
+
+    @abstractmethod
+    def rows(self, start: int, end: int) -> Packed:
+        """Some consecutive rows. Streams of codes may stay whole: rows say where in them they begin."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many of its weights are stored: as values other than zero, or as a code, whatever it stands for."""
+
+    def dense_rows(self) -> Iterator[tuple[int, Tensor]]:
+        """The dense weight some rows at a time, with the number of the first: on their way they take many times their size."""
+        O, I = self.shape
+        step = max(1, _WEIGHTS_AT_ONCE // I)
+        for start in range(0, O, step):
+            yield start, self.rows(start, min(start + step, O)).expanded()
+
+    def expanded(self) -> Tensor:
+        """The same as `dense`, as fast as it can be had."""
+        return self.dense()
+
+
+@dataclass(frozen=True)
+class SparseWeight(Packed):
+    """A pruned weight: the kept values row after row, and one bit a weight that says where they belong.
+
+    Attributes:
         values_V: bfloat16, float16 or float32, and `PADDING` bytes of zeros after the last.
         bitmask_OB: uint8, least significant bit first; bits beyond column I are zero.
         start_O1: int64 `[O + 1]`, where each row's values begin, and where the last row's end.
-        pattern: (N, M) where every group of M columns has exactly N bits set; None otherwise.
     """
 
     shape: tuple[int, int]
@@ -41,57 +105,93 @@ class SparseWeight:
     pattern: tuple[int, int] | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the dense weight."""
+    def kernels(self) -> str:
+        return "sparse"
+
+    def operands(self) -> tuple[Any, ...]:
+        return self.values_V, self.bitmask_OB, self.start_O1
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.values_V.dtype
 
+    def dense(self) -> Tensor:
+        keep_OI = unpack_mask(self.bitmask_OB, self.shape[1])
+        return self.values_V.new_zeros(self.shape).masked_scatter_(keep_OI, self.values_V)
 
-@dataclass(frozen=True)
-class UniformGrid:
-    """w = (code − zero) · scale, with one scale and zero point a group.
+    def expanded(self) -> Tensor:
+        return expand_bitmap(self.values_V[: int(self.start_O1[-1])], self.bitmask_OB, self.shape[1])
 
-    Attributes:
-        group_size: stored weights of a group; the last group of a row may have fewer.
-        scale_Γ: float16 or bfloat16, groups row after row.
-        zero_Γ: uint8; None when all zero points are 2^(bits − 1).
-    """
+    def rows(self, start: int, end: int) -> SparseWeight:
+        first, last = self.start_O1[[start, end]].tolist()
+        return replace(
+            self,
+            shape=(end - start, self.shape[1]),
+            values_V=self.values_V[first:last],
+            bitmask_OB=self.bitmask_OB[start:end],
+            start_O1=self.start_O1[start : end + 1] - first,
+        )
 
-    group_size: int
-    scale_Γ: Tensor
-    zero_Γ: Tensor | None
-
-
-@dataclass(frozen=True)
-class TwoLevelGrid:
-    """The same with scales and zero points that are codes themselves: SpQR's.
-
-    scale = low + step · c and zero = low + step · d, with low and step of each for every tile of rows and group.
-
-    Attributes:
-        group_size: as in `UniformGrid`.
-        tile_rows: rows of a tile; the last tile may have fewer.
-        pair_Γ: uint8 `[Γ]`, c + 16·d, where neither takes more than four bits; uint8 `[Γ, 2]`, c and d, otherwise.
-        second_TG4: float16 or bfloat16: step and low of the scale, step and low of the zero point.
-    """
-
-    group_size: int
-    tile_rows: int
-    pair_Γ: Tensor
-    second_TG4: Tensor
+    def count(self) -> int:
+        return int(torch.count_nonzero(self.values_V))
 
 
-@dataclass(frozen=True)
-class TableGrid:
-    """w = table[row, code]: SqueezeLLM's.
+class GridOperands(NamedTuple):
+    """A grid as the compiled kernels take it, which know three kinds; what its kind does not have is None, or 0.
 
     Attributes:
-        table_OC: float16 or bfloat16, 2^bits values a row.
+        group_size: weights of a group.
+        scale: of each group, where it is a number `[Γ]`.
+        zero: of each group, a code `[Γ]`; None where all are 2^(bits − 1).
+        pair: where scales and zero points are codes c and d: `[Γ]`, c + 16·d, where neither has more than four bits; `[Γ, 2]`
+            otherwise.
+        second: what those codes stand for, `[T, G, 4]`: step and low of the scale, step and low of the zero point.
+        tile_rows: rows of a tile, which share that.
+        table: values of each row, `[O, 2^bits]`.
     """
 
-    table_OC: Tensor
+    group_size: int = 0
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    pair: Tensor | None = None
+    second: Tensor | None = None
+    tile_rows: int = 0
+    table: Tensor | None = None
 
 
-Grid = UniformGrid | TwoLevelGrid | TableGrid
+class Grid(ABC):
+    """What codes stand for: a frozen dataclass of tensors. A family of codes has one of its own.
+
+    Attributes:
+        group_size: stored weights of a row that go together, of which the last may be fewer; None where it has no groups.
+    """
+
+    group_size: int | None
+
+    @abstractmethod
+    def values(self, code_OK: Tensor, at_OG: Tensor | None, bits: int) -> Tensor:
+        """What the codes of each row stand for, `[O, K]` float32. `at_OG` numbers the groups of the rows, if there are groups;
+        where a row has fewer than others, any number may stand."""
+
+    @abstractmethod
+    def rows(self, start: int, end: int) -> Grid:
+        """The grid of some consecutive rows. Groups keep their numbers."""
+
+    @abstractmethod
+    def bound(self, bits: int) -> float:
+        """What no code of so many bits stands for more than, whatever its sign."""
+
+    def operands(self) -> GridOperands | None:
+        """The grid as compiled kernels take it; None where they do not."""
+        return None
+
+
+def on_groups(code_OK: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_size: int) -> Tensor:
+    """(code − zero) · scale, with float32 scales and zero points of groups of a row."""
+    K = code_OK.shape[1]
+    size = min(group_size, K)  # a file may claim groups of any size
+    scale_OK = scale_OG.repeat_interleave(size, 1)[:, :K]
+    return (code_OK - zero_OG.repeat_interleave(size, 1)[:, :K]).mul_(scale_OK)
 
 
 @dataclass(frozen=True)
@@ -108,9 +208,14 @@ class SparseRows:
     column_N: Tensor
     value_N: Tensor
 
+    def rows(self, start: int, end: int) -> SparseRows:
+        """Those of some consecutive rows."""
+        first, last = int(self.start_O1[start]), int(self.start_O1[end])
+        return SparseRows(self.start_O1[start : end + 1] - first, self.column_N[first:last], self.value_N[first:last])
+
 
 @dataclass(frozen=True)
-class CodedWeight:
+class CodedWeight(Packed):
     """A quantized weight, and which of its weights are stored if not all are.
 
     Attributes:
@@ -125,8 +230,6 @@ class CodedWeight:
             has ⌈I/group_size⌉.
         grid: what the codes stand for.
         bitmask_OB: uint8, which stored columns have a weight at all (as in `SparseWeight`); None when all have.
-        order_I: int32, the input feature of each stored column; None when columns are in natural order.
-        outliers: to be added; None if there are none.
     """
 
     shape: tuple[int, int]
@@ -137,12 +240,93 @@ class CodedWeight:
     count_O: Tensor | None
     group_start_O1: Tensor | None
     grid: Grid
-    bitmask_OB: Tensor | None
-    order_I: Tensor | None
-    outliers: SparseRows | None
+    bitmask_OB: Tensor | None = None
+    order_I: Tensor | None = None
+    outliers: SparseRows | None = None
+
+    @property
+    def kernels(self) -> str:
+        return "" if self.grid.operands() is None else "coded"
+
+    @property
+    def masked(self) -> bool:
+        return self.bitmask_OB is not None
+
+    def operands(self) -> tuple[Any, ...]:
+        few = self.outliers
+        return (
+            *(self.bits, self.codes_S, self.start_O1, self.count_O, self.group_start_O1),
+            *(self.grid.operands() or ()),
+            *(self.bitmask_OB, self.order_I),
+            *((None, None, None) if few is None else (few.start_O1, few.column_N, few.value_N)),
+        )
+
+    def dense(self) -> Tensor:
+        W_OK = self._stored()
+        if self.bitmask_OB is not None:
+            keep_OI = unpack_mask(self.bitmask_OB, self.shape[1])
+            place_OI = (keep_OI.cumsum(1) - 1).clamp_(min=0)
+            W_OI = W_OK.gather(1, place_OI).masked_fill_(~keep_OI, 0) if W_OK.shape[1] else W_OK.new_zeros(self.shape)
+        else:
+            W_OI = W_OK
+        if self.outliers is not None:
+            start_O1, column_N, value_N = self.outliers.start_O1, self.outliers.column_N, self.outliers.value_N
+            row_N = torch.arange(self.shape[0], device=W_OI.device).repeat_interleave(start_O1.diff().long())
+            W_OI.index_put_((row_N, column_N.long()), value_N.float(), accumulate=True)
+        if self.order_I is not None:
+            W_OI = torch.empty_like(W_OI).index_copy_(1, self.order_I.long(), W_OI)
+        return W_OI.to(self.dtype)
+
+    def _stored(self) -> Tensor:
+        """What the codes of each row stand for, `[O, K]` in float32; what lies beyond a row's own codes means nothing."""
+        K = self.shape[1] if self.count_O is None else int(self.count_O.max())
+        width = -(-K * self.bits // 8)
+        at_OW = self.start_O1[:-1, None] + torch.arange(width, device=self.codes_S.device)
+        stream_OW = self.codes_S[at_OW.clamp_(max=self.codes_S.numel() - 1)]
+        return self.grid.values(unpack_bits(stream_OW, self.bits, K), self._groups(), self.bits)
+
+    def _groups(self) -> Tensor | None:
+        """The number of each group of each row, `[O, G]`; of those that a row does not have, any."""
+        if self.grid.group_size is None:
+            return None
+        device = self.codes_S.device
+        if self.group_start_O1 is None:
+            start_O, G = self._equal_groups(), -(-self.shape[1] // self.grid.group_size)
+        else:
+            start_O, G = self.group_start_O1, int(self.group_start_O1.diff().max())
+        return start_O[:-1, None] + torch.arange(G, device=device)
+
+    def _equal_groups(self) -> Tensor:
+        assert self.grid.group_size is not None
+        return torch.arange(self.shape[0] + 1, device=self.codes_S.device) * -(-self.shape[1] // self.grid.group_size)
+
+    def rows(self, start: int, end: int) -> CodedWeight:
+        group_start_O1 = self.group_start_O1
+        if group_start_O1 is None and self.grid.group_size is not None:
+            group_start_O1 = self._equal_groups()
+        return replace(
+            self,
+            shape=(end - start, self.shape[1]),
+            start_O1=self.start_O1[start : end + 1],
+            count_O=None if self.count_O is None else self.count_O[start:end],
+            group_start_O1=None if group_start_O1 is None else group_start_O1[start : end + 1],
+            grid=self.grid.rows(start, end),
+            bitmask_OB=None if self.bitmask_OB is None else self.bitmask_OB[start:end],
+            outliers=None if self.outliers is None else self.outliers.rows(start, end),
+        )
+
+    def count(self) -> int:
+        return self.shape[0] * self.shape[1] if self.count_O is None else int(self.count_O.sum(dtype=torch.int64))
+
+    def bound(self) -> float:
+        """What no weight is greater than, whatever its sign."""
+        return self.grid.bound(self.bits) + (0.0 if self.outliers is None else largest(self.outliers.value_N))
 
 
-Packed = SparseWeight | CodedWeight
+def largest(x: Tensor) -> float:
+    """The greatest absolute value; 0 where there is none."""
+    return float(x.float().abs().max()) if x.numel() else 0.0
+
 
 _T = TypeVar("_T")
 
@@ -187,43 +371,3 @@ def padded(stream: Tensor) -> Tensor:
 def unpadded(stream: Tensor) -> Tensor:
     """The vector that `padded` was given."""
     return stream[: stream.numel() - PADDING // stream.element_size()]
-
-
-def some_rows(weight: Packed, start: int, end: int) -> Packed:
-    """Some consecutive rows of a weight. Streams of codes stay whole: rows say where in them they begin."""
-    I = weight.shape[1]
-    if isinstance(weight, SparseWeight):
-        first, last = weight.start_O1[[start, end]].tolist()
-        return replace(
-            weight,
-            shape=(end - start, I),
-            values_V=weight.values_V[first:last],
-            bitmask_OB=weight.bitmask_OB[start:end],
-            start_O1=weight.start_O1[start : end + 1] - first,
-        )
-    grid, outliers = weight.grid, weight.outliers
-    group_start_O1 = weight.group_start_O1
-    if isinstance(grid, TableGrid):
-        grid = TableGrid(grid.table_OC[start:end])
-    else:
-        if group_start_O1 is None:
-            group_start_O1 = torch.arange(weight.shape[0] + 1, device=weight.codes_S.device) * -(-I // grid.group_size)
-        group_start_O1 = group_start_O1[start : end + 1]
-        if not isinstance(grid, UniformGrid):
-            tile_O = torch.arange(start, end, device=weight.codes_S.device) // grid.tile_rows
-            grid = replace(grid, tile_rows=1, second_TG4=grid.second_TG4[tile_O])
-    if outliers is not None:
-        first, last = int(outliers.start_O1[start]), int(outliers.start_O1[end])
-        outliers = SparseRows(
-            outliers.start_O1[start : end + 1] - first, outliers.column_N[first:last], outliers.value_N[first:last]
-        )
-    return replace(
-        weight,
-        shape=(end - start, I),
-        start_O1=weight.start_O1[start : end + 1],
-        count_O=None if weight.count_O is None else weight.count_O[start:end],
-        group_start_O1=group_start_O1,
-        grid=grid,
-        bitmask_OB=None if weight.bitmask_OB is None else weight.bitmask_OB[start:end],
-        outliers=outliers,
-    )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.errors import CheckpointError
 from secateur.formats.layouts.packed_weight import DecodedWeights
@@ -56,18 +56,14 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield key, value
 
 
-def _stored(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return weights.stored if isinstance(weights, DecodedWeights) else weights
-
-
 @contextmanager
-def few_parameters(name: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def few_parameters(name: str, weights: DecodedWeights) -> Iterator[None]:
     """While it is open, no model of more parameters than twice the stored tensors is made.
 
     Raises:
         CheckpointError: it would have more.
     """
-    left = 2 * len(_stored(weights)) + _SPARE_LAYERS
+    left = 2 * len(weights.stored) + _SPARE_LAYERS
     register = nn.Module.register_parameter
 
     def count(module: nn.Module, parameter_name: str, parameter: nn.Parameter | None) -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from secateur.errors import CheckpointError, UsageError, one_line
-from secateur.formats.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import DTYPES
-from secateur.formats.layouts.packed_weight import DecodedWeights, StoredForm
-from secateur.formats.transformers.packed_modules import replace_linears
-from secateur.formats.transformers.quantizer import attach_quantizer, current_backend
+from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
-from secateur.kernels.packed import Packed
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.source import Source, open_source
 from secateur.model.structure import build_skeleton
+from secateur.model.transformers.quantizer import SecateurConfig, SecateurQuantizer, current_backend
+from secateur.model.transformers.quantizer import backend as for_backend
 from secateur.model.weights import ModelWeights, materialise, tie
 
 # What people call devices whose name is another.
@@ -38,12 +34,12 @@ def open_device(name: str | torch.device) -> torch.device:
         kind = str(name).partition(":")[0].lower()
         meant = next((known for known, others in _DEVICE_NICKNAMES.items() if kind in others), None)
         hint = f"did you mean {meant!r}? " if meant else ""
-        raise UsageError(f"--device {name} cannot be used here: {hint}here it can be {_device_names()}") from error
+        raise UsageError(f"`device` {name} cannot be used here: {hint}here it can be {_device_names()}") from error
     try:
         torch.empty(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
-        raise UsageError(f"--device {name} cannot be used here: {why}; here it can be {_device_names()}") from error
+        raise UsageError(f"`device` {name} cannot be used here: {why}; here it can be {_device_names()}") from error
     return device
 
 
@@ -60,7 +56,7 @@ def _device_names() -> str:
 def parse_dtype(name: str) -> torch.dtype | None:
     """The dtype of that name, or None for `auto`. Raises UsageError when it is neither."""
     if name not in ("auto", *DTYPES):
-        raise UsageError(f"--dtype {name!r} is not known: it can be {', '.join(('auto', *DTYPES))}")
+        raise UsageError(f"`dtype` {name!r} is not known: it can be {', '.join(('auto', *DTYPES))}")
     return DTYPES.get(name)
 
 
@@ -111,39 +107,6 @@ def load(
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 
-def _packed_in(weights: ModelWeights, model: nn.Module) -> dict[str, Callable[[], tuple[Packed, StoredForm]]]:
-    """What reads the packed weight of each module that has one, by the module's name."""
-    found: dict[str, Callable[[], tuple[Packed, StoredForm]]] = {}
-    for name, _ in model.named_modules():
-        packed = weights.packed(f"{name}.weight") if f"{name}.weight" in weights else None
-        if packed is not None:
-            found[name] = partial(packed.read, f"{name}.weight", weights.stored_tensors)
-    return found
-
-
-class _DecodedAhead(Mapping[str, Tensor]):
-    """A checkpoint's weights, of which the packed ones are being decoded by other threads; each can be had once."""
-
-    def __init__(self, weights: DecodedWeights, pool: ThreadPoolExecutor) -> None:
-        self._weights = weights
-        self.packed = weights.packed
-        self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed}
-
-    def __getitem__(self, name: str) -> Tensor:
-        future = self._futures.pop(name, None)
-        return self._weights[name] if future is None else future.result()
-
-    def __contains__(self, name: object) -> bool:
-        # Not Mapping's own, which would take the weight to find out.
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 def load_source(
     source: Source,
     dtype: torch.dtype,
@@ -163,23 +126,19 @@ def load_source(
     """
     if backend not in (AUTO, "dense") and source.quantization is None:
         raise UsageError(
-            f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave --backend out"
+            f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave `backend` out"
         )
-    main = device if placement is None else placement.main_device
+    quantizer = None if source.quantization is None else SecateurQuantizer(SecateurConfig(**source.quantization))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        if backend != "dense" and source.quantization is not None:
-            model: Any = build_skeleton(source, dtype)
-            weights = ModelWeights(source, model)
-            replace_linears(model, _packed_in(weights, model), backend, main, dtype)
-            # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
-            if isinstance(weights.stored_tensors, StoredTensors):
-                weights.stored_tensors.release()
-        else:
-            if isinstance(source.weights, DecodedWeights):
-                # Decoding is C code that other threads run while this one builds the model.
-                source = replace(source, weights=_DecodedAhead(source.weights, pool))
-            model = build_skeleton(source, dtype)
-            weights = ModelWeights(source, model)
+        if quantizer is None or backend == "dense":
+            # Decoding is C code that other threads run while this one builds the model.
+            source = replace(source, weights=DecodedAhead(source.weights, pool))
+        model: Any = build_skeleton(source, dtype)
+        weights = ModelWeights(source, model)
+        if quantizer is not None:
+            main = device if placement is None else placement.main_device
+            with for_backend(backend):
+                quantizer.preprocess_model(model, weights=source.weights, device_map=main)
         materialise(model, "", list(model.state_dict()), weights, device, check_finite=check_finite)
     tie(model)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -189,13 +148,20 @@ def load_source(
         dispatch(model, placement)
     else:
         model.to(device)  # buffers that are computed, not stored
-    if source.quantization is not None:
-        attach_quantizer(model, source.quantization, source.files)
-    if source.folder is not None and (source.folder / "generation_config.json").exists():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(
-                source.folder, local_files_only=not source.from_hub
-            )
-        except Exception as error:
-            raise CheckpointError(f"{source.folder / 'generation_config.json'}: {one_line(error)}") from error
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+        if not quantizer.older_names(model):
+            model._weight_conversions = []  # else transformers saves it under the names of older releases
+    _set_generation(source, model)
     return model
+
+
+def _set_generation(source: Source, model: Any) -> None:
+    """Give a model the generation settings that come with it. Raises CheckpointError when they are damaged."""
+    if source.folder is None or not (source.folder / "generation_config.json").exists():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=not source.from_hub)
+    except Exception as error:
+        raise CheckpointError(f"{source.folder / 'generation_config.json'}: {one_line(error)}") from error

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -29,54 +25,26 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import quantization_config
 
 from secateur.errors import CheckpointError, UsageError, one_line
-from secateur.formats.folder.entries import check_entries, is_inner_name, leads_out
-from secateur.formats.folder.manifest import MANIFEST_NAME, require_files, sha256_of
-from secateur.formats.folder.paths import check_named
-from secateur.formats.folder.reader import (
+from secateur.folder.entries import check_entries
+from secateur.folder.manifest import MANIFEST_NAME, require_files, sha256_of
+from secateur.folder.paths import check_named
+from secateur.folder.reader import LoadedTensors, read_json, weight_files
+from secateur.folder.writer import write_json
+from secateur.formats.layouts.packed_weight import DecodedWeights
+from secateur.formats.stored_weights import (
+    QUANT_METHOD,
     check_no_codes,
     config_dtype,
     is_rounded,
     open_weights,
-    read_json,
     stored_dtype,
-    weight_files,
 )
-from secateur.formats.folder.writer import write_json
-from secateur.formats.foreign.gguf_header import matrix_dtype
-from secateur.formats.transformers.quantizer import QUANT_METHOD
+from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
+from secateur.model.gguf_header import matrix_dtype
 from secateur.model.limits import check_config
 
 DEMO = "demo"
-# All files of a checkpoint come along with what is made of it, but those that are made anew, and by their endings: weights and
-# what belongs to them, in whatever form, optimizer states, pickles and archives, in which all of these may be; and code.
-_MADE_ANEW = {"config.json", MANIFEST_NAME}
-_SAFE = ".safetensors"
-_STATES = (
-    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".distcp", ".nemo"),
-    *(".gguf", ".ggml", ".onnx", ".onnx_data", ".ort", ".h5", ".hdf5", ".keras", ".msgpack", ".pb"),
-    *(".tflite", ".mlmodel", ".mlpackage", ".engine", ".trt", ".pdparams", ".pdopt", ".params", ".pte"),
-    *(".zip", ".tar", ".tgz", ".7z", ".whl", ".jar"),
-)
-_CODE = (
-    ".py",
-    ".pyc",
-    ".pyd",
-    ".so",
-    ".dll",
-    ".dylib",
-    ".exe",
-    ".ipynb",
-    ".sh",
-    ".bat",
-    ".ps1",
-    ".js",
-    ".c",
-    ".cpp",
-    ".cu",
-)
-# No tokenizer, picture or template is that large, and there are not so many.
-_LARGEST, _LARGEST_IN_ALL, _MOST = 256 * 2**20, 2**30, 1000
 
 
 @dataclass(frozen=True)
@@ -101,7 +69,7 @@ class Source:
 
     name: str
     config: Any
-    weights: Mapping[str, Tensor]
+    weights: DecodedWeights
     dtype: torch.dtype
     stored: torch.dtype
     files: tuple[Path, ...]
@@ -140,8 +108,6 @@ class Source:
     def write_companions(self, folder: Path) -> list[str]:
         """Put tokenizer, generation settings, licence and whatever else comes with the model beside the weights in `folder`.
 
-        Links out of the source are not followed. Configurations, that in `folder` among them, name no code that is not there.
-
         Returns:
             What a user should know of files that did not come along.
         """
@@ -149,101 +115,7 @@ class Source:
             save_tokenizer(self.tokenizer(), folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
             return []
-        count, total, left = 0, 0, []
-        for name in _companions(self.folder, folder, self.trust_remote_code):
-            file, target = self.folder / name, folder / name
-            readable = is_inner_name(name) and not leads_out(file, self.folder) and os.access(file, os.R_OK)
-            size = file.stat().st_size if readable and file.is_file() else None
-            if size is None or size > _LARGEST or total + size > _LARGEST_IN_ALL or count == _MOST:
-                left.append(name)
-                continue
-            count, total = count + 1, total + size
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-        drop_absent_code(folder)
-        if not left:
-            return []
-        some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        return [f"not taken along from {self.name}, being too large, too many, links or unreadable: {some}"]
-
-
-def _companions(folder: Path, apart: Path, code: bool) -> Iterator[str]:
-    """The files of a checkpoint that are not its weights, at any depth, as they are called from its folder.
-
-    Args:
-        folder: of the checkpoint.
-        apart: what is written at the moment, which may lie in it.
-        code: whether Python files are among them.
-    """
-    home, written = os.path.realpath(folder), os.path.realpath(apart)
-    for root, folders, files in os.walk(home):
-        for name in list(folders):
-            path = os.path.join(root, name)
-            # A folder with a configuration of its own is another checkpoint.
-            other = os.path.exists(os.path.join(path, "config.json")) or f"{written}{os.sep}".startswith(
-                f"{path}{os.sep}"
-            )
-            if other or not _is_companion(name, code):
-                folders.remove(name)
-            elif os.path.islink(path):  # which is not walked into
-                files.append(name)
-        folders.sort()
-        for name in sorted(files):
-            path = Path(root, name).relative_to(home).as_posix()
-            if path not in _MADE_ANEW and _is_companion(name, code):
-                yield path
-
-
-def _is_companion(name: str, code: bool) -> bool:
-    """Whether a file, or folder, of that name comes along with a model, as far as the name tells."""
-    endings = PurePosixPath(name.lower()).suffixes
-    if name.startswith((".", "__pycache__")) or name.endswith((".index", ".index.json")):
-        return False
-    return not any(
-        ending == _SAFE
-        or ending.startswith(".data-")
-        or ending in _STATES
-        or (ending in _CODE and not (code and ending == ".py"))
-        for ending in endings
-    )
-
-
-def drop_absent_code(folder: Path) -> None:
-    """Take out of the configurations in a folder what they say of code that is not there: it could not be loaded."""
-    for file in folder.glob("*config.json"):
-        try:
-            content = json.loads(file.read_bytes())
-            kept = _without_absent_code(content, folder)
-        except (ValueError, RecursionError):
-            continue  # somebody else's to refuse
-        if kept != content:
-            write_json(file, kept)
-
-
-def _without_absent_code(value: Any, folder: Path) -> Any:
-    if isinstance(value, list):
-        return [_without_absent_code(inner, folder) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {}
-    for key, inner in value.items():
-        if key in ("auto_map", "custom_pipelines") and isinstance(inner, dict):
-            inner = {name: code for name, code in inner.items() if _has_code(code, folder)}
-            if inner:
-                kept[key] = inner
-        else:
-            kept[key] = _without_absent_code(inner, folder)
-    return kept
-
-
-def _has_code(code: Any, folder: Path) -> bool:
-    """Whether the modules of `module.Class`, one or a list of them, are there, or in a repository of their own."""
-    if isinstance(code, dict):
-        code = code.get("impl")
-    named = [each for each in (code if isinstance(code, list) else [code]) if each is not None]
-    return bool(named) and all(
-        isinstance(each, str) and ("--" in each or (folder / f"{each.split('.')[0]}.py").is_file()) for each in named
-    )
+        return copy_companions(self.name, self.folder, folder, self.trust_remote_code)
 
 
 def open_tokenizer(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False, **options: Any) -> Any:
@@ -290,7 +162,7 @@ def open_source(
     from_hub = not os.path.isdir(path)
     if os.path.exists(path) and from_hub:
         raise UsageError(f"{model} is a file, but not a .gguf: give a Hugging Face folder")
-    folder = _download(model, trust_remote_code) if from_hub else path
+    folder = download(model, trust_remote_code) if from_hub else path
     if verify:
         require_files(folder)
     return open_folder(model, folder, trust_remote_code, from_hub)
@@ -427,56 +299,13 @@ def _open_gguf(name: str, file: Path, dtype: torch.dtype | None) -> Source:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     weights = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
     rounded = matrix_dtype(file) is None
-    return Source(name, config, weights, stored, stored, (file,), None, rounded=rounded)
+    return Source(name, config, DecodedWeights(LoadedTensors(weights)), stored, stored, (file,), None, rounded=rounded)
 
 
 def _dequantized() -> dict[str, Any]:
     """Options that have transformers make the weights of a GGUF file dense, where its release can keep them packed."""
     config = getattr(quantization_config, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _download(model: str, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    missing = f"no such model: {model!r} is not a folder or .gguf file here"
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UsageError(missing)
-    try:
-        return Path(snapshot_download(model, ignore_patterns=[*_not_wanted(trust_remote_code), *_too_large(model)]))
-    except HFValidationError as error:
-        raise UsageError(f"{missing}, and not the name of a model on the hub") from error
-    except Exception as error:
-        raise UsageError(f"{missing}, and could not be had from the hub: {one_line(error)}") from error
-
-
-def _not_wanted(code: bool) -> list[str]:
-    """Patterns of the names of files on the hub that are neither weights nor companions, see `_is_companion`."""
-    endings = [*_STATES, *(ending for ending in _CODE if not (code and ending == ".py"))]
-    hidden = [".*", "*/.*", "__pycache__/*", "*/__pycache__/*"]
-    return [
-        *hidden,
-        "*/*.safetensors",
-        *(f"*{ending}{rest}" for ending in endings for rest in ("", ".*")),
-        "*.data-*",
-        "*.index",
-    ]
-
-
-def _too_large(model: str) -> list[str]:
-    """Patterns of the files of a model on the hub that no companion is as large as."""
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().model_info(model, files_metadata=True).siblings or []
-    except Exception:
-        return []  # the download says why
-    return [
-        glob.escape(file.rfilename)
-        for file in files
-        if (file.size or 0) > _LARGEST and not file.rfilename.endswith(_SAFE)
-    ]
 
 
 def save_untied(folder: Path) -> None:

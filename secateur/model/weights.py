@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import CheckpointError, RepeatedError, one_line
-from secateur.formats.folder.reader import StoredTensors
+from secateur.folder.reader import LoadedTensors
 from secateur.formats.layouts.layout import all_finite
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
-from secateur.formats.transformers.names import renamed, stored_as
-from secateur.formats.transformers.quantizer import backend
 from secateur.model.block_names import generalise, split_name
 from secateur.model.source import Source
+from secateur.model.transformers.names import renamed, stored_as
+from secateur.model.transformers.quantizer import backend
 
 # What quantizers call the numbers that turn codes into weights, beside the weight or below its name.
 _SCALE = re.compile(r"(?P<owner>.+?)\.(weight[._])?[^.]*(scale|absmax|scb|zero_point|qzeros)[^.]*", re.IGNORECASE)
@@ -48,7 +48,7 @@ class ModelWeights:
     """
 
     def __init__(self, source: Source, model: nn.Module) -> None:
-        self._weights: Mapping[str, Tensor] = source.weights
+        self._weights = source.weights
         self._files = source.weights
         self._dtypes: dict[str, torch.dtype] = {}
         self._whole: Any = None
@@ -59,7 +59,7 @@ class ModelWeights:
             self._load_whole(source, missing)
         used = set(self._stored.values())
         self.unused = [name for name in self._weights if name not in used]
-        if source.quantization is not None or not isinstance(self._weights, DecodedWeights):
+        if source.quantization is not None or not self._weights.packed:
             self._check_scales()
         self._check_forms(model)
         self.untied = bool(conflicts(self._weights, self._stored, model))
@@ -68,7 +68,7 @@ class ModelWeights:
 
     def _load_whole(self, source: Source, missing: list[str]) -> None:
         problem = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0]}"
-        if source.folder is None or not isinstance(source.weights, Mapping):
+        if source.folder is None:
             raise CheckpointError(problem)
         try:
             with backend("dense"):
@@ -85,7 +85,7 @@ class ModelWeights:
         if found["missing_keys"]:
             raise CheckpointError(f"{problem}: its files are incomplete")
         self._whole = model
-        self._weights = model.state_dict()
+        self._weights = DecodedWeights(LoadedTensors(model.state_dict()))
         self._stored = {name: name for name in self._weights}
 
     def _check_scales(self) -> None:
@@ -102,7 +102,7 @@ class ModelWeights:
 
     def _check_forms(self, model: nn.Module) -> None:
         """Check what the headers of files tell: the shape and kind of every tensor that is not packed."""
-        packed = getattr(self._weights, "packed", {})
+        packed = self._weights.packed
         for name, expected in model.state_dict().items():
             if name in self and self._stored[name] not in packed:
                 _check_form(name, self._weights[self._stored[name]], expected)
@@ -140,24 +140,22 @@ class ModelWeights:
 
     def release(self) -> None:
         """Let files leave the memory that have been read."""
-        if isinstance(self.stored_tensors, StoredTensors):
-            self.stored_tensors.release()
+        self._weights.stored.release()
 
     def packed(self, name: str) -> PackedWeight | None:
         """How a parameter is stored, if it is stored packed."""
-        weights = self._weights
-        return weights.packed.get(self._stored[name]) if isinstance(weights, DecodedWeights) else None
+        return self._weights.packed.get(self._stored[name])
 
     @property
     def stored_tensors(self) -> Mapping[str, Tensor]:
         """All tensors as the files have them, of packed weights their parts."""
-        return self._weights.stored if isinstance(self._weights, DecodedWeights) else self._weights
+        return self._weights.stored
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The tensors that a packed parameter is stored as, by the names of its layout's parts."""
         packed = self.packed(name)
         assert packed is not None
-        return {part: self.stored_tensors[key] for part, key in packed.parts.items()}
+        return packed.tensors(self.stored_tensors)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor that has been read, without reading it again."""

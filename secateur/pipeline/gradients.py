@@ -14,8 +14,8 @@ from torch import Tensor
 
 from secateur.calibration.fisher import fisher
 from secateur.core.ranks import Ranks
-from secateur.formats.folder.reader import StoredTensors
-from secateur.formats.folder.writer import save_tensors, sync
+from secateur.folder.reader import StoredTensors
+from secateur.folder.writer import save_tensors, sync
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.formats.folder.writer import sync
+from secateur.folder.writer import sync
 from secateur.formats.layouts.layout import all_finite
 
 

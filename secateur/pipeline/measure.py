@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from secateur.core.patterns import NM
 from secateur.core.stats import InputStats, Level
-from secateur.formats.folder.reader import MAPPED_BYTES
-from secateur.formats.folder.writer import SHARD_BYTES
+from secateur.folder.reader import MAPPED_BYTES
+from secateur.folder.writer import SHARD_BYTES
 from secateur.memory.footprint import Footprint, Group, Polynomial
 from secateur.memory.live_bytes import LiveBytes
 from secateur.model.block_names import split_name

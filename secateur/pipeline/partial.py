@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 
 from secateur.core.ranks import Ranks
 from secateur.errors import CheckpointError, Interrupted, RepeatedError, SecateurError, UsageError
-from secateur.formats.folder.manifest import MANIFEST_NAME, sha256
-from secateur.formats.folder.paths import Inputs, check_apart, check_free, drop_empty, make_parents, place_of
-from secateur.formats.folder.reader import parse_json
-from secateur.formats.folder.writer import assemble, put_in_place, sync, why_not_written
+from secateur.folder.manifest import MANIFEST_NAME, sha256
+from secateur.folder.paths import Inputs, check_apart, check_free, drop_empty, make_parents, place_of
+from secateur.folder.reader import parse_json
+from secateur.folder.writer import assemble, put_in_place, sync, why_not_written
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.core.patterns import NM
 from secateur.core.stats import Level
 from secateur.errors import UsageError
-from secateur.formats.folder.writer import entry_bytes
+from secateur.folder.writer import entry_bytes
 from secateur.model.block_names import how_to_ignore
 from secateur.model.load import load_source
 from secateur.model.source import Source

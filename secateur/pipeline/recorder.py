@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.formats.folder.reader import StoredTensors
-from secateur.formats.folder.writer import ShardWriter
+from secateur.folder.reader import StoredTensors
+from secateur.folder.writer import ShardWriter
 from secateur.memory.peak import peak_memory
 from secateur.model.block_names import lists_of, patterns_of, split_name
 from secateur.model.structure import is_transposed, parameters_outside

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.calibration.kept_windows import calibration_ids
 from secateur.calibration.tokens import hash_of
-from secateur.formats.folder.manifest import hash_of_values
+from secateur.folder.manifest import hash_of_values
 from secateur.model.source import Source
 from secateur.recipes.recipe import Calibration
 

@@ -6,7 +6,7 @@ O: output features, I: input features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from secateur.core.stack import Stack
 from secateur.core.stats import InputStats
 from secateur.errors import RepeatedError
 from secateur.formats.layouts.choose import layout_for
-from secateur.formats.layouts.layout import Layout, all_finite, layout_from_config
+from secateur.formats.layouts.layout import Layout, Stored, all_finite, describe_dense, layout_from_config
 from secateur.pipeline.outcome import LinearReport, relative_error
 from secateur.prune.reconstruct import reconstruct
 from secateur.recipes.plan import Plan
@@ -106,15 +106,16 @@ def solve(
         pruned = prune(plan, stack)
     if pruned is not None:
         notes += pruned.notes
-    solved: Sequence[Tensor | Quantized]
     if plan.quantizer is None:
         assert pruned is not None
-        solved = list(stack.split(pruned.W_OI))
+        pieces = zip(problems, stack.split(pruned.W_OI), strict=True)
+        results = (_pruned(plan, problem, W_OI) for problem, W_OI in pieces)
     else:
-        solved = plan.quantizer.quantize(stack, pruned)
-        notes += (note for note in solved[0].notes if note not in notes)  # both may find the same
+        quantized = plan.quantizer.quantize(stack, pruned)
+        notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
+        results = (_quantized(plan, weight) for weight in quantized)
     dense = stack.split(stack.W_OI)
-    solutions = [_pack(plan, p, d, s, stats) for p, d, s in zip(problems, dense, solved, strict=True)]
+    solutions = [_pack(p, d, result, stats) for p, d, result in zip(problems, dense, results, strict=True)]
     names = ", ".join(problem.name for problem in problems)
     return solutions, [f"{names}: {note}" for note in notes]
 
@@ -141,39 +142,55 @@ def prune(plan: Plan, stack: Stack) -> Pruned | None:
     return pruned
 
 
-def _pack(plan: Plan, problem: Problem, dense_OI: Tensor, new: Tensor | Quantized, stats: InputStats) -> Solution:
-    layout: Layout | None
+@dataclass(frozen=True)
+class _Result:
+    """What a linear becomes: dense, and what its layout packs, on the CPU; or what is to be told of it where it stays dense."""
+
+    W_OI: Tensor
     packable: Tensor | Quantized
-    if isinstance(new, Quantized):
-        W_OI, packable = new.dequantize(), new.cpu()
-        stored, outliers = new.stored, new.outlier_count
-        layout = None if plan.dense else layout_for(new)
-    else:
-        # Adding zero leaves no negative zero where a negative weight was.
-        W_OI = new.to(plan.dtype or problem.dtype).add(0).contiguous()
-        packable = W_OI.cpu()
-        stored, outliers = int(torch.count_nonzero(W_OI)), 0
-        layout = plan.layout
+    layout: Layout | None
+    told: Stored | None
+
+
+def _pruned(plan: Plan, problem: Problem, W_OI: Tensor) -> _Result:
+    # Adding zero leaves no negative zero where a negative weight was.
+    W_OI = W_OI.to(plan.dtype or problem.dtype).add(0).contiguous()
+    return _Result(W_OI, W_OI.cpu(), plan.layout, describe_dense(W_OI) if plan.layout is None else None)
+
+
+def _quantized(plan: Plan, weight: Quantized) -> _Result:
+    W_OI = weight.dequantize()
+    if not plan.dense:
+        return _Result(W_OI, weight.cpu(), layout_for(weight), None)
+    # A zero on a grid is a code like any other.
+    told = replace(describe_dense(W_OI), count=weight.stored, outliers=weight.outlier_count)
+    return _Result(W_OI, weight.cpu(), None, told)
+
+
+def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats) -> Solution:
+    W_OI, layout = result.W_OI, result.layout
     if not all_finite(W_OI):
         raise RepeatedError(
             f"{problem.name}: weights that make up for the error of others overflow {W_OI.dtype}: give `dtype` float32"
         )
     entry = None
     if layout is None:
+        assert result.told is not None
+        told = result.told
         parts = {"": (W_OI.T if problem.transposed else W_OI).cpu().contiguous()}
     else:
-        parts = layout.pack(packable)
+        parts = layout.pack(result.packable)
+        told = layout.describe(parts)
         entry = {**layout.to_config(), **({"transposed": True} if problem.transposed else {})}
-    size = sum(tensor.nbytes for tensor in parts.values())
     error, kind = relative_error(dense_OI, W_OI.float(), stats)
     report = LinearReport(
         name=problem.name,
         shape=(W_OI.shape[0], W_OI.shape[1]),
-        layout=layout.name if layout else "dense",
-        sparsity=1 - stored / W_OI.numel(),
-        outliers=outliers / W_OI.numel(),
-        bits=8 * size / W_OI.numel(),
-        bytes=size,
+        layout=told.layout,
+        sparsity=1 - told.count / W_OI.numel(),
+        outliers=told.outliers / W_OI.numel(),
+        bits=8 * told.bytes / W_OI.numel(),
+        bytes=told.bytes,
         error=error,
         error_kind=kind,
     )

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from secateur.core.quantized import Uniform
 from secateur.core.stack import Stack
+from secateur.formats.layouts.packed_int import Uniform
 from secateur.quant.storage import storage_dtype
 
 # The ranges that a search tries, as shares of the whole one.

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from secateur.core.options import check_options, option
 from secateur.core.pruned import Pruned
-from secateur.core.quantized import Outliers, Quantized, Table, place_kept, take_kept
+from secateur.core.quantized import Outliers, Quantized, place_kept, take_kept
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
+from secateur.formats.layouts.codebook import Table
 from secateur.quant.grid_options import MOST_OUTLIERS, bits_option, outlier_share_option
 from secateur.quant.storage import storage_dtype
 from secateur.solvers.kmeans import PLACES, midpoints, weighted_kmeans

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from secateur.core.quantized import TwoLevel
+from secateur.formats.layouts.two_level_int import TwoLevel
 from secateur.quant.grid import SHARES, Fitted, best_of, encode, groups_of_rows, inverse, weight_range
 
 

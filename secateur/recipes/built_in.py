@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UsageError, did_you_mean
-from secateur.formats.folder.paths import check_named
+from secateur.folder.paths import check_named
 from secateur.recipes.recipe import Recipe
 
 SUFFIXES = (".yaml", ".yml", ".json")

@@ -9,7 +9,7 @@ from typing import Any
 import secateur.prune
 import secateur.quant  # noqa: F401 - both register what is in them
 from secateur.core.options import options_of, types_of
-from secateur.core.registry import ROLES, load_others
+from secateur.core.registry import ROLES, import_others
 from secateur.errors import UsageError, did_you_mean
 from secateur.shares import parse_share
 
@@ -21,7 +21,7 @@ _WORDS = {"prune": "pruning method", "refine": "refiner", "quantize": "quantizat
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
-load_others(GROUP, "methods")
+import_others(GROUP, "methods")
 
 
 def find(role: str, name: str) -> Any:

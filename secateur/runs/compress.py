@@ -13,10 +13,10 @@ from secateur._version import __version__
 from secateur.checkpoint.verify import verify as verify_folder
 from secateur.core.ranks import open_ranks
 from secateur.errors import RepeatedError
-from secateur.formats.folder.card import write_card
-from secateur.formats.folder.reader import read_json
-from secateur.formats.folder.writer import write_manifest
-from secateur.formats.transformers.quantizer import quantization_config
+from secateur.folder.reader import read_json
+from secateur.folder.writer import write_manifest
+from secateur.formats.card import write_card
+from secateur.formats.stored_weights import quantization_config
 from secateur.memory.peak import peak_memory
 from secateur.memory.room import limit_memory
 from secateur.model.load import open_device

@@ -20,8 +20,8 @@ from secateur.checkpoint.verify import verify
 from secateur.core.ranks import Ranks
 from secateur.core.stats import Level
 from secateur.errors import UsageError
-from secateur.formats.folder.paths import check_named
-from secateur.formats.folder.writer import SHARD_BYTES
+from secateur.folder.paths import check_named
+from secateur.folder.writer import SHARD_BYTES
 from secateur.memory.footprint import Footprint, Settings
 from secateur.memory.room import limit_memory
 from secateur.model.free_memory import free_memory

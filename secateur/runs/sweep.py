@@ -28,7 +28,7 @@ from secateur.evaluation.eval_text import Text, scored_bytes
 from secateur.evaluation.perplexity import Quality, measure
 from secateur.evaluation.quality import Runner, Size, bits_per_byte, size_of
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference
-from secateur.formats.folder.paths import (
+from secateur.folder.paths import (
     SWEEP_FILES,
     SWEEP_MODELS,
     SWEEP_RESULT,
@@ -39,7 +39,7 @@ from secateur.formats.folder.paths import (
     make_parents,
     place_of,
 )
-from secateur.formats.folder.writer import put_in_place, write_whole
+from secateur.folder.writer import put_in_place, write_whole
 from secateur.memory.peak import forget_peak
 from secateur.memory.room import limit_memory
 from secateur.model.load import open_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Protocol, TypeVar
 
 import secateur.search.goals
-from secateur.core.registry import import_all, load_others
+from secateur.core.registry import import_all, import_others
 from secateur.errors import UsageError, did_you_mean
 from secateur.pipeline.calibrate import Windows
 from secateur.recipes.goals import is_open
@@ -67,7 +67,7 @@ def goal_of(recipe: Recipe) -> Goal | None:
         UsageError: there is none of that name, there are two, or one makes no sense with the rest.
     """
     import_all(secateur.search.goals.__name__, secateur.search.goals.__path__)
-    load_others(GROUP, "goals")
+    import_others(GROUP, "goals")
     fields = [name for name in GOALS if getattr(recipe, name, None) is not None]
     if len(fields) > 1:
         raise UsageError(f"`{fields[0]}` and `{fields[1]}` each say how small: give one of them")

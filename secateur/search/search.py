@@ -12,8 +12,8 @@ import torch
 
 from secateur.calibration.tokens import hash_of
 from secateur.errors import UsageError
-from secateur.formats.folder.manifest import hash_of_values
-from secateur.formats.folder.writer import write_whole
+from secateur.folder.manifest import hash_of_values
+from secateur.folder.writer import write_whole
 from secateur.pipeline.calibrate import windows_of
 from secateur.pipeline.job import Job
 from secateur.pipeline.run import versions

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.calibration.tokens import cut
 from secateur.core.stats import InputStats, Level
-from secateur.formats.folder.writer import entry_bytes
+from secateur.folder.writer import entry_bytes
 from secateur.model.structure import weight_matrix
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.errors import UsageError
-from secateur.formats.folder.writer import entry_bytes
+from secateur.folder.writer import entry_bytes
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.candidates import Candidate, Library, finer
 from secateur.search.searcher import Searcher

@@ -23,8 +23,8 @@ from secateur.evaluation.gate.gate import Baseline, gate, write_baseline
 from secateur.evaluation.perplexity import measure
 from secateur.evaluation.quality import evaluate
 from secateur.evaluation.reference import keep_reference
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
 from secateur.model.source import open_source
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.runs.sweep import Sweep, sweep

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder import writer
-from secateur.formats.folder.manifest import MANIFEST_NAME, sha256
-from secateur.formats.folder.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, find_entry, weight_files
-from secateur.formats.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
+from secateur.folder import writer
+from secateur.folder.manifest import MANIFEST_NAME, sha256
+from secateur.folder.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, weight_files
+from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
+from secateur.formats.stored_weights import find_entry
 from secateur.model.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
@@ -504,7 +505,7 @@ def test_a_run_that_failed_leaves_the_old_folder(error, old, tmp_path):
 
 def test_an_existing_folder_is_not_overwritten(old, tmp_path):
     before = tree(old)
-    with pytest.raises(UsageError, match=r"out exists already.*--overwrite"), staged_folder(old, overwrite=False):
+    with pytest.raises(UsageError, match=r"out exists already.*`overwrite`"), staged_folder(old, overwrite=False):
         pytest.fail("the work was begun")
     assert tree(old) == before
     assert left_in(tmp_path) == ["out"]

@@ -20,9 +20,9 @@ from tiny import RECIPES, make_source, make_tiny, reseal, set_json
 
 import secateur
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.folder.manifest import MANIFEST_NAME, check_files
-from secateur.formats.folder.reader import INDEX_NAME, SINGLE_NAME
-from secateur.formats.folder.writer import ShardWriter, assemble
+from secateur.folder.manifest import MANIFEST_NAME, check_files
+from secateur.folder.reader import INDEX_NAME, SINGLE_NAME
+from secateur.folder.writer import ShardWriter, assemble
 from secateur.model.source import open_source
 
 LAYER = "model.layers.0"
@@ -247,7 +247,7 @@ def test_a_manifest_that_names_something_outside(name, own):
 
 
 def write_sealed(folder, **changes):
-    from secateur.formats.folder.manifest import seal
+    from secateur.folder.manifest import seal
 
     content = json.loads((folder / MANIFEST_NAME).read_text())
     content.pop("sha256")

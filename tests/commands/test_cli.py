@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import Interrupted
-from secateur.formats.folder.writer import write_manifest
+from secateur.folder.writer import write_manifest
 from secateur.pipeline.recorder import Recorder
 from secateur.recipes.recipe import Calibration, Recipe
 

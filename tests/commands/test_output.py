@@ -76,7 +76,7 @@ def test_a_device_by_another_name(name):
     with pytest.raises(UsageError) as error:
         open_device(name)
     assert re.fullmatch(
-        rf"--device {name} cannot be used here: did you mean 'cuda'\? here it can be cpu( or \S+)*", str(error.value)
+        rf"`device` {name} cannot be used here: did you mean 'cuda'\? here it can be cpu( or \S+)*", str(error.value)
     )
 
 

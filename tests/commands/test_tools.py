@@ -14,7 +14,7 @@ from transformers.utils import logging
 import secateur
 from secateur.checkpoint.export import export
 from secateur.commands import run_tool as tool
-from secateur.formats.folder.card import write_card
+from secateur.formats.card import write_card
 
 TASKS = Path(__file__).parents[1] / "tasks"
 LOADS = """

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.checkpoint.export import export
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.foreign.compressed_tensors import packed_weights
+from secateur.formats.foreign.compressed_tensors import CompressedTensors
 from secateur.model.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
@@ -210,7 +210,7 @@ def test_a_section_that_packs_nothing_is_read(tmp_path):
     dense = section(BITMASK, sparsity_config={"format": "dense"})
     folder = copy_of(BITMASK, tmp_path / "dense", expected(BITMASK), quantization_config=dense)
     same_bytes(dict(open_source(str(folder)).weights), expected(BITMASK))
-    assert packed_weights({}, {"quant_method": "compressed-tensors"}) == {}
+    assert CompressedTensors.packed_weights({}, {"quant_method": "compressed-tensors"}) == {}
 
 
 def test_export_refuses_an_unknown_form(tmp_path):

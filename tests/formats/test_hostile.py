@@ -16,8 +16,8 @@ from tiny import RECIPES, make_source, make_tiny, set_json
 
 import secateur
 from secateur.errors import CheckpointError, SecateurError
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import INDEX_NAME, SINGLE_NAME
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import INDEX_NAME, SINGLE_NAME
 
 
 class Draw:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.formats.folder.reader import read_json
+from secateur.folder.reader import read_json
 from secateur.formats.layouts import LAYOUTS
 from secateur.model.source import open_source
 

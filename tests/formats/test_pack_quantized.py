@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import secateur
-from secateur.core.quantized import Outliers, Quantized, Table, Uniform
+from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.folder.reader import open_weights
-from secateur.formats.foreign import compressed_tensors
+from secateur.formats.foreign.compressed_tensors import CompressedTensors
 from secateur.formats.foreign.pack_quantized import PackQuantized, Scheme, pack, packed_weights, quantization_config
+from secateur.formats.layouts.codebook import Table
+from secateur.formats.layouts.packed_int import Uniform
+from secateur.formats.stored_weights import open_weights
 
 FOLDERS = sorted((Path(__file__).parents[1] / "fixtures" / "pack_quantized").iterdir())
 EACH = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -593,7 +595,7 @@ REFUSED = {
 def test_what_is_not_read_is_refused(what):
     config, message = REFUSED[what]
     with pytest.raises(CheckpointError, match=message) as caught:
-        compressed_tensors.packed_weights({"a.weight_packed": int32(1)}, config)
+        CompressedTensors.packed_weights({"a.weight_packed": int32(1)}, config)
     assert "secateur reads" in str(caught.value) or "no usable" in message
     assert "\n" not in str(caught.value)
 
@@ -602,6 +604,6 @@ def test_empty_sections_do_not_stand_in_the_way():
     nothing = {"sparsity_config": {}, "transform_config": {}, "kv_cache_scheme": None, "moe_sparsity_config": None}
     dense = {"sparsity_config": {"format": "dense", "global_sparsity": 0.1}}
     for more in (nothing, dense):
-        assert compressed_tensors.packed_weights({"a.weight_packed": int32(1)}, {**section(), **more}).keys() == {
+        assert CompressedTensors.packed_weights({"a.weight_packed": int32(1)}, {**section(), **more}).keys() == {
             "a.weight"
         }

@@ -16,11 +16,12 @@ from torch import nn
 
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.codebook import TableGrid
 from secateur.formats.layouts.nm import NMBits
+from secateur.formats.layouts.two_level_int import TwoLevelGrid
 from secateur.kernels import linear, prepare
 from secateur.kernels.cpu import cpu_backend
-from secateur.kernels.packed import SparseWeight, TableGrid, TwoLevelGrid
-from secateur.kernels.plain import dense_weight
+from secateur.kernels.packed import SparseWeight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = st.sampled_from([FP32, BF16, FP16])
@@ -55,17 +56,17 @@ def terms(weight):
     Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves.
     """
     if isinstance(weight, SparseWeight):
-        return dense_weight(weight).double().abs()
+        return weight.dense().double().abs()
     full = replace(weight, dtype=FP32)
     bare = replace(full, outliers=None)
-    added = (dense_weight(full) - dense_weight(bare)).double().abs()
+    added = (full.dense() - bare.dense()).double().abs()
     if isinstance(bare.grid, TableGrid):
-        return dense_weight(bare).double().abs() + added
+        return bare.dense().double().abs() + added
     if isinstance(bare.grid, TwoLevelGrid):
         same_sign = bare.grid.second_TG4.abs() * torch.tensor([1, 1, -1, -1], dtype=bare.grid.second_TG4.dtype)
-        return dense_weight(replace(bare, grid=replace(bare.grid, second_TG4=same_sign))).double() + added
-    zeros = dense_weight(replace(bare, codes_S=torch.zeros_like(bare.codes_S))).double().abs()
-    return dense_weight(bare).double().abs() + 2 * zeros + added
+        return replace(bare, grid=replace(bare.grid, second_TG4=same_sign)).dense().double() + added
+    zeros = replace(bare, codes_S=torch.zeros_like(bare.codes_S)).dense().double().abs()
+    return bare.dense().double().abs() + 2 * zeros + added
 
 
 def check(weight, W_OI, x, bias_O=None):
@@ -208,7 +209,7 @@ def test_what_is_not_finite_reaches_its_token_only(value, T):
     sparse = (load_sparse(6, 70, 0.5, dtype)[0] for dtype in (FP32, BF16, FP16))
     coded = (load_coded(kind, 6, 70, group_size=16)[0] for kind in ("packed-int", "spqr", "codebook"))
     for weight in (*sparse, *coded):
-        prepared, touched_OI = prepare(weight, "cpu"), dense_weight(weight) != 0
+        prepared, touched_OI = prepare(weight, "cpu"), weight.dense() != 0
         x = inputs(T, 70, FP32, 0)
         clean = linear(prepared, x)
         for column in (0, 33, 63, 64, 69):

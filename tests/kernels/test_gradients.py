@@ -12,9 +12,8 @@ from random_weights import load_coded, load_sparse
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.kernels import linear, plain, prepare
+from secateur.kernels import linear, packed, prepare
 from secateur.kernels.cpu import cpu_backend
-from secateur.kernels.plain import dense_weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
@@ -56,7 +55,7 @@ def check_gradients(ready, W_OI, T, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_gradients_are_those_of_the_dense_weight(kind, backend, T, dtype, monkeypatch):
-    monkeypatch.setattr(plain, "_WEIGHTS_AT_ONCE", 10 * I)  # several pieces, and a rest
+    monkeypatch.setattr(packed, "_WEIGHTS_AT_ONCE", 10 * I)  # several pieces, and a rest
     weight, W_OI = WEIGHTS[kind](dtype)
     check_gradients(prepare(weight, backend, dtype=dtype), W_OI, T, dtype)
 
@@ -165,4 +164,4 @@ def test_memory_does_not_grow_with_what_is_unpacked():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         linear(ready, x_TI).sum().backward()
     assert all(tensor.numel() < 512 * 4096 for tensor in kept)
-    assert dense_weight(weight).numel() == 512 * 4096
+    assert weight.dense().numel() == 512 * 4096

@@ -11,7 +11,6 @@ from random_weights import load_coded, load_sparse
 
 from secateur import kernels
 from secateur.errors import UsageError
-from secateur.kernels.plain import dense_weight
 
 KINDS = ["packed-int", "spqr", "codebook"]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -35,13 +34,13 @@ SEEDS = st.integers(0, 2**32 - 1)
 def test_what_kernels_take_is_what_the_layout_unpacks_to(kind, O, I, **options):
     weight, W_OI = load_coded(kind, O, I, **options)
     # The order in which outliers are added may differ in the last bit.
-    torch.testing.assert_close(dense_weight(weight), W_OI, rtol=0 if W_OI.dtype == torch.float32 else 0.01, atol=0)
+    torch.testing.assert_close(weight.dense(), W_OI, rtol=0 if W_OI.dtype == torch.float32 else 0.01, atol=0)
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8)])
 def test_pruned_weights_too(pattern):
     weight, W_OI = load_sparse(7, 40, 0.3, torch.bfloat16, pattern)
-    assert torch.equal(dense_weight(weight), W_OI)
+    assert torch.equal(weight.dense(), W_OI)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -18,7 +18,6 @@ from secateur.errors import UsageError
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.kernels import linear, prepare
 from secateur.kernels.packed import CodedWeight
-from secateur.kernels.plain import dense_weight
 
 triton = pytest.importorskip("triton")
 
@@ -43,10 +42,10 @@ def interpreter():
 def span(weight):
     """The largest that a weight of each group could be, and so what float32 rounds while it goes from code to weight."""
     if not isinstance(weight, CodedWeight):
-        return dense_weight(weight).double().abs()
+        return weight.dense().double().abs()
     codes = weight.codes_S
     ends = [replace(weight, dtype=FP32, codes_S=end) for end in (torch.zeros_like(codes), torch.full_like(codes, 255))]
-    return sum(dense_weight(end).double().abs() for end in ends)
+    return sum(end.dense().double().abs() for end in ends)
 
 
 def check(weight, x, bias_O=None):
@@ -57,7 +56,7 @@ def check(weight, x, bias_O=None):
     """
     y = linear(prepare(weight, "triton", dtype=x.dtype), x, bias_O)
     assert y.dtype == x.dtype
-    W_OI, M_OI = dense_weight(weight).double(), span(weight)
+    W_OI, M_OI = weight.dense().double(), span(weight)
     x_TI = x.double()
     wanted = x_TI @ W_OI.T + (0 if bias_O is None else bias_O.double())
     eps = max(torch.finfo(x.dtype).eps, torch.finfo(weight.dtype).eps)

@@ -9,8 +9,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 import secateur
 from secateur.checkpoint.export import export
-from secateur.formats.folder.manifest import MANIFEST_NAME, sha256
-from secateur.model import source as source_module
+from secateur.folder.manifest import MANIFEST_NAME, sha256
+from secateur.model import companions
+from secateur.model.source import open_source
 from secateur.recipes.recipe import Recipe
 
 RTN = Recipe(quantize="rtn")
@@ -96,7 +97,7 @@ def test_verify_looks_into_folders(own_model, tmp_path):
 
 
 def test_what_is_too_large_a_link_or_no_file_is_left_and_said(own_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(source_module, "_LARGEST", 2**20)
+    monkeypatch.setattr(companions, "_LARGEST", 2**20)
     model = own_model("llama")
     add(model, ["a/fits.txt"])
     with (model / "large.txt").open("wb") as stream:
@@ -126,7 +127,7 @@ def test_all_together_are_bounded(bound, value, own_model, tmp_path, monkeypatch
     add(model, ["a/1.txt", *(f"b/{i}.txt" for i in range(5))])
     with (model / "a" / "2.txt").open("wb") as stream:
         stream.truncate(2**16)
-    monkeypatch.setattr(source_module, bound, value)
+    monkeypatch.setattr(companions, bound, value)
     (note,) = export(str(model), tmp_path / "out", "dense")
     assert ("a/2.txt" in note) if bound == "_LARGEST_IN_ALL" else "more" in note
     assert secateur.verify(tmp_path / "out") == []
@@ -165,7 +166,7 @@ def test_the_hub_gives_the_same(trusted, own_model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", about)
     with pytest.raises(secateur.UsageError, match="no network here"):
-        source_module.open_source("someone/model", trusted)
+        open_source("someone/model", trusted)
     asked.pop("name")
     got = set(filter_repo_objects(everything, **asked))
     wanted = {*before, *TAKEN, *(CODE if trusted else ()), "model.safetensors.index.json"}
@@ -176,7 +177,7 @@ def test_the_hub_gives_the_same(trusted, own_model, monkeypatch):
 
 def test_without_a_list_of_sizes_the_hub_is_asked_all_the_same(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: 1 / 0)
-    assert source_module._too_large("someone/model") == []
+    assert companions._too_large("someone/model") == []
 
 
 # --- code that configurations name

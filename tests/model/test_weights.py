@@ -16,7 +16,7 @@ import secateur
 from secateur.checkpoint.export import export
 from secateur.errors import CheckpointError, SecateurError
 from secateur.evaluation.quality import size_of
-from secateur.formats.folder.manifest import MANIFEST_NAME
+from secateur.folder.manifest import MANIFEST_NAME
 from secateur.model.source import open_source
 from secateur.pipeline import run as run_module
 from secateur.recipes.recipe import Recipe

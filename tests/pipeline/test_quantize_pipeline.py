@@ -18,7 +18,7 @@ import secateur
 from secateur.checkpoint.inspect import inspect
 from secateur.core.registry import PRUNERS
 from secateur.errors import CheckpointError, SecateurError
-from secateur.formats.folder.reader import find_entry, parse_quantization_config
+from secateur.formats.stored_weights import find_entry, parse_quantization_config
 from secateur.model.source import open_source
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Calibration, Recipe

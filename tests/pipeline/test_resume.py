@@ -15,7 +15,7 @@ from conftest import config_of
 
 import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder import writer
+from secateur.folder import writer
 from secateur.memory.footprint import Settings
 from secateur.pipeline import kept_inputs, walker
 from secateur.pipeline import partial as partial_module

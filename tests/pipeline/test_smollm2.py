@@ -19,9 +19,9 @@ from secateur.checkpoint.inspect import inspect
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.gate.gate import Baseline
 from secateur.evaluation.quality import evaluate
-from secateur.formats.transformers.packed_modules import packed_linears
 from secateur.kernels.cpu import cpu_backend
 from secateur.model.source import open_source
+from secateur.model.transformers.packed_modules import packed_linears
 
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 pytestmark = [needs_demo, pytest.mark.usefixtures("dense_backend", "repository")]

@@ -24,7 +24,7 @@ from secateur.checkpoint.export import export
 from secateur.core.patterns import parse_pattern
 from secateur.core.stats import InputStats, Level
 from secateur.errors import CheckpointError, SecateurError, UsageError
-from secateur.formats.folder.manifest import sha256_of
+from secateur.folder.manifest import sha256_of
 from secateur.model import source as source_module
 from secateur.model.block_names import generalise
 from secateur.model.source import open_source

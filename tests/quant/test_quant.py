@@ -29,10 +29,11 @@ from test_sweep import (
 
 from secateur.core.patterns import Unstructured
 from secateur.core.pruned import Pruned
-from secateur.core.quantized import TwoLevel, Uniform
 from secateur.core.registry import QUANTIZERS
 from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
+from secateur.formats.layouts.packed_int import Uniform
+from secateur.formats.layouts.two_level_int import TwoLevel
 from secateur.quant.gptq import GPTQ
 from secateur.quant.grid import Grid, squared_error
 from secateur.quant.grid_options import ORDERS

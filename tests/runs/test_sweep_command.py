@@ -417,7 +417,7 @@ def test_a_report_that_exists_is_not_overwritten(asked, tmp_path):
 def test_a_report_is_replaced(keep_models, asked, tmp_path):
     out = tmp_path / "report"
     sweep(asked("magnitude:0.5", keep_models=keep_models), out)
-    with pytest.raises(UsageError, match="give --overwrite to replace it"):
+    with pytest.raises(UsageError, match="give `overwrite` to replace it"):
         sweep(asked("rtn:4"), out)
     if keep_models:  # what somebody put into a model's folder is not lost either
         (model,) = (out / "models").iterdir()

@@ -28,9 +28,8 @@ from torch import Tensor
 from secateur import kernels
 from secateur.errors import UsageError
 from secateur.evaluation.bench.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
-from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
-from secateur.kernels.packed import CodedWeight, Packed, SparseWeight, map_tensors, nbytes
+from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.load import open_device, parse_dtype
 from secateur.model.source import Source, open_source
 
@@ -261,7 +260,7 @@ def _group(
     """
     weights = source.weights
     # Other libraries' packed checkpoints are made dense as they are loaded.
-    if source.quantization is None or not isinstance(weights, DecodedWeights) or not weights.packed:
+    if source.quantization is None or not weights.packed:
         raise UsageError(
             f"{source.name} has no linears packed by secateur to measure: make them by `secateur compress`, or, of weights "
             "with zeros, by `secateur export --to secateur`"
@@ -318,7 +317,7 @@ def _copies(size: int, cold: int) -> int:
 
 def _copy(ready: Prepared, weight: Packed, dtype: torch.dtype) -> Prepared:
     """The same in memory of its own."""
-    if isinstance(ready.weight, SparseWeight | CodedWeight) or type(ready.weight) is Tensor:
+    if type(ready.weight) in (type(weight), Tensor):
         return Prepared(ready.backend, map_tensors(ready.weight, torch.clone), ready.shape, ready.device)
     # A form of a backend's own, which may share nothing with the packed weight, or all.
     return prepare(map_tensors(weight, torch.clone), ready.backend.name, device=ready.device, dtype=dtype)

@@ -25,10 +25,10 @@ from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.evaluation.eval_text import Text, with_bos
 from secateur.evaluation.quality import Evaluation, Runner, evaluate
 from secateur.evaluation.uncertainty import fewest_windows, interval, p_of_rise
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.paths import check_whole
-from secateur.formats.folder.reader import read_json
-from secateur.formats.folder.writer import write_whole
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.paths import check_whole
+from secateur.folder.reader import read_json
+from secateur.folder.writer import write_whole
 from secateur.shares import parse_share
 
 LAYOUT = 1

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.core.quantized import Quantized, Uniform
+from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.layouts.coded import check_finite
-from secateur.formats.layouts.layout import Layout, check_parts, read_shape
+from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.coded import HALF_DTYPES, check_finite
+from secateur.formats.layouts.layout import Decoder, Layout, check_parts, dtype_name, read_shape
+from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.layouts.packed_weight import PackedWeight
 from secateur.kernels.bits import bytes_of, pack_bits, unpack_bits
 from secateur.kernels.packed import FLOAT_DTYPES
@@ -54,10 +56,9 @@ class Scheme:
     @classmethod
     def of(cls, weight: Quantized) -> Scheme:
         """The scheme of a weight of ours. Raises ValueError when this format cannot hold it."""
-        codes, I = weight.codes, weight.shape[1]
-        if not isinstance(codes, Uniform) or codes.bits not in BITS:
-            found = f"of {codes.bits} bits" if isinstance(codes, Uniform) else "not on a uniform grid"
-            raise ValueError(f"its codes are {found}: {FORMAT} stores uniform codes of 4 or 8 bits")
+        codes, I = uniform_codes(weight), weight.shape[1]
+        if codes.bits not in BITS:
+            raise ValueError(f"its codes are of {codes.bits} bits: {FORMAT} stores uniform codes of 4 or 8 bits")
         for what, there in (
             ("a mask of kept weights", weight.keep_OI is not None),
             ("columns in another order", weight.order_I is not None),
@@ -81,6 +82,13 @@ class Scheme:
         return f"{self.bits} bits {size}, {'symmetric' if self.symmetric else 'with zero points'}{order}"
 
 
+def uniform_codes(weight: Quantized) -> Uniform:
+    """The codes of a weight. Raises ValueError when they are of another family."""
+    if not isinstance(weight.codes, Uniform):
+        raise ValueError(f"its codes are not on a uniform grid: {FORMAT} stores uniform codes of 4 or 8 bits")
+    return weight.codes
+
+
 def pack(weight: Quantized) -> dict[str, Tensor]:
     """The tensors of a weight, by the names that they have behind the name of its module.
 
@@ -92,12 +100,12 @@ def pack(weight: Quantized) -> dict[str, Tensor]:
         ValueError: the format cannot hold it, or a scale is no number of the weight's dtype.
     """
     scheme = Scheme.of(weight)
-    codes = weight.codes
-    assert isinstance(codes, Uniform)
+    codes = uniform_codes(weight)
     scale_OG = codes.scale_OG.to(weight.dtype)
     if not torch.equal(scale_OG.float(), codes.scale_OG.float()):
         raise ValueError(
-            f"its scales are {_name(codes.scale_OG.dtype)} numbers that {_name(weight.dtype)}, the model's dtype, does not have"
+            f"its scales are {dtype_name(codes.scale_OG.dtype)} numbers that {dtype_name(weight.dtype)}, "
+            "the model's dtype, does not have"
         )
     parts = {
         "weight_packed": _pack_words(codes.code_OK, scheme.bits),
@@ -155,7 +163,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class PackQuantized:
+class PackQuantized(Decoder):
     """The layout of a checkpoint's packed weights, whoever wrote it.
 
     A weight's tensors tell of which scheme it is. The config names its modules by class, by pattern and by names that
@@ -165,6 +173,7 @@ class PackQuantized:
     schemes: tuple[Scheme, ...]
 
     name: ClassVar[str] = FORMAT
+    rounded: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
     )  # fmt: skip
@@ -174,7 +183,20 @@ class PackQuantized:
         return self.read(tensors).dequantize()
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
-        """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
+        return self._with_scales(tensors)
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]] | None:
+        """With scales of 16 bits, if there are such."""
+        for dtype in HALF_DTYPES:
+            half_OG = tensors["weight_scale"].to(dtype)
+            if torch.equal(half_OG.to(tensors["weight_scale"].dtype), tensors["weight_scale"]):
+                weight = self._with_scales(tensors, half_OG)
+                layout = layout_for(weight)
+                return layout, layout.pack(weight)
+        return None
+
+    def _with_scales(self, tensors: Mapping[str, Tensor], half_OG: Tensor | None = None) -> Quantized:
+        """The weight as it is stored, or with such scales in the place of its own."""
         check_parts(
             tensors,
             {
@@ -195,7 +217,7 @@ class PackQuantized:
         code_OI = _unpack_words(packed_OW.contiguous(), scheme.bits, I)
         if order_I is not None:
             code_OI = code_OI[:, order_I]
-        codes = Uniform(scheme.bits, scheme.group_size or I, code_OI, scale_OG, zero_OG)
+        codes = Uniform(scheme.bits, scheme.group_size or I, code_OI, scale_OG if half_OG is None else half_OG, zero_OG)
         return Quantized(codes, (O, I), scale_OG.dtype, order_I=order_I)
 
     def _scheme_of(self, tensors: Mapping[str, Tensor], I: int) -> Scheme:
@@ -267,8 +289,7 @@ def packed_weights(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
         module, _, part = key.rpartition(".")
         if module in parts_of and part not in (*layout.parts, "bias"):
             raise CheckpointError(f"{key} lies beside a weight in {FORMAT} and is not known: {_READ}")
-    reader = cast(Layout, layout)  # all that is asked of it is `unpack`
-    return {f"{module}.weight": PackedWeight(reader, parts) for module, parts in parts_of.items()}
+    return {f"{module}.weight": PackedWeight(layout, parts) for module, parts in parts_of.items()}
 
 
 def _read_schemes(config: Mapping[str, Any]) -> tuple[Scheme, ...]:
@@ -334,7 +355,3 @@ def _unpack_words(word_RW: Tensor, bits: int, count: int) -> Tensor:
 def _transpose(x: Tensor) -> Tensor:
     """A transposed copy. `contiguous` would leave a single row or column with strides that `view` does not take."""
     return x.T.clone(memory_format=torch.contiguous_format)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -21,16 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur.core.quantized import Outliers, Quantized, TwoLevel
+from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.layouts.layout import Layout, check_parts
+from secateur.formats.foreign.format import Foreign, foreign
+from secateur.formats.layouts.layout import Decoder, check_parts
 from secateur.formats.layouts.packed_weight import PackedWeight
+from secateur.formats.layouts.two_level_int import TwoLevel
 
 QUANT_METHOD = "spqr"
 PARTS = ("dense_weights", "row_offsets", "col_vals", "in_perm")
@@ -213,37 +215,43 @@ def config(sizes: Mapping[str, int], dense_linears: Iterable[str]) -> dict[str, 
     }
 
 
-def packed_weights(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, PackedWeight]:
-    """The packed weights of such a checkpoint.
+@foreign
+class SpQRFormat(Foreign):
+    """Its tensors are called such as `….up_proj.dense_weights`."""
 
-    Args:
-        stored: its tensors by name, such as `….up_proj.dense_weights`.
-        config: its `quantization_config`.
+    quant_method: ClassVar[str] = QUANT_METHOD
+    reads: ClassVar[str] = "spqr_quant's"
+    card: ClassVar[str] = """
+FOLDER is this folder, or its name on the hub. The weights are in SpQR's format: transformers opens it on a CUDA GPU where the
+package `spqr_quant` is installed.
+"""
 
-    Raises:
-        CheckpointError: the config makes no sense, or does not fit the tensors.
-    """
-    wanted = {"bits": BITS, "beta1": TILE, "beta2": TILE}
-    for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(
-                f"the checkpoint is quantized by spqr with {key} {config[key]!r}: it can only be {value}"
+    @classmethod
+    def packed_weights(cls, stored: Mapping[str, Tensor], section: Mapping[str, Any]) -> dict[str, PackedWeight]:
+        wanted = {"bits": BITS, "beta1": TILE, "beta2": TILE}
+        for key, value in wanted.items():
+            if section.get(key, value) != value:
+                raise CheckpointError(
+                    f"the checkpoint is quantized by spqr with {key} {section[key]!r}: it can only be {value}"
+                )
+        shapes = section.get("shapes")
+        if not isinstance(shapes, Mapping):
+            raise CheckpointError("the checkpoint is quantized by spqr, but its config has no 'shapes'")
+        packed = {}
+        for owner in dict.fromkeys(_owners(stored)) | dict.fromkeys(
+            _owners(key.removesuffix(".shape") for key in shapes)
+        ):
+            names = {part: f"{owner}.{part}" for part in PARTS}
+            missing = [name for name in names.values() if f"{name}.shape" not in shapes]
+            if missing:
+                raise CheckpointError(
+                    f"the checkpoint is quantized by spqr, but its config's 'shapes' do not have {missing[0]}"
+                )
+            layout = SpQRQuant({part: shapes[f"{name}.shape"] for part, name in names.items()})
+            packed[f"{owner}.weight"] = PackedWeight(
+                layout, {part: name for part, name in names.items() if name in stored}
             )
-    shapes = config.get("shapes")
-    if not isinstance(shapes, Mapping):
-        raise CheckpointError("the checkpoint is quantized by spqr, but its config has no 'shapes'")
-    packed = {}
-    for owner in dict.fromkeys(_owners(stored)) | dict.fromkeys(_owners(key.removesuffix(".shape") for key in shapes)):
-        names = {part: f"{owner}.{part}" for part in PARTS}
-        missing = [name for name in names.values() if f"{name}.shape" not in shapes]
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint is quantized by spqr, but its config's 'shapes' do not have {missing[0]}"
-            )
-        layout = SpQRQuant({part: shapes[f"{name}.shape"] for part, name in names.items()})
-        reader = cast(Layout, layout)  # all that is asked of it is `unpack`
-        packed[f"{owner}.weight"] = PackedWeight(reader, {part: name for part, name in names.items() if name in stored})
-    return packed
+        return packed
 
 
 def _owners(names: Iterable[str]) -> Iterator[str]:
@@ -254,7 +262,7 @@ def _owners(names: Iterable[str]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class SpQRQuant:
+class SpQRQuant(Decoder):
     """One such weight, of which the config of its checkpoint tells the sizes of the tensors and nothing more.
 
     The weight's shape follows from the tensors: `dense_weights` tells O · I; `in_perm`, where there is any, I; `row_offsets`
@@ -265,10 +273,8 @@ class SpQRQuant:
     sizes: Mapping[str, Any]
 
     name: ClassVar[str] = "spqr_quant"
+    rounded: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]] = PARTS
-
-    def pack(self, weight: Quantized) -> dict[str, Tensor]:
-        return pack(weight)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """float16. Raises ValueError, saying what is wrong."""
@@ -298,13 +304,6 @@ class SpQRQuant:
         if not torch.isfinite(dense_OI).all():
             raise ValueError("it stands for values that are not finite")
         return dense_OI
-
-    def to_config(self) -> dict[str, Any]:
-        return {"layout": self.name, "sizes": dict(self.sizes)}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> SpQRQuant:
-        return cls(config["sizes"])
 
 
 def _is_int32_vector(tensor: Tensor) -> bool:

@@ -1,10 +1,13 @@
-"""How compressed weights lie on disk: one codec per layout, the checkpoint reader and writer, transformers' side of loading.
+"""How one weight lies on disk: a codec a layout, and where weights are codes, the family that they are of.
 
-Each layout is a file of this folder and registers itself under the name that a checkpoint's config gives.
+Each layout is a file of this folder and registers itself under the name that a checkpoint's config gives; those of other
+packages are modules that the entry points of `layout.GROUP` name.
 """
 
-from secateur.formats.layouts import bitmap, codebook, nm, packed_int, sparse_int
-from secateur.formats.layouts import two_level_int as spqr
-from secateur.formats.layouts.layout import LAYOUTS, Layout, layout_from_config
+from secateur.core.registry import import_all, import_others
+from secateur.formats.layouts.layout import GROUP, LAYOUTS, Layout, layout_from_config
 
-__all__ = ["LAYOUTS", "Layout", "bitmap", "codebook", "layout_from_config", "nm", "packed_int", "sparse_int", "spqr"]
+import_all(__name__, __path__)
+import_others(GROUP, "layouts")
+
+__all__ = ["LAYOUTS", "Layout", "layout_from_config"]

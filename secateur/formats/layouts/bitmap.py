@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from secateur.formats.layouts.layout import check_parts, layout, read_shape
+from secateur.formats.layouts.layout import Layout, check_parts, layout, read_shape
 from secateur.kernels.expand import compress_bitmap, count_rows, expand_bitmap
 from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded, unpadded
 
 
 @layout
 @dataclass(frozen=True)
-class Bitmap:
+class Bitmap(Layout):
     """`compressed [nnz]`, `bitmask uint8 [O, B]` (least significant bit first), `shape int64 [2]`.
 
     The published layout `sparse-bitmask` also stores `row_offsets`, the running count of the mask's bits. They say nothing
@@ -28,6 +28,7 @@ class Bitmap:
     """
 
     name: ClassVar[str] = "bitmap"
+    rounded: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "shape", "row_offsets")
 
     def pack(self, W_OI: Tensor) -> dict[str, Tensor]:
@@ -45,6 +46,12 @@ class Bitmap:
         if int(start_O1[-1]) != values.numel():
             raise ValueError(f"the bit mask has {int(start_O1[-1])} bits set but there are {values.numel()} values")
         return SparseWeight((len(bitmask_OB), I), padded(values), bitmask_OB.clone(), start_O1)
+
+    def values(self, weight: SparseWeight) -> list[Tensor]:
+        return [weight.values_V]
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+        return self, self.pack(self.unpack(tensors))
 
     def store(self, weight: SparseWeight) -> dict[str, Tensor]:
         return {
@@ -77,9 +84,6 @@ class Bitmap:
             if not whole or not torch.equal(offset_O.long(), count_O.cumsum(0) - count_O):
                 raise ValueError("its row_offsets are out of order: they do not match the bits of the mask")
         return I, count_O
-
-    def to_config(self) -> dict[str, Any]:
-        return {"layout": self.name}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Bitmap:

@@ -1,32 +1,70 @@
-"""The layout `codebook`: codes that number the entries of a lookup table a row, and outliers as compressed sparse rows.
+"""The family `codebook`: codes that number the entries of a lookup table a row, and outliers as compressed sparse rows.
 
-O: output features, C: entries of a table.
+O: output features, K: stored weights of a row, C: entries of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.core.quantized import Codes, Table
-from secateur.formats.layouts.coded import (
-    HALF_DTYPES,
-    OUTLIER_PARTS,
-    QuantizedLayout,
-    Rows,
-    check_finite,
-    is_stream,
-    read_choice,
-)
-from secateur.formats.layouts.layout import DTYPES, check_parts, layout
-from secateur.kernels.packed import TableGrid
+from secateur.formats.layouts.coded import HALF_DTYPES, OUTLIER_PARTS, QuantizedLayout, check_finite, family
+from secateur.formats.layouts.layout import check_parts
+from secateur.formats.layouts.rows import Rows, is_stream
+from secateur.kernels.packed import Grid, GridOperands, largest
 
 
-@layout
+@dataclass(frozen=True)
+class Table:
+    """Codes that number the entries of a lookup table, one table a row: SqueezeLLM's.
+
+    Attributes:
+        bits: of a code.
+        code_OK: uint8.
+        table_OC: 2^bits values of each row, in the dtype that they are stored in.
+    """
+
+    bits: int
+    code_OK: Tensor
+    table_OC: Tensor
+
+    def values(self) -> Tensor:
+        """The stored weights `[O, K]`, float32."""
+        return self.table_OC.float().gather(1, self.code_OK.long())
+
+    def layout(self, dtype: torch.dtype) -> Codebook:
+        return Codebook(self.bits, dtype)
+
+
+@dataclass(frozen=True)
+class TableGrid(Grid):
+    """w = table[row, code]: SqueezeLLM's.
+
+    Attributes:
+        table_OC: float16 or bfloat16, 2^bits values a row.
+    """
+
+    table_OC: Tensor
+    group_size: None = None
+
+    def values(self, code_OK: Tensor, at_OG: Tensor | None, bits: int) -> Tensor:
+        return self.table_OC.float().gather(1, code_OK.long())
+
+    def rows(self, start: int, end: int) -> TableGrid:
+        return TableGrid(self.table_OC[start:end])
+
+    def bound(self, bits: int) -> float:
+        return largest(self.table_OC)
+
+    def operands(self) -> GridOperands:
+        return GridOperands(table=self.table_OC)
+
+
+@family
 @dataclass(frozen=True)
 class Codebook(QuantizedLayout):
     """`codes uint8` (each row starts at a byte), `table [O, 2^bits]`, `shape int64 [2]`, and the outliers `outlier_count [O]`,
@@ -39,15 +77,13 @@ class Codebook(QuantizedLayout):
     name: ClassVar[str] = "codebook"
     parts: ClassVar[tuple[str, ...]] = ("codes", "table", "shape", "order", *OUTLIER_PARTS)
     has_outliers: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, Sequence[Any]]] = {"bits": range(1, 9)}
 
-    def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
-        if not isinstance(codes, Table) or codes.bits != self.bits:
-            raise ValueError(f"its codes do not number the entries of tables of 2^{self.bits}")
+    def pack_codes(self, codes: Table, rows: Rows) -> dict[str, Tensor]:
         return {"codes": rows.pack(codes.code_OK, self.bits), "table": codes.table_OC.contiguous()}
 
-    def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Table:
-        table_OC = self.read_grid(tensors, rows).table_OC
-        return Table(self.bits, rows.unpack(tensors["codes"], self.bits, "codes"), table_OC)
+    def unpack_codes(self, grid: TableGrid, code_OK: Tensor, rows: Rows) -> Table:
+        return Table(self.bits, code_OK, grid.table_OC)
 
     def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> TableGrid:
         shape = (rows.shape[0], 2**self.bits)
@@ -57,10 +93,3 @@ class Codebook(QuantizedLayout):
 
     def store_grid(self, grid: TableGrid) -> dict[str, Tensor]:
         return {"table": grid.table_OC}
-
-    def to_config(self) -> dict[str, Any]:
-        return {"layout": self.name, "bits": self.bits, "dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Codebook:
-        return cls(read_choice(config, "bits", range(1, 9)), DTYPES[read_choice(config, "dtype", DTYPES)])

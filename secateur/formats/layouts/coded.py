@@ -1,165 +1,75 @@
-"""What the quantized layouts share: rows of codes, streams, and outliers, checked as they are read.
+"""What families of codes have in common: their layout on disk, and outliers, checked as they are read.
 
-O: output features, I: input features, K: stored weights of a row, G: groups of the row with most, Γ: groups of all rows,
-B: bytes, N: outliers.
+A family is one file of this folder: its codes as quantizers return them, its grid as kernels take it, and its layout.
+
+O: output features, I: input features, N: outliers.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from secateur.core.quantized import Codes, Outliers, Quantized
-from secateur.formats.layouts.layout import all_finite, check_parts, read_shape
-from secateur.kernels.bits import pack_bits, unpack_bits
-from secateur.kernels.packed import CodedWeight, Grid, SparseRows, TableGrid, UniformGrid, padded, unpadded
-from secateur.kernels.plain import dense_rows
+from secateur.formats.layouts.layout import DTYPES, Layout, all_finite, check_parts, dtype_name, layout, read_shape
+from secateur.formats.layouts.rows import Rows, is_stream
+from secateur.kernels.packed import CodedWeight, Grid, SparseRows, padded, unpadded
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 OUTLIER_PARTS = ("outlier_count", "outlier_column", "outlier_value")
+#: What sizes of groups and tiles may be.
+SIZES = range(2, 2**31)
 _INDEX_DTYPES = (torch.uint16, torch.int32)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """How many weights are stored of each row of a weight `[O, I]`: all, or those that a mask keeps."""
-
-    shape: tuple[int, int]
-    length_O: Tensor
-
-    @classmethod
-    def full(cls, shape: tuple[int, int]) -> Rows:
-        """All weights of every row."""
-        return cls(shape, torch.tensor(shape[1]).expand(shape[0]))
-
-    @property
-    def longest(self) -> int:
-        return int(self.length_O[0] if self.length_O.stride(0) == 0 else self.length_O.max())
-
-    def groups(self, group_size: int) -> Rows:
-        """The groups of each row, the last of which may be shorter."""
-        return self._map(lambda length: -(-length // group_size))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """The same rows with other lengths. Where one number stands for all of them, it stays one."""
-        one = self.length_O.stride(0) == 0
-        return Rows(self.shape, change(self.length_O[:1]).expand(self.shape[0]) if one else change(self.length_O))
-
-    @property
-    def filled(self) -> Tensor:
-        """Bool `[O, longest]`: where a row has something."""
-        return torch.arange(self.longest) < self.length_O[:, None]
-
-    @property
-    def starts(self) -> Tensor:
-        """Where each row begins when they are laid end to end, and where the last one ends: int64 `[O + 1]`."""
-        return torch.nn.functional.pad(self.length_O.cumsum(0), (1, 0))
-
-    @property
-    def total(self) -> int:
-        """What all rows have together."""
-        return len(self.length_O) * self.longest if self._equal else int(self.length_O.sum())
-
-    @property
-    def _equal(self) -> bool:
-        return self.length_O.stride(0) == 0 or int(self.length_O.min()) == self.longest
-
-    def flatten(self, x_OK: Tensor) -> Tensor:
-        """What the rows have, one after the other."""
-        x_OK = x_OK[:, : self.longest]
-        return x_OK.reshape(-1).contiguous() if self._equal else x_OK[self.filled]
-
-    def spread(self, flat: Tensor) -> Tensor:
-        """The reverse of `flatten`; zeros where a row has nothing."""
-        if self._equal:
-            return flat.view(self.shape[0], self.longest)
-        x_OK = flat.new_zeros(self.shape[0], self.longest)
-        x_OK[self.filled] = flat
-        return x_OK
-
-    def _bytes(self, bits: int) -> Rows:
-        return self._map(lambda length: -(-length * bits // 8))
-
-    def pack(self, code_OK: Tensor, bits: int) -> Tensor:
-        """Codes as a stream of bytes, each row starting at a byte."""
-        code_OK = code_OK[:, : self.longest]
-        if not self._equal:
-            # What lies beyond a row's end must not leave its bits in the last byte.
-            code_OK = torch.where(self.filled, code_OK, 0)
-        return self._bytes(bits).flatten(pack_bits(code_OK, bits))
-
-    def unpack(self, stream_B: Tensor, bits: int, part: str) -> Tensor:
-        """The codes of such a stream, `[O, longest]`. Raises ValueError when it has another length or bits too many."""
-        self.check_stream(stream_B, bits, part)
-        return unpack_bits(self._bytes(bits).spread(stream_B), bits, self.longest)
-
-    def check_stream(self, stream_B: Tensor, bits: int, part: str) -> Tensor:
-        """The byte at which each row of such a stream begins, and that at which the last ends, `[O + 1]`.
-
-        Raises ValueError when the stream has another length or bits too many.
-        """
-        rows = self._bytes(bits)
-        _check_length(stream_B, rows.total, part)  # before anything of that size is made
-        start_O1 = rows.starts
-        if self._equal and self.longest:
-            last_O, used = stream_B.view(len(rows.length_O), -1)[:, -1], (self.longest * bits - 1) % 8 + 1
-            stray = bool((last_O.int() >> used).any())
-        else:
-            some_O = rows.length_O > 0
-            used_O = (self.length_O * bits - 1)[some_O] % 8 + 1
-            stray = bool((stream_B[start_O1[1:][some_O] - 1].int() >> used_O).any())
-        if stray:
-            raise ValueError(f"its {part} has bits set after the last code of a row")
-        return start_O1
-
-
-class QuantizedLayout(ABC):
+class QuantizedLayout(Layout):
     """A layout of quantized weights: codes in one of several forms, and the outliers to be added to what they stand for.
 
-    A subclass says how codes become tensors and back. It is used as it is where all weights are stored, and by `sparse-int`
-    where some are.
+    A subclass is a frozen dataclass under `@family`, and says how codes become tensors and back. It is used as it is where all
+    weights are stored, and by `sparse-int` where some are.
 
     Attributes:
         has_outliers: whether there may be any.
+        choices: what its fields may be, but for `dtype`.
         bits: of a code.
         dtype: of the dense weight.
     """
 
-    name: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
+    rounded: ClassVar[bool] = True
     has_outliers: ClassVar[bool]
+    choices: ClassVar[Mapping[str, Sequence[Any]]]
     bits: int
     dtype: torch.dtype
 
     @abstractmethod
-    def pack_codes(self, codes: Codes, rows: Rows) -> dict[str, Tensor]:
-        """The tensors of codes whose rows are so long. Raises ValueError when they are of another form."""
+    def pack_codes(self, codes: Any, rows: Rows) -> dict[str, Tensor]:
+        """The tensors of codes of this family whose rows are so long."""
 
     @abstractmethod
-    def unpack_codes(self, tensors: Mapping[str, Tensor], rows: Rows) -> Codes:
-        """The reverse. Raises ValueError when a tensor is missing, or not what it should be."""
+    def unpack_codes(self, grid: Any, code_OK: Tensor, rows: Rows) -> Codes:
+        """The reverse, of a grid and codes that were read."""
 
     @abstractmethod
     def read_grid(self, tensors: Mapping[str, Tensor], rows: Rows) -> Grid:
-        """What the codes stand for, as kernels take it. Raises ValueError as `unpack_codes` does."""
+        """What the codes stand for. Raises ValueError when a tensor is missing, or not what it should be."""
 
     @abstractmethod
     def store_grid(self, grid: Any) -> dict[str, Tensor]:
         """The tensors that `read_grid` made it of."""
 
-    @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """See `Layout`."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {"layout": self.name, **own, "dtype": dtype_name(self.dtype)}
 
     @classmethod
-    @abstractmethod
-    def from_config(cls, config: Mapping[str, Any]) -> QuantizedLayout:
-        """See `Layout`."""
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        own = {name: read_choice(config, name, allowed) for name, allowed in cls.choices.items()}
+        return cls(**own, dtype=DTYPES[read_choice(config, "dtype", list(DTYPES))])  # type: ignore[call-arg]
 
     def pack(self, weight: Quantized) -> dict[str, Tensor]:
         """The tensors of a quantized weight all of whose weights are stored."""
@@ -169,6 +79,9 @@ class QuantizedLayout(ABC):
 
     def pack_rows(self, weight: Quantized, rows: Rows) -> dict[str, Tensor]:
         """Codes, outliers and shape of a weight of whose rows so much is stored."""
+        own = weight.codes.layout(weight.dtype)
+        if own != self:
+            raise ValueError(f"its codes are stored as {own.to_config()}, and this layout is {self.to_config()}")
         if weight.outliers is not None and not self.has_outliers:
             raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
         parts = {**self.pack_codes(weight.codes, rows), "shape": torch.tensor(weight.shape)}
@@ -179,7 +92,6 @@ class QuantizedLayout(ABC):
         return parts
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
-        """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
         return self.read_rows(tensors, self._full_rows(tensors))
 
     def _full_rows(self, tensors: Mapping[str, Tensor]) -> Rows:
@@ -191,7 +103,8 @@ class QuantizedLayout(ABC):
 
     def read_rows(self, tensors: Mapping[str, Tensor], rows: Rows, keep_OI: Tensor | None = None) -> Quantized:
         """The reverse of `pack_rows`, with the mask that says where the weights of a row belong."""
-        codes = self.unpack_codes(tensors, rows)
+        grid = self.read_grid(tensors, rows)
+        codes = self.unpack_codes(grid, rows.unpack(tensors["codes"], self.bits, "codes"), rows)
         return Quantized(codes, rows.shape, self.dtype, keep_OI, *self._read_rest(tensors, rows))
 
     def _read_rest(self, tensors: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor | None, Outliers | None]:
@@ -202,9 +115,6 @@ class QuantizedLayout(ABC):
             raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
         return order_I, outliers
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return unpacked(self.load(tensors))
-
     def load(self, tensors: Mapping[str, Tensor]) -> CodedWeight:
         return self.load_rows(tensors, self._full_rows(tensors))
 
@@ -213,24 +123,28 @@ class QuantizedLayout(ABC):
         grid = self.read_grid(tensors, rows)
         start_O1 = rows.check_stream(tensors["codes"], self.bits, "codes")
         order_I, outliers = self._read_rest(tensors, rows)
-        group_start_O1 = None
-        if bitmask_OB is not None and not isinstance(grid, TableGrid):
-            group_start_O1 = rows.groups(grid.group_size).starts
+        some = bitmask_OB is not None
         weight = CodedWeight(
             rows.shape,
             self.dtype,
             self.bits,
             padded(tensors["codes"]),
             start_O1,
-            None if bitmask_OB is None else rows.length_O.int(),
-            group_start_O1,
+            rows.length_O.int() if some else None,
+            rows.groups(grid.group_size).starts if some and grid.group_size is not None else None,
             grid,
             bitmask_OB,
             None if order_I is None else order_I.int(),
             None if outliers is None else _sparse_rows(outliers, order_I),
         )
-        check_range(weight)
+        # A bound that holds whatever the codes are is enough nearly always.
+        surely = weight.bound() < torch.finfo(weight.dtype).max / 2
+        if not surely and not all(all_finite(W_RI) for _, W_RI in weight.dense_rows()):
+            raise ValueError(f"its codes stand for values beyond {weight.dtype}")
         return weight
+
+    def values(self, weight: CodedWeight) -> Iterable[Tensor]:
+        return ()  # looked at already
 
     def store(self, weight: CodedWeight) -> dict[str, Tensor]:
         """The reverse of `load_rows`, but for the mask."""
@@ -249,65 +163,26 @@ class QuantizedLayout(ABC):
         return parts
 
 
+FAMILIES: dict[str, type[QuantizedLayout]] = {}
+_F = TypeVar("_F", bound=type[QuantizedLayout])
+
+
+def family(cls: _F) -> _F:
+    """Register the layout of a family of codes, which `sparse-int` then stores some of, too."""
+    FAMILIES[cls.name] = layout(cls)
+    return cls
+
+
 def _sparse_rows(outliers: Outliers, order_I: Tensor | None) -> SparseRows:
     start_O1 = torch.nn.functional.pad(outliers.count_O.cumsum(0), (1, 0)).int()
     column_N = outliers.column_N if order_I is None else order_I.argsort()[outliers.column_N]
     return SparseRows(start_O1, column_N.int(), outliers.value_N.clone())
 
 
-def check_range(weight: CodedWeight) -> None:
-    """Raise ValueError when finite codes and scales stand for values beyond the dtype of the weight."""
-    grid, limit = weight.grid, torch.finfo(weight.dtype).max / 2
-    outlier = 0.0 if weight.outliers is None else _largest(weight.outliers.value_N)
-    if isinstance(grid, TableGrid):
-        bound = _largest(grid.table_OC)
-    elif isinstance(grid, UniformGrid):
-        bound = _largest(grid.scale_Γ) * 2**weight.bits
-    else:
-        code = 15 if grid.pair_Γ.ndim == 1 else 255
-        step, low, zero_step, zero_low = (_largest(x_TG) for x_TG in grid.second_TG4.unbind(2))
-        bound = (low + step * code) * (2**weight.bits + zero_low + zero_step * code)
-    # A bound that holds whatever the codes are is enough nearly always.
-    if not bound + outlier < limit:
-        for _, W_RI in dense_rows(weight):
-            finite(W_RI)
-
-
-def unpacked(weight: CodedWeight) -> Tensor:
-    """The dense weight `[O, I]`, made in pieces: what a piece takes on its way is many times its size."""
-    W_OI = torch.empty(weight.shape, dtype=weight.dtype)
-    for start, W_RI in dense_rows(weight):
-        W_OI[start : start + len(W_RI)] = W_RI
-    return W_OI
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.float().abs().max()) if x.numel() else 0.0
-
-
 def read_stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """(O, I), from the part `shape`. Raises ValueError when it is missing or makes no sense."""
     check_parts(tensors, {"shape": lambda t: t.numel() == 2})
     return read_shape(tensors["shape"])
-
-
-def pack_stream(code: Tensor, bits: int) -> Tensor:
-    """Codes as one stream."""
-    return Rows((1, code.numel()), torch.tensor([code.numel()])).pack(code.reshape(1, -1), bits)
-
-
-def unpack_stream(stream_B: Tensor, bits: int, count: int, part: str) -> Tensor:
-    """The reverse of `pack_stream`. Raises ValueError when it has another length, or bits after its last code."""
-    return Rows((1, count), torch.tensor([count])).unpack(stream_B, bits, part)[0]
-
-
-def _check_length(stream_B: Tensor, wanted: int, part: str) -> None:
-    if stream_B.numel() != wanted:
-        raise ValueError(f"its {part} has {stream_B.numel()} bytes, not {wanted}: it is truncated, or of other bits")
-
-
-def is_stream(tensor: Tensor) -> bool:
-    return tensor.ndim == 1 and tensor.dtype == torch.uint8
 
 
 def is_half_vector(tensor: Tensor) -> bool:
@@ -319,13 +194,6 @@ def check_finite(tensors: Mapping[str, Tensor], *parts: str) -> None:
     for part in parts:
         if not torch.isfinite(tensors[part]).all():
             raise ValueError(f"its {part} holds values that are not finite")
-
-
-def finite(W_OI: Tensor) -> Tensor:
-    """The same weight. Raises ValueError when finite codes and scales stand for values beyond its dtype."""
-    if not all_finite(W_OI):
-        raise ValueError(f"its codes stand for values beyond {W_OI.dtype}")
-    return W_OI
 
 
 def pack_outliers(outliers: Outliers, I: int) -> dict[str, Tensor]:
@@ -393,17 +261,9 @@ def _to_int64(index: Tensor) -> Tensor:
     return index.view(torch.int16).long() & 0xFFFF if index.dtype == torch.uint16 else index.long()
 
 
-def read_choice(config: Mapping[str, Any], key: str, allowed: Any) -> Any:
+def read_choice(config: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> Any:
     """A parameter of a layout. Raises ValueError when it is missing or not one of those allowed."""
     value = config.get(key)
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):  # True is not 1
-        raise ValueError(f"{key} is {value!r}")
-    return value
-
-
-def read_size(config: Mapping[str, Any], key: str) -> int:
-    """A parameter that is a whole number of at least 2. Raises ValueError when it is not."""
-    value = config.get(key)
-    if type(value) is not int or not 2 <= value < 2**31:
+    if type(value) is not type(allowed[0]) or value not in allowed:  # True is not 1
         raise ValueError(f"{key} is {value!r}")
     return value

@@ -5,66 +5,146 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
 from secateur.kernels.packed import FLOAT_DTYPES, Packed
 
 LAYOUT_VERSION = 1
 #: The dtypes of weights by the names that configs and users give them.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+#: Entry points of this group are modules of other packages, which register layouts as ours do.
+GROUP = "secateur.layouts"
 
 
-class Layout(Protocol):
-    """A codec: turns a pruned or quantized weight `[O, I]` into named tensors and back, exact to the bit.
+@dataclass(frozen=True)
+class Stored:
+    """What the tensors of a weight tell of it.
 
-    `parts` are the names of the tensors; in a file each stands behind the name of the weight, as in
-    `model.layers.0.mlp.up_proj.weight.bitmask`.
+    Attributes:
+        layout: its name.
+        shape: (O, I).
+        count: weights with a value or a code of their own; the others are zero.
+        outliers: those that something is added to.
+        bytes: of all tensors.
+        finite: whether no value is NaN or infinite.
+    """
+
+    layout: str
+    shape: tuple[int, ...]
+    count: int
+    outliers: int
+    bytes: int
+    finite: bool
+
+
+def describe_dense(tensor: Tensor) -> Stored:
+    """What a weight tells that is not packed."""
+    return Stored("dense", tuple(tensor.shape), count_nonzero(tensor), 0, tensor.nbytes, all_finite(tensor))
+
+
+class Decoder(ABC):
+    """Reads what weights of one form are stored as, whoever wrote it.
+
+    Attributes:
+        name: of the form.
+        rounded: whether weights are codes, of which a zero is one like any other, and not just without their zeros.
+        parts: the names of the tensors; in a file each stands behind the name of the weight, as in
+            `model.layers.0.mlp.up_proj.weight.bitmask`.
     """
 
     name: ClassVar[str]
+    rounded: ClassVar[bool]
     parts: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight `[O, I]`. Everything is checked before it is used: raises ValueError, saying what is wrong."""
+
+    def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
+        """What the tensors tell. Everything is checked as by `unpack`."""
+        dense = describe_dense(self.unpack(tensors))
+        count = math.prod(dense.shape) if self.rounded else dense.count
+        return replace(dense, layout=self.name, count=count, bytes=bytes_of(tensors))
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
+        """The codes, checked as by `unpack`. Raises ValueError where it has none that are known here."""
+        raise ValueError(f"layout {self.name!r} has no codes")
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]] | None:
+        """The layout of ours that holds the same weight to the bit, and its tensors; None where there is none."""
+        return None
+
+
+class Layout(Decoder):
+    """A codec: turns a pruned or quantized weight `[O, I]` into named tensors and back, exact to the bit."""
+
+    @abstractmethod
     def pack(self, weight: Any) -> dict[str, Tensor]:
         """The tensors of a contiguous `[O, I]` tensor, or of a `Quantized` where the layout is one of codes.
 
         Raises ValueError when the layout cannot hold it.
         """
-        ...
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight `[O, I]`. Everything is checked before it is used: raises ValueError, saying what is wrong."""
-        ...
-
+    @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> Packed:
         """The weight as kernels compute on it, in memory of its own. Everything is checked as by `unpack`."""
-        ...
 
+    @abstractmethod
     def store(self, weight: Any) -> dict[str, Tensor]:
         """The tensors that `load` made such a weight of, in numbers of any width (see `packed.StoredForm`)."""
-        ...
 
     def to_config(self) -> dict[str, Any]:
         """What `config.json` has to say about a weight in this layout."""
-        ...
+        return {"layout": self.name}
 
     @classmethod
+    @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Layout:
         """The layout that `to_config` described. Raises ValueError when a parameter is missing or makes no sense."""
-        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = self.load(tensors)
+        W_OI = torch.empty(weight.shape, dtype=weight.dtype)
+        for start, W_RI in weight.dense_rows():  # what a piece takes on its way is many times its size
+            W_OI[start : start + len(W_RI)] = W_RI
+        return W_OI
+
+    def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
+        weight = self.load(tensors)
+        outliers = 0 if weight.outliers is None else weight.outliers.value_N.numel()
+        finite = all(all_finite(part) for part in self.values(weight))
+        return Stored(self.name, weight.shape, weight.count(), outliers, bytes_of(tensors), finite)
+
+    def values(self, weight: Any) -> Iterable[Tensor]:
+        """Tensors that have every value of a loaded weight: those that may not be finite."""
+        return (W_RI for _, W_RI in weight.dense_rows())
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]] | None:
+        return self, {part: tensor.clone() for part, tensor in tensors.items()}
 
 
 LAYOUTS: dict[str, type[Layout]] = {}
+_L = TypeVar("_L", bound=type[Layout])
 
 
-def layout(cls: type[Layout]) -> type[Layout]:
+def layout(cls: _L) -> _L:
     """Register a layout under its name."""
     LAYOUTS[cls.name] = cls
     return cls
+
+
+def part_names() -> set[str]:
+    """The parts of all layouts."""
+    return {part for layout in LAYOUTS.values() for part in layout.parts}
 
 
 def layout_from_config(config: Any) -> Layout:
@@ -97,6 +177,21 @@ def check_parts(tensors: Mapping[str, Tensor], wanted: Mapping[str, Callable[[Te
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: both show in the extremes, which one pass without a copy finds."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(widened(tensor)))).all())
+
+
+def count_nonzero(tensor: Tensor) -> int:
+    """How many values are not zero."""
+    return int(torch.count_nonzero(widened(tensor)))
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What configs call a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def widened(tensor: Tensor) -> Tensor:

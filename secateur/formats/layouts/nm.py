@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.formats.layouts.layout import check_parts, layout, read_shape
+from secateur.formats.layouts.layout import Layout, check_parts, layout, read_shape
 from secateur.kernels.expand import expand_bitmap
 from secateur.kernels.packed import FLOAT_DTYPES, SparseWeight, padded, unpadded
 
 
 @layout
 @dataclass(frozen=True)
-class NMBits:
+class NMBits(Layout):
     """`compressed [O, I·N/M]`, `bitmask uint8 [O, B]` (least significant bit first), `shape int64 [2]`.
 
     Every group of M bits has exactly N set, so that row r's values start at r·I·N/M. Where fewer than N weights of a group
@@ -31,6 +31,7 @@ class NMBits:
     m: int
 
     name: ClassVar[str] = "nm"
+    rounded: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "shape")
 
     def __post_init__(self) -> None:
@@ -69,6 +70,12 @@ class NMBits:
         start_O1 = torch.arange(O + 1) * (I // self.m * self.n)
         values = padded(tensors["compressed"].reshape(-1))
         return SparseWeight((O, I), values, tensors["bitmask"].clone(), start_O1, (self.n, self.m))
+
+    def values(self, weight: SparseWeight) -> list[Tensor]:
+        return [weight.values_V]
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+        return self, self.pack(self.unpack(tensors))
 
     def store(self, weight: SparseWeight) -> dict[str, Tensor]:
         values_OK = unpadded(weight.values_V).view(weight.shape[0], -1)

@@ -6,13 +6,16 @@ O: output features, I: input features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.layouts.layout import Layout
+from secateur.folder.reader import Tensors
+from secateur.formats.layouts.layout import Decoder, Layout, Stored
 from secateur.kernels.packed import Packed
 
 
@@ -36,8 +39,11 @@ class StoredForm:
         }
 
 
+D = TypeVar("D", bound=Decoder)
+
+
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Generic[D]):
     """Where and how one weight is stored.
 
     Attributes:
@@ -46,25 +52,36 @@ class PackedWeight:
         transposed: the weight belongs to a Conv1D module, which keeps it as `[I, O]`.
     """
 
-    layout: Layout
+    layout: D
     parts: dict[str, str]
     transposed: bool = False
+
+    def tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its parts, by the names that its layout has for them."""
+        return {part: stored[key] for part, key in self.parts.items()}
 
     def decode(self, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         """The dense weight as its module keeps it. Raises CheckpointError, naming it, when its parts are damaged."""
         try:
-            W_OI = self.layout.unpack({part: stored[key] for part, key in self.parts.items()})
+            W_OI = self.layout.unpack(self.tensors(stored))
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
         return W_OI.T.contiguous() if self.transposed else W_OI
 
-    def load(self, name: str, stored: Mapping[str, Tensor]) -> Packed:
+    def describe(self, name: str, stored: Mapping[str, Tensor]) -> Stored:
+        """What its parts tell, all of which is checked. Raises CheckpointError as `decode` does."""
+        try:
+            return self.layout.describe(self.tensors(stored))
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be read from layout {self.layout.name!r}: {error}") from error
+
+    def load(self: PackedWeight[Layout], name: str, stored: Mapping[str, Tensor]) -> Packed:
         """The weight as kernels compute on it, `[O, I]`. Raises CheckpointError as `decode` does."""
         return self.read(name, stored)[0]
 
-    def read(self, name: str, stored: Mapping[str, Tensor]) -> tuple[Packed, StoredForm]:
+    def read(self: PackedWeight[Layout], name: str, stored: Mapping[str, Tensor]) -> tuple[Packed, StoredForm]:
         """The same, and how it is stored."""
-        tensors = {part: stored[key] for part, key in self.parts.items()}
+        tensors = self.tensors(stored)
         form = StoredForm(self.layout, {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()})
         try:
             return self.layout.load(tensors), form
@@ -73,15 +90,17 @@ class PackedWeight:
 
 
 class DecodedWeights(Mapping[str, Tensor]):
-    """A compressed checkpoint's weights under their own names, each decoded when it is asked for.
+    """A checkpoint's weights under their own names, of which the packed ones are decoded when they are asked for.
 
-    What is not packed is passed through.
+    Attributes:
+        stored: its tensors as the files have them.
+        packed: those weights that are packed.
     """
 
-    def __init__(self, stored: Mapping[str, Tensor], packed: dict[str, PackedWeight]) -> None:
+    def __init__(self, stored: Tensors, packed: Mapping[str, PackedWeight] | None = None) -> None:
         self.stored = stored
-        self.packed = packed
-        parts = {name for weight in packed.values() for name in weight.parts.values()}
+        self.packed = packed or {}
+        parts = {name for weight in self.packed.values() for name in weight.parts.values()}
         self._plain = dict.fromkeys(name for name in stored if name not in parts)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -98,3 +117,15 @@ class DecodedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._plain) + len(self.packed)
+
+
+class DecodedAhead(DecodedWeights):
+    """The same, of which the packed ones are being decoded by other threads; each can be had once."""
+
+    def __init__(self, weights: DecodedWeights, pool: Executor) -> None:
+        super().__init__(weights.stored, weights.packed)
+        self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed}
+
+    def __getitem__(self, name: str) -> Tensor:
+        future = self._futures.pop(name, None)
+        return super().__getitem__(name) if future is None else future.result()

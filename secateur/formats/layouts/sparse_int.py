@@ -5,7 +5,7 @@ O: output features, I: input features, B: bytes of a row's mask, ⌈I/8⌉.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,21 +14,18 @@ import torch
 from torch import Tensor
 
 from secateur.core.quantized import Quantized
-from secateur.formats.layouts.codebook import Codebook
-from secateur.formats.layouts.coded import QuantizedLayout, Rows, read_stored_shape, unpacked
-from secateur.formats.layouts.layout import check_parts, layout
-from secateur.formats.layouts.packed_int import PackedInt
-from secateur.formats.layouts.two_level_int import SpQRLayout
+from secateur.formats.layouts.coded import FAMILIES, QuantizedLayout, read_stored_shape
+from secateur.formats.layouts.layout import Layout, check_parts, layout
+from secateur.formats.layouts.rows import Rows
 from secateur.kernels.expand import count_rows
 from secateur.kernels.packed import CodedWeight
 
 _STRAY_OUTLIER = "its outlier_column points at a weight that is not kept"
-_CODES: tuple[type[QuantizedLayout], ...] = (PackedInt, SpQRLayout, Codebook)
 
 
 @layout
 @dataclass(frozen=True)
-class SparseInt:
+class SparseInt(Layout):
     """`bitmask uint8 [O, B]` (least significant bit first), and the parts of another quantized layout for the kept weights.
 
     The mask is of columns as they are stored: where there is an `order`, it is over columns in that order.
@@ -39,7 +36,11 @@ class SparseInt:
     codes: QuantizedLayout
 
     name: ClassVar[str] = "sparse-int"
-    parts: ClassVar[tuple[str, ...]] = ("bitmask", *dict.fromkeys(part for codes in _CODES for part in codes.parts))
+    rounded: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("bitmask",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", ("bitmask", *self.codes.parts))
 
     def pack(self, weight: Quantized) -> dict[str, Tensor]:
         if weight.keep_OI is None:
@@ -49,7 +50,6 @@ class SparseInt:
         return {"bitmask": torch.from_numpy(bitmask_OB), **self.codes.pack_rows(weight, rows)}
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
-        """The weight as it is stored, checked. Raises ValueError, saying what is wrong."""
         rows = self._rows(tensors)
         I = rows.shape[1]
         keep_OI = torch.from_numpy(np.unpackbits(tensors["bitmask"].numpy(), axis=1, count=I, bitorder="little")).bool()
@@ -66,9 +66,6 @@ class SparseInt:
         check_parts(tensors, {"bitmask": lambda t: t.shape == mask_shape and t.dtype == torch.uint8})
         return Rows((O, I), count_rows(tensors["bitmask"], I))
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return unpacked(self.load(tensors))
-
     def load(self, tensors: Mapping[str, Tensor]) -> CodedWeight:
         weight = self.codes.load_rows(tensors, self._rows(tensors), tensors["bitmask"].clone())
         if weight.outliers is not None and weight.bitmask_OB is not None:
@@ -77,6 +74,9 @@ class SparseInt:
             if not (weight.bitmask_OB[row_N, column_N >> 3] >> (column_N & 7).to(torch.uint8) & 1).all():
                 raise ValueError(_STRAY_OUTLIER)
         return weight
+
+    def values(self, weight: CodedWeight) -> Iterable[Tensor]:
+        return self.codes.values(weight)
 
     def store(self, weight: CodedWeight) -> dict[str, Tensor]:
         assert weight.bitmask_OB is not None
@@ -91,11 +91,6 @@ class SparseInt:
         if not isinstance(codes, Mapping):
             raise ValueError(f"codes is {codes!r}")
         name = codes.get("layout")
-        found = next((c for c in _CODES if c.name == name), None)
-        if found is None:
+        if not isinstance(name, str) or name not in FAMILIES:
             raise ValueError(f"the kept weights are said to have layout {name!r}")
-        return cls(found.from_config(codes))
-
-
-#: The layouts of quantized weights.
-CodedLayout = QuantizedLayout | SparseInt
+        return cls(FAMILIES[name].from_config(codes))

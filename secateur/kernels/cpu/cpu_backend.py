@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secateur.kernels.backends import backend
-from secateur.kernels.packed import Packed, SparseWeight, TableGrid, TwoLevelGrid, UniformGrid, map_tensors
-from secateur.kernels.plain import dense_rows, times_rows
+from secateur.kernels.packed import Packed, map_tensors
+from secateur.kernels.torch_backend import times_rows
 
 _VERSION = "_".join(torch.__version__.split("+")[0].split(".")[:2])
 
@@ -66,10 +66,13 @@ class Cpu:
     """Up to eight tokens take one pass over the packed weight; for more, tiles of rows are unpacked, and torch multiplies."""
 
     name: ClassVar[str] = "cpu"
+    first_on: ClassVar[dict[str, int]] = {"cpu": 1}
 
     def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"it computes on the CPU, not on {device.type}: use triton, cuda-2:4 or dense"
+        if not weight.kernels:
+            return "it has no kernel for this layout, which backends 'dense' and 'torch' take"
         problem = missing()
         return None if problem is None else f"{problem}; until then use dense"
 
@@ -77,40 +80,12 @@ class Cpu:
         return map_tensors(weight, lambda tensor: tensor.to(device).contiguous())
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        if isinstance(weight, SparseWeight):
-            found: Tensor = torch.ops.secateur.sparse_linear(
-                x_TI, weight.values_V, weight.bitmask_OB, weight.start_O1, bias_O
-            )
-            return found
-        grid, outliers = weight.grid, weight.outliers
-        uniform = grid if isinstance(grid, UniformGrid) else None
-        levels = grid if isinstance(grid, TwoLevelGrid) else None
-        table_OC = grid.table_OC if isinstance(grid, TableGrid) else None
-        found = torch.ops.secateur.coded_linear(
-            x_TI,
-            weight.bits,
-            weight.codes_S,
-            weight.start_O1,
-            weight.count_O,
-            weight.group_start_O1,
-            0 if isinstance(grid, TableGrid) else grid.group_size,
-            uniform.scale_Γ if uniform else None,
-            uniform.zero_Γ if uniform else None,
-            levels.pair_Γ if levels else None,
-            levels.second_TG4 if levels else None,
-            levels.tile_rows if levels else 0,
-            table_OC,
-            weight.bitmask_OB,
-            weight.order_I,
-            outliers.start_O1 if outliers else None,
-            outliers.column_N if outliers else None,
-            outliers.value_N if outliers else None,
-            bias_O,
-        )
+        compute = getattr(torch.ops.secateur, f"{weight.kernels}_linear")
+        found: Tensor = compute(x_TI, *weight.operands(), bias_O)
         return found
 
     def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
-        return times_rows(grad_TO, weight.shape[1], dense_rows(weight))
+        return times_rows(grad_TO, weight.shape[1], weight.dense_rows())
 
     def packed(self, weight: Any) -> Packed:
         found: Packed = weight

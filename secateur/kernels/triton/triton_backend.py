@@ -8,6 +8,7 @@ O: output features, I: input features, B: bytes of a row's mask, V: values, W: c
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -16,15 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from secateur.kernels.backends import backend
-from secateur.kernels.packed import (
-    FLOAT_DTYPES,
-    CodedWeight,
-    Packed,
-    SparseWeight,
-    TableGrid,
-    UniformGrid,
-    map_tensors,
-)
+from secateur.kernels.packed import FLOAT_DTYPES, CodedWeight, Packed, SparseWeight, map_tensors
 from secateur.kernels.triton.triton_weight import CHUNK, TritonWeight
 
 
@@ -33,6 +26,7 @@ class Triton:
     """Pruned and quantized weights on CUDA devices; not weights that are both."""
 
     name: ClassVar[str] = "triton"
+    first_on: ClassVar[dict[str, int]] = {"cuda": 1}
 
     def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
         if find_spec("triton") is None:
@@ -42,28 +36,30 @@ class Triton:
             return f"its kernels run on CUDA devices, not on {device.type}, where backends 'dense' and 'torch' do"
         if dtype not in FLOAT_DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}, which backend 'torch' may"
-        if isinstance(weight, CodedWeight) and weight.bitmask_OB is not None:
+        if not weight.kernels:
+            return "it has no kernel for this layout, which backends 'dense' and 'torch' take"
+        if weight.masked:
             return "it has no kernel for layout 'sparse-int', which backends 'dense' and 'torch' take"
         return None
 
     def prepare(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> TritonWeight:
         weight = map_tensors(weight, lambda tensor: tensor.to(device).contiguous())
-        return _sparse(weight) if isinstance(weight, SparseWeight) else _coded(weight)
+        return _PREPARED[weight.kernels](weight)
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         from secateur.kernels.triton.triton_linear import linear
 
-        if weight.order_I is not None:
-            x_TI = x_TI[:, weight.order_I]
+        if weight.packed.order_I is not None:
+            x_TI = x_TI[:, weight.packed.order_I]
         return linear(weight, x_TI.contiguous(), bias_O)
 
     def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
         from secateur.kernels.triton.triton_linear import gradient
 
         grad_TI = gradient(weight, grad_TO.contiguous())
-        if weight.order_I is None:
+        if weight.packed.order_I is None:
             return grad_TI
-        return torch.empty_like(grad_TI).index_copy_(1, weight.order_I.long(), grad_TI)
+        return torch.empty_like(grad_TI).index_copy_(1, weight.packed.order_I.long(), grad_TI)
 
     def packed(self, weight: Any) -> Packed:
         found: Packed = weight.packed
@@ -86,25 +82,25 @@ def _sparse(weight: SparseWeight) -> TritonWeight:
 
 
 def _coded(weight: CodedWeight) -> TritonWeight:
-    grid, I = weight.grid, weight.shape[1]
-    zero = second = None
-    group, tile_rows = I, 1
-    if isinstance(grid, TableGrid):
-        kind, scale = "table", grid.table_OC
-    elif isinstance(grid, UniformGrid):
-        kind, scale, zero, group = "uniform", grid.scale_Γ, grid.zero_Γ, grid.group_size
-        if zero is None:
-            kind = "symmetric"
+    grid, I = weight.grid.operands(), weight.shape[1]
+    assert grid is not None
+    if grid.table is not None:
+        kind, scale = "table", grid.table
+    elif grid.scale is not None:
+        kind, scale = "symmetric" if grid.zero is None else "uniform", grid.scale
     else:
-        scale, second, group, tile_rows = grid.pair_Γ, grid.second_TG4, grid.group_size, grid.tile_rows
-        kind = "two-level" if scale.ndim == 1 else "two-level bytes"
+        assert grid.pair is not None
+        kind, scale = "two-level" if grid.pair.ndim == 1 else "two-level bytes", grid.pair
     constants = {
         "BITS": weight.bits,
         "GRID": kind,
         # One group a row is as good in whole words, and a file may claim groups of any size.
-        "GROUP": min(group, -(-I // 8) * 8),
-        "TILE_ROWS": tile_rows,
+        "GROUP": min(grid.group_size or I, -(-I // 8) * 8),
+        "TILE_ROWS": grid.tile_rows or 1,
         "RAGGED": I % 8 != 0,
     }
-    tensors = {"codes_S": weight.codes_S, "scale": scale, "zero": zero, "second": second}
+    tensors = {"codes_S": weight.codes_S, "scale": scale, "zero": grid.zero, "second": grid.second}
     return TritonWeight(weight.shape, tensors, constants, weight)
+
+
+_PREPARED: dict[str, Callable[[Any], TritonWeight]] = {"sparse": _sparse, "coded": _coded}

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from secateur.kernels.plain import times_rows
+from secateur.kernels.torch_backend import times_rows
 from secateur.kernels.triton.triton_tiles import coded_tile, sparse_tile
 from secateur.kernels.triton.triton_weight import CHUNK, TritonWeight
 
@@ -234,7 +234,7 @@ def _tiled(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
     if not weight.constants:
         _sparse_linear[grid](**arguments, **weight.tensors)
     else:
-        some = weight.outliers
+        some = weight.packed.outliers
         outliers = {
             "x_IT": None if some is None else x_TI.T.contiguous(),
             "outlier_start_O1": None if some is None else some.start_O1,
@@ -274,7 +274,7 @@ def _expanded_rows(weight: TritonWeight, like: Tensor) -> Iterator[tuple[int, Te
         arguments = {"W_OI": W_OI, "first_row": first, "end_row": end, "I": I, "R": R, "C": C}
         expand = _coded_expand if weight.constants else _sparse_expand
         expand[-(-(end - first) // R), -(-I // C)](**arguments, **weight.tensors, **weight.constants)
-        if weight.outliers is not None:
-            some = weight.outliers
+        if weight.packed.outliers is not None:
+            some = weight.packed.outliers
             _expand_outliers[(end - first,)](W_OI, first, I, some.start_O1, some.column_N, some.value_N, N=128)
         yield first, W_OI[: end - first]

@@ -10,11 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.kernels.packed import (
-    CodedWeight,
-    Packed,
-    SparseRows,
-)
+from secateur.kernels.packed import Packed
 
 #: Columns of a chunk: those of 32 bytes of a mask, one for each thread of a warp.
 CHUNK = 256
@@ -35,13 +31,3 @@ class TritonWeight:
     tensors: dict[str, Tensor | None]
     constants: dict[str, Any]
     packed: Packed
-
-    @property
-    def order_I(self) -> Tensor | None:
-        """As in `CodedWeight`."""
-        return self.packed.order_I if isinstance(self.packed, CodedWeight) else None
-
-    @property
-    def outliers(self) -> SparseRows | None:
-        """As in `CodedWeight`."""
-        return self.packed.outliers if isinstance(self.packed, CodedWeight) else None

@@ -14,9 +14,9 @@ from secateur.errors import UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.gate.gate import Baseline
 from secateur.evaluation.reference import keep_reference
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.paths import check_file, check_free
-from secateur.formats.folder.writer import staged_folder, write_manifest
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.paths import check_file, check_free
+from secateur.folder.writer import staged_folder, write_manifest
 from secateur.pipeline import run as run_module
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.runs.sweep import Sweep, sweep

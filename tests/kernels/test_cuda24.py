@@ -16,14 +16,14 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 from secateur import kernels
 from secateur.errors import UsageError
 from secateur.formats.layouts.nm import NMBits
-from secateur.kernels.cuda24 import semi_structured
-from secateur.kernels.cuda24.semi_structured import SemiStructured, TensorCoreWeight
+from secateur.kernels.cuda24 import cuda24_backend
+from secateur.kernels.cuda24.cuda24_backend import SemiStructured, TensorCoreWeight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 TWO_OF_FOUR = (2, 4)
 BACKEND = SemiStructured()
-FASTEST = semi_structured._fastest
+FASTEST = cuda24_backend._fastest
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -56,7 +56,7 @@ def library(request, monkeypatch):
     monkeypatch.setattr(cls, "from_dense", staticmethod(from_dense))
     monkeypatch.setattr(cls, "_mm", multiply)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: cls is SparseSemiStructuredTensorCUSPARSELT)
-    monkeypatch.setattr(semi_structured, "_fastest", lambda O, I, dtype, device: library.fastest)
+    monkeypatch.setattr(cuda24_backend, "_fastest", lambda O, I, dtype, device: library.fastest)
     return library
 
 
@@ -102,12 +102,12 @@ def test_it_computes_what_the_dense_weight_does(library, O, I, T, dtype):
 @pytest.mark.parametrize("T", [0, 1, 9, 300])
 def test_gradients_and_the_weight_come_back_out_of_it(library, T, sparse, monkeypatch):
     """Also where dense is faster, and the weight has stayed dense."""
-    monkeypatch.setattr(semi_structured, "_COLUMNS_AT_ONCE", 30)
+    monkeypatch.setattr(cuda24_backend, "_COLUMNS_AT_ONCE", 30)
     if not sparse:
         library.fastest = None
     weight, W_OI = load_sparse(33, 68, dtype=BF16, pattern=TWO_OF_FOUR)
     weight.values_V[5] = 0
-    W_OI = kernels.plain.dense_weight(weight)
+    W_OI = weight.dense()
     ready = prepared(weight)
     x_TI, bias_O = torch.randn(T, 68).to(BF16).requires_grad_(), torch.randn(33).to(BF16).requires_grad_()
     grad_TO = torch.randn(T, 33).to(BF16)
@@ -115,7 +115,7 @@ def test_gradients_and_the_weight_come_back_out_of_it(library, T, sparse, monkey
     assert_multiplies(x_TI.grad, grad_TO, W_OI.T)
     torch.testing.assert_close(bias_O.grad, grad_TO.float().sum(0).to(BF16))
     found = BACKEND.packed(ready.weight)
-    assert torch.equal(kernels.plain.dense_weight(found), W_OI)
+    assert torch.equal(found.dense(), W_OI)
     # What is stored for it is what our own packing stores.
     assert NMBits(2, 4).store(found).keys() == (wanted := NMBits(2, 4).pack(W_OI)).keys()
     assert all(torch.equal(NMBits(2, 4).store(found)[part], wanted[part]) for part in wanted)
@@ -169,7 +169,7 @@ def test_weights_stay_dense_where_that_is_faster(library, monkeypatch):
     library.fastest = None
     weight, W_OI = load_sparse(33, 68, dtype=BF16, pattern=TWO_OF_FOUR)
     ready = prepared(weight)
-    monkeypatch.delattr(semi_structured, "pad")  # nothing is copied for a library that is not used
+    monkeypatch.delattr(cuda24_backend, "pad")  # nothing is copied for a library that is not used
     assert type(ready.weight.W_OI) is torch.Tensor
     assert torch.equal(ready.weight.W_OI, W_OI)
     x_TI, bias_O = torch.randn(5, 68).to(BF16), torch.randn(33).to(BF16)
@@ -206,7 +206,7 @@ def test_dense_and_all_algorithms_are_timed(library, monkeypatch, dense, sparse,
             raise RuntimeError("CUDA error: invalid value")
         return sparse[W_OI.alg_id_cusparselt]
 
-    monkeypatch.setattr(semi_structured, "_milliseconds", milliseconds)
+    monkeypatch.setattr(cuda24_backend, "_milliseconds", milliseconds)
     if library.cls is SparseSemiStructuredTensorCUTLASS:
         wanted = 0 if sparse[0] < dense else None
     before = torch.get_rng_state()
@@ -220,7 +220,7 @@ def test_a_library_that_cannot_multiply_says_so(library, monkeypatch):
             raise RuntimeError("CUDA error: architecture mismatch")
         return 1.0
 
-    monkeypatch.setattr(semi_structured, "_milliseconds", milliseconds)
+    monkeypatch.setattr(cuda24_backend, "_milliseconds", milliseconds)
     with pytest.raises(RuntimeError, match="architecture mismatch"):
         FASTEST.__wrapped__(64, 128, BF16, CPU)
 
@@ -228,8 +228,8 @@ def test_a_library_that_cannot_multiply_says_so(library, monkeypatch):
 def test_a_shape_is_timed_once(library, monkeypatch):
     timed = []
     FASTEST.cache_clear()
-    monkeypatch.setattr(semi_structured, "_fastest", FASTEST)
-    monkeypatch.setattr(semi_structured, "_milliseconds", lambda x_TI, W_OI: timed.append(type(W_OI)) or 1.0)
+    monkeypatch.setattr(cuda24_backend, "_fastest", FASTEST)
+    monkeypatch.setattr(cuda24_backend, "_milliseconds", lambda x_TI, W_OI: timed.append(type(W_OI)) or 1.0)
     for O, I in [(33, 68), (40, 72), (64, 128), (64, 192)]:
         weight, _ = load_sparse(O, I, dtype=BF16, pattern=TWO_OF_FOUR)
         BACKEND.prepare(weight, CPU, BF16)
@@ -286,7 +286,7 @@ def test_auto_chooses_it(gpu, capability, cusparselt, dtype):
 @pytest.mark.parametrize(("O", "I"), [(256, 512), (200, 340), (1000, 4096)])
 def test_on_a_gpu(monkeypatch, O, I, dtype):
     # Small weights would stay dense.
-    monkeypatch.setattr(semi_structured, "_fastest", lambda O, I, dtype, device: 0)
+    monkeypatch.setattr(cuda24_backend, "_fastest", lambda O, I, dtype, device: 0)
     weight, W_OI = load_sparse(O, I, dtype=dtype, pattern=TWO_OF_FOUR)
     ready = kernels.prepare(weight, "cuda-2:4", device="cuda", dtype=dtype)
     assert isinstance(ready.weight.W_OI, torch.sparse.SparseSemiStructuredTensor)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError, SecateurError
-from secateur.formats.folder.entries import LEADS_OUT, is_inner_name, leads_out, unsafe_entries
-from secateur.formats.folder.reader import parse_json, read_limited
+from secateur.folder.entries import LEADS_OUT, is_inner_name, leads_out, unsafe_entries
+from secateur.folder.reader import parse_json, read_limited
 
 MANIFEST_NAME = "secateur.json"
 _CHUNK = 2**20

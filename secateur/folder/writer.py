@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import SecateurError, UsageError
-from secateur.formats.folder.manifest import MANIFEST_NAME, seal, sha256_of
-from secateur.formats.folder.paths import Inputs, check_free, current_umask, drop_empty, make_parents, place_of
-from secateur.formats.folder.reader import INDEX_NAME, SINGLE_NAME
+from secateur.folder.manifest import MANIFEST_NAME, seal, sha256_of
+from secateur.folder.paths import Inputs, check_free, current_umask, drop_empty, make_parents, place_of
+from secateur.folder.reader import INDEX_NAME, SINGLE_NAME
 
 # Tensors wait in memory until this much is there, so that small models make one file and large ones stay within bounds.
 SHARD_BYTES = 256 * 2**20

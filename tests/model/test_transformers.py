@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import secateur
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.folder.writer import ShardWriter, assemble
-from secateur.formats.transformers import quantizer as hf
+from secateur.folder.writer import ShardWriter, assemble
+from secateur.model.transformers import quantizer as hf
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.formats.transformers.quantizer import QUANT_METHOD
+from secateur.formats.foreign import FOREIGN
+from secateur.formats.stored_weights import QUANT_METHOD
 
 CARD_NAME = "README.md"
 # Ends what is ours, so that it is replaced when the folder is made into another.
@@ -34,16 +35,6 @@ Those that do not load models through transformers, such as vLLM and llama.cpp, 
 _DENSE = """
 FOLDER is this folder, or its name on the hub. The weights are dense: every tool that reads Hugging Face folders opens it.
 """
-_OTHERS = {
-    "compressed-tensors": """
-FOLDER is this folder, or its name on the hub. The weights are in the format `pack-quantized` of compressed-tensors: it is
-opened by transformers where the package `compressed-tensors` is installed, and by vLLM.
-""",
-    "spqr": """
-FOLDER is this folder, or its name on the hub. The weights are in SpQR's format: transformers opens it on a CUDA GPU where the
-package `spqr_quant` is installed.
-""",
-}  # fmt: skip
 
 
 def write_card(folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -74,7 +65,8 @@ def _card(name: str, config: Mapping[str, Any]) -> str:
     ours = method == QUANT_METHOD
     options = ", trust_remote_code=True" if config.get("auto_map") else ""
     opening = _OPEN.format(imports=_OUR_IMPORT if ours else _PLAIN_IMPORT, options=options)
-    how = _PACKED if ours else _OTHERS.get(str(method), _DENSE)
+    known = FOREIGN.get(method) if isinstance(method, str) else None
+    how = _PACKED if ours else (known and known.card) or _DENSE
     made = "What was done to it stands in `secateur.json`; `secateur verify FOLDER` tells whether its files are as they were."
     return f"# {_title(name)}, written by secateur\n\n{opening}{how}\n{made}\n"
 

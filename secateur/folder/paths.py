@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.folder.manifest import MANIFEST_NAME
-from secateur.formats.folder.reader import read_json
+from secateur.folder.manifest import MANIFEST_NAME
+from secateur.folder.reader import read_json
 
 # What a sweep leaves in its folder, beside the checkpoints that it may keep, and the file that it is known by.
 SWEEP_RESULT = "sweep.json"
@@ -60,7 +60,7 @@ def check_free(out: Path, overwrite: bool, inputs: Inputs | None = None) -> None
         raise UsageError(f"{out} is a file, not a folder: choose another name")
     why = _why_kept(out, inputs or {})
     if not overwrite:
-        advice = ", or give --overwrite to replace it" if why is None else f"; --overwrite does not replace it: {why}"
+        advice = ", or give `overwrite` to replace it" if why is None else f"; `overwrite` does not replace it: {why}"
         raise UsageError(f"{out} exists already: choose another folder{advice}")
     if why is not None:
         raise UsageError(f"{out} is not replaced: {why}; choose another folder, or remove it yourself")

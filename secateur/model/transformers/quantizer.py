@@ -7,7 +7,7 @@ while the model loads. `save_pretrained` writes them packed again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -25,12 +25,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
-from secateur.formats.folder.reader import HeldTensors, StoredTensors, find_entry, parse_quantization_config
-from secateur.formats.layouts.layout import LAYOUT_VERSION, LAYOUTS, Layout
-from secateur.formats.layouts.packed_weight import PackedWeight
-from secateur.formats.layouts.sparse_int import CodedLayout
-from secateur.formats.transformers.names import renamed, spellings, used_renamings
-from secateur.formats.transformers.packed_modules import (
+from secateur.folder.reader import HeldTensors, StoredTensors
+from secateur.formats.layouts.layout import Layout, part_names
+from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+from secateur.formats.stored_weights import (
+    QUANT_METHOD,
+    find_entry,
+    packed_weights,
+    parse_quantization_config,
+    quantization_config,
+)
+from secateur.kernels.backends import AUTO, check_backend
+from secateur.model.transformers.names import renamed, spellings, stored_as, used_renamings
+from secateur.model.transformers.packed_modules import (
     PackedLinear,
     densify,
     hide_sizes,
@@ -40,11 +47,8 @@ from secateur.formats.transformers.packed_modules import (
     replace_linears,
     show_sizes,
 )
-from secateur.kernels.backends import AUTO, check_backend
 
-QUANT_METHOD = "secateur"
 _backend: ContextVar[str] = ContextVar("secateur_backend", default=AUTO)
-_PARTS = sorted({part for layout in LAYOUTS.values() for part in layout.parts})
 
 
 @contextmanager
@@ -83,11 +87,6 @@ class SecateurConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What `config.json` says about a folder whose modules lie in these layouts."""
-    return {"quant_method": QUANT_METHOD, "layout_version": LAYOUT_VERSION, "modules": modules}
-
-
 class _Expand(ConversionOps):
     """Turns the parts of one weight into the dense weight."""
 
@@ -122,8 +121,10 @@ class SecateurQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SecateurConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: list[CheckpointError] = []
+        #: How weights are packed in the files, by the names that they have there.
+        self.packed: Mapping[str, PackedWeight] = {}
         #: The tensors in the files; after loading, only where a dense weight does not tell how it was quantized.
-        self.stored: Mapping[str, Tensor] | None = None
+        self.stored: Mapping[str, Tensor] = {}
         self._older_names: dict[str, str] | None = None
         self._all_replaced = False
         self._all_packed = False
@@ -131,30 +132,43 @@ class SecateurQuantizer(HfQuantizer):
         self._sized: list[PackedLinear] = []
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        checkpoint_files: Any = None,
+        device_map: Any = None,
+        weights: DecodedWeights | None = None,
+        **kwargs: Any,
     ) -> Any:
-        if not checkpoint_files:
-            return model
-        stored = self.stored = StoredTensors([Path(file) for file in checkpoint_files])
-        weights = {}
+        """Put modules that compute on packed weights in place, for the backend that there is.
+
+        Args:
+            checkpoint_files: that transformers reads the other weights from.
+            weights: of the files, where they are open already.
+        """
+        if weights is None:
+            if not checkpoint_files:
+                return model
+            stored = StoredTensors([Path(file) for file in checkpoint_files])
+            weights = DecodedWeights(stored, packed_weights(stored, self.quantization_config.entries))
+        self.packed, self.stored = weights.packed, weights.stored
+        readers = {}
         for name, module in model.named_modules():
-            entry = self._entry(model, name) if hasattr(module, "weight") else None
-            if entry is None:
-                continue
-            parts = self._stored_parts(model, f"{name}.weight")
-            if not parts:
+            packed = self._packed(model, f"{name}.weight") if hasattr(module, "weight") else None
+            if packed is not None:
+                readers[name] = partial(packed.read, f"{name}.weight", self.stored)
+            elif hasattr(module, "weight") and self._entry(model, name) is not None:
                 # It would be filled with noise and a warning; here it is an error.
                 raise CheckpointError(f"{name}.weight should be packed, says config.json, but its tensors are missing")
-            weights[name] = partial(PackedWeight(entry[0], parts, entry[1]).read, f"{name}.weight", stored)
-        if current_backend() != "dense" and weights:
+        if current_backend() != "dense" and readers:
             with torch.device("cpu"):  # transformers makes everything on the meta device here
-                replaced = replace_linears(model, weights, current_backend(), main_device(device_map), model.dtype)
-            stored.release()
+                replaced = replace_linears(model, readers, current_backend(), main_device(device_map), model.dtype)
+            # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
+            weights.stored.release()
             if isinstance(device_map, str):
                 self._sized = show_sizes(model)
-            self._all_replaced = len(replaced) == len(weights)
+            self._all_replaced = len(replaced) == len(readers)
             if replaced:
-                ignored = rf"\.weight(\.({'|'.join(_PARTS)}))?$"
+                ignored = rf"\.weight(\.({'|'.join(sorted(part_names()))}))?$"
                 known = model._keys_to_ignore_on_load_unexpected
                 # A list or nothing in early releases of transformers 5, a set later.
                 more = {*known, ignored} if isinstance(known, set) else [*(known or ()), ignored]
@@ -176,19 +190,24 @@ class SecateurQuantizer(HfQuantizer):
         if self._all_replaced:
             return []
         # By keyword: the order of its fields is not the same in all releases.
-        return [_ExpandConverter([f"weight.{part}" for part in _PARTS], ["weight"], operations=[_Expand(self)])]
+        parts = [f"weight.{part}" for part in sorted(part_names())]
+        return [_ExpandConverter(parts, ["weight"], operations=[_Expand(self)])]
 
     def decode(self, model: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """The weight called `name` in the model, in the dtype and shape of the model's own parameter."""
+        """The weight called `name` in the model, in the dtype and shape of the model's own parameter.
+
+        `tensors` are its parts where there are no files: transformers hands them over in the dtype of the model, in which
+        scales of 16 bits are other numbers.
+        """
         parameter = model.get_parameter(name)
-        entry = self._entry(model, name.removesuffix(".weight"))
-        if entry is None:
-            raise CheckpointError(f"{name} is stored packed, but the config does not name its layout")
-        if isinstance(entry[0], CodedLayout):
-            tensors = self._as_stored(model, name) or tensors
-        if "compressed" in tensors and tensors["compressed"].is_floating_point():
-            tensors["compressed"] = tensors["compressed"].to(parameter.dtype)
-        W = PackedWeight(entry[0], {part: part for part in tensors}, entry[1]).decode(name, tensors)
+        packed = self._packed(model, name)
+        if packed is not None:
+            W = packed.decode(name, self.stored)
+        else:
+            entry = self._entry(model, name.removesuffix(".weight"))
+            if entry is None:
+                raise CheckpointError(f"{name} is stored packed, but the config does not name its layout")
+            W = PackedWeight(entry[0], {part: part for part in tensors}, entry[1]).decode(name, tensors)
         if W.shape != parameter.shape:
             raise CheckpointError(f"{name} is {list(W.shape)} in the file, but {list(parameter.shape)} in the model")
         return W.to(parameter.dtype)
@@ -200,7 +219,7 @@ class SecateurQuantizer(HfQuantizer):
         if getattr(model, "_weight_conversions", None):
             kept = [c for c in model._weight_conversions if not _is_ours(c)]
             # Nor what renamed nothing, which early releases of transformers 5 keep too.
-            model._weight_conversions = used_renamings(kept, self.stored or ())
+            model._weight_conversions = used_renamings(kept, self.stored)
         hide_sizes(self._sized)
         self._sized = []
         place_linears(model)
@@ -219,9 +238,9 @@ class SecateurQuantizer(HfQuantizer):
         }
         dense = {name: entry[0] for name, entry in entries.items() if entry is not None}
         self._all_packed = not dense
-        coded = [name for name, layout in dense.items() if isinstance(layout, CodedLayout)]
-        keys = [key for name in coded for key in self._stored_parts(model, name).values()]
-        self.stored = HeldTensors(self.stored, keys) if keys and isinstance(self.stored, StoredTensors) else None
+        rounded = (self._packed(model, name) for name, layout in dense.items() if layout.rounded)
+        keys = [key for packed in rounded if packed is not None for key in packed.parts.values()]
+        self.stored = HeldTensors(self.stored, keys) if keys else {}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state, packed = {}, {}
@@ -241,7 +260,7 @@ class SecateurQuantizer(HfQuantizer):
 
     def _pack(self, model: Any, name: str, tensor: Tensor, layout: Layout, transposed: bool) -> dict[str, Tensor]:
         """The parts of a dense weight."""
-        if isinstance(layout, CodedLayout):
+        if layout.rounded:
             return self._unchanged_parts(model, name, tensor)
         W_OI = tensor.T if transposed else tensor
         try:
@@ -266,20 +285,15 @@ class SecateurQuantizer(HfQuantizer):
         if modules != config.modules:
             config.modules, config.entries = modules, parse_quantization_config(quantization_config(modules))
 
-    def _stored_parts(self, model: Any, name: str) -> dict[str, str]:
-        """The tensors in the files that a weight is stored as: part of its layout → name; none if there are no files."""
-        stored = self.stored if self.stored is not None else {}
-        for spelling in self._stored_names(model, name):
-            parts = {part: f"{spelling}.{part}" for part in _PARTS if f"{spelling}.{part}" in stored}
-            if parts:
-                return parts
-        return {}
+    def _packed(self, model: Any, name: str) -> PackedWeight | None:
+        """How a weight of the model is packed in its files; None where it is not, or there are none."""
+        stored = stored_as(model, name, self.packed, self.older_names(model))
+        return None if stored is None else self.packed[stored]
 
     def older_names(self, model: Any) -> dict[str, str]:
         """The names of packed weights in the files, by those that transformers gives them where they differ."""
         if self._older_names is None:
-            parts = (key.rpartition(".") for key in self.stored or ())
-            self._older_names = renamed({weight for weight, _, part in parts if part in _PARTS}, model)
+            self._older_names = renamed(self.packed, model)
         return self._older_names
 
     def _stored_names(self, model: Any, name: str) -> list[str]:
@@ -287,21 +301,14 @@ class SecateurQuantizer(HfQuantizer):
         names, older = spellings(model, name), self.older_names(model)
         return [*names, *(older[spelling] for spelling in names if spelling in older)]
 
-    def _as_stored(self, model: Any, name: str) -> dict[str, Tensor]:
-        """The parts of a weight as its files have them; none if there are no files.
-
-        transformers hands them over in the dtype of the model, in which scales of 16 bits are other numbers.
-        """
-        return {part: self.stored[key] for part, key in self._stored_parts(model, name).items()} if self.stored else {}
-
     def _unchanged_parts(self, model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The parts of a quantized weight as its files have them, if it still is what they hold.
 
         Its grid is not to be found in the dense weight alone.
         """
-        parts = self._as_stored(model, name)
-        if parts and torch.equal(self.decode(model, name, parts).to(tensor), tensor):
-            return {part: packed.clone() for part, packed in parts.items()}
+        packed = self._packed(model, name)
+        if packed is not None and torch.equal(self.decode(model, name, {}).to(tensor), tensor):
+            return {part: stored.clone() for part, stored in packed.tensors(self.stored).items()}
         raise CheckpointError(
             f"{name} is not the weight that was loaded, and changed weights have no place on its grid: "
             "make the folder dense by `secateur export FOLDER OUT --to dense`, and change that"
@@ -346,22 +353,6 @@ class _ExpandConverter(WeightConverter):
         twin.collected_tensors = defaultdict(list)
         twin.layer_targets = defaultdict(set)
         return twin
-
-
-def attach_quantizer(model: Any, config: dict[str, Any], files: Sequence[Path]) -> None:
-    """Make packed linears of a model that was loaded otherwise ready, and the model save itself packed.
-
-    Args:
-        model: the model.
-        config: a `quantization_config`, which says how.
-        files: that its weights were read from.
-    """
-    model.hf_quantizer = SecateurQuantizer(SecateurConfig(**config))
-    model.hf_quantizer.stored = StoredTensors(list(files))
-    model.hf_quantizer.preprocess_model(model)
-    model.hf_quantizer.postprocess_model(model)
-    if not model.hf_quantizer.older_names(model):
-        model._weight_conversions = []  # else transformers saves it under the names of older releases
 
 
 def register() -> None:

@@ -31,7 +31,6 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from secateur.kernels.backends import backend
 from secateur.kernels.expand import pack_mask
 from secateur.kernels.packed import Packed, SparseWeight, map_tensors, padded
-from secateur.kernels.plain import dense_weight
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Tokens that dense and sparse are timed at: a prompt. A multiple of 8 and not of 16, so that an algorithm that runs here
@@ -151,9 +150,10 @@ class SemiStructured:
     """2:4 weights on sparse tensor cores, in bfloat16 and float16."""
 
     name: ClassVar[str] = "cuda-2:4"
+    first_on: ClassVar[dict[str, int]] = {"cuda": 2}
 
     def why_not(self, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
-        if not isinstance(weight, SparseWeight):
+        if weight.kernels != "sparse":
             return "the weight is quantized, and it takes 2:4 weights that are not: use triton"
         # Weights with less, such as 1:4, would run, but with every second value a stored zero: they stay packed.
         if weight.pattern != (2, 4):
@@ -181,7 +181,7 @@ class SemiStructured:
         rows, columns = _padded_shape(O, I, dtype)
         # Before the weight is unpacked, so that the two do not take memory at the same time.
         algorithm = _fastest(rows, columns, dtype, device)
-        W_OI = dense_weight(map_tensors(weight, lambda tensor: tensor.to(device))).to(dtype)
+        W_OI = map_tensors(weight, lambda tensor: tensor.to(device)).dense().to(dtype)
         if algorithm is None:
             return TensorCoreWeight((O, I), W_OI, None)
         # Rows and columns of zeros are 2:4 too.

@@ -1,16 +1,14 @@
-"""Reading a checkpoint folder as a mapping from weight names to dense tensors, whatever lies on disk.
+"""Reading the files of a checkpoint folder: JSON, and tensors by the names that they have on disk.
 
-Nothing here trusts the files: safetensors checks every offset against the file, names in an index must stay in the folder
-(and its links, see `folder`), and each layout checks its tensors before it uses them.
+Nothing here trusts the files: safetensors checks every offset against the file, and names in an index must stay in the folder
+(and its links, see `entries`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -21,12 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.folder.entries import is_plain_name
-from secateur.formats.foreign import compressed_tensors, spqr_quant
-from secateur.formats.layouts.bitmap import Bitmap
-from secateur.formats.layouts.layout import LAYOUT_VERSION, LAYOUTS, Layout, layout_from_config
-from secateur.formats.layouts.nm import NMBits
-from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+from secateur.folder.entries import is_plain_name
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -37,11 +30,7 @@ _SPARE_TEXT = 2**20
 _WEIGHTS_PER_TEXT = 16
 # torch can do next to nothing with them.
 _UNREADABLE = {torch.complex64, torch.float4_e2m1fn_x2}
-#: Where configs say the dtype of a model: as transformers 5 does, and as those before it did.
-DTYPE_KEYS = ("dtype", "torch_dtype")
 _STORED_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_FLOATS.values()}
-_PARTS = {part for layout in LAYOUTS.values() for part in layout.parts}
 
 
 def read_limited(path: Path) -> bytes:
@@ -102,7 +91,23 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by their names, wherever they come from."""
+
+    def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
+        """Names, dtypes (None for one that weights do not have) and shapes."""
+        for name, tensor in self.items():
+            yield name, tensor.dtype if tensor.dtype in _STORED_FLOATS.values() else None, tuple(tensor.shape)
+
+    def release(self) -> None:
+        """Let the memory go that has been read, as far as it is not of tensors that are held."""
+
+
+class LoadedTensors(dict[str, Tensor], Tensors):
+    """Tensors in memory."""
+
+
+class StoredTensors(Tensors):
     """The tensors of a folder's safetensors files under the names they have there, read at each access.
 
     A tensor is a view of the mapped file. What has been read of a mapping stays in memory until it is dropped, so a file is
@@ -151,7 +156,6 @@ class StoredTensors(Mapping[str, Tensor]):
         return self._file[name]
 
     def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
-        """Names, dtypes (None for one that weights do not have) and shapes, of which no tensor is read."""
         for file in sorted(set(self._file.values())):
             opened = self.open_file(file)
             for name in opened.keys():  # noqa: SIM118 - a handle is not a mapping
@@ -159,8 +163,7 @@ class StoredTensors(Mapping[str, Tensor]):
                 yield name, _STORED_FLOATS.get(found.get_dtype()), tuple(found.get_shape())
 
     def release(self) -> None:
-        """Map files anew from here on: what has been read so far leaves the memory with the tensors that it was read as."""
-        self._mapped = None
+        self._mapped = None  # files are mapped anew from here on
 
     def __contains__(self, name: object) -> bool:
         # Not Mapping's own, which would read the tensor to find out.
@@ -179,7 +182,7 @@ class HeldTensors(Mapping[str, Tensor]):
     Pickled, they are read.
     """
 
-    def __init__(self, stored: StoredTensors, names: Iterable[str]) -> None:
+    def __init__(self, stored: Any, names: Iterable[str]) -> None:
         self._file = {name: stored.file_of(name) for name in names}
         self._open = {file: _OpenFile(file) for file in set(self._file.values())}
 
@@ -251,127 +254,3 @@ def _check_header(file: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     if _SPARE_TEXT + size // _WEIGHTS_PER_TEXT < header < size:  # one beyond the file safetensors refuses
         raise CheckpointError(f"{file} has a header of {header} bytes, far too many for a file of {size}")
-
-
-def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:
-    """Module patterns of a `quantization_config` of secateur, each with its layout and whether it is stored transposed.
-
-    Raises:
-        CheckpointError: the layout version is unknown, or something is missing or makes no sense.
-    """
-    version = config.get("layout_version")
-    if version != LAYOUT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has layout version {version!r}, and this secateur reads {LAYOUT_VERSION}: "
-            "install a version that matches"
-        )
-    modules = config.get("modules")
-    if not isinstance(modules, dict):
-        raise CheckpointError("the checkpoint's quantization_config has no 'modules'")
-    return {pattern: (layout_from_config(entry), entry.get("transposed") is True) for pattern, entry in modules.items()}
-
-
-def find_entry(modules: Mapping[str, tuple[Layout, bool]], module: str) -> tuple[Layout, bool] | None:
-    """The entry whose pattern (`*` stands for anything) matches a module's name; the exact name comes first."""
-    if module in modules:
-        return modules[module]
-    return next((entry for pattern, entry in modules.items() if fnmatchcase(module, pattern)), None)
-
-
-def packed_weights(stored: Mapping[str, Tensor], modules: Mapping[str, tuple[Layout, bool]]) -> dict[str, PackedWeight]:
-    """The packed weights among stored names such as `….up_proj.weight.bitmask`."""
-    parts_of: dict[str, dict[str, str]] = {}
-    for name in stored:
-        weight, _, part = name.rpartition(".")
-        if part in _PARTS and weight.endswith(".weight"):
-            parts_of.setdefault(weight, {})[part] = name
-    packed = {}
-    for weight, parts in parts_of.items():
-        entry = find_entry(modules, weight.removesuffix(".weight"))
-        if entry is None:
-            raise CheckpointError(f"{weight} is stored packed, but the config does not name its layout")
-        packed[weight] = PackedWeight(entry[0], parts, entry[1])
-    return packed
-
-
-def open_weights(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The weights of a checkpoint folder: dense, in secateur's layouts, or in an old sparse layout of compressed-tensors.
-
-    Args:
-        folder: a Hugging Face folder.
-        config: its `config.json`.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or the weights are quantized in a way that is not read here.
-    """
-    stored = StoredTensors(weight_files(folder))
-    quantization, method = config.get("quantization_config"), None
-    if quantization is None and isinstance(config.get("compression_config"), dict):
-        quantization, method = config["compression_config"], compressed_tensors.QUANT_METHOD
-    if quantization is None:
-        return stored
-    if isinstance(quantization, dict):
-        method = method or quantization.get("quant_method")
-    if method == "secateur":
-        return DecodedWeights(stored, packed_weights(stored, parse_quantization_config(quantization)))
-    if method == compressed_tensors.QUANT_METHOD:
-        return DecodedWeights(stored, compressed_tensors.packed_weights(stored, quantization))
-    if method == spqr_quant.QUANT_METHOD:
-        return DecodedWeights(stored, spqr_quant.packed_weights(stored, quantization))
-    raise CheckpointError(
-        f"{folder} is quantized with {method!r}: secateur reads dense checkpoints, its own, spqr_quant's, "
-        "and compressed-tensors' pack-quantized, sparse-bitmask and sparse-24-bitmask"
-    )
-
-
-def check_no_codes(weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a tensor holds floats of eight bits: a quantizer's codes, which are no weights without it."""
-    packed = weights.packed if isinstance(weights, DecodedWeights) else {}
-    for name in weights:
-        if name not in packed and weights[name].is_floating_point() and weights[name].element_size() == 1:
-            raise CheckpointError(
-                f"{name} is {weights[name].dtype}, the codes of a quantizer that secateur does not read: make the weights "
-                "bfloat16 with what quantized them"
-            )
-
-
-def is_rounded(weights: Mapping[str, Tensor]) -> bool:
-    """Whether packed weights are codes, and not just without their zeros."""
-    packed = weights.packed.values() if isinstance(weights, DecodedWeights) else ()
-    return any(not isinstance(weight.layout, Bitmap | NMBits) for weight in packed)
-
-
-def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that a `config.json` says its model has, at the top or for the text part; None where it says no usable one."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in DTYPE_KEYS:
-            found = _FLOATS.get(str(part.get(key)))
-            if found is not None:
-                return found
-    return None
-
-
-def stored_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of most bytes of a checkpoint's matrices: of those in blocks, which are numbered, where there are any.
-
-    Raises:
-        CheckpointError: there are no matrices.
-    """
-    stored = weights.stored if isinstance(weights, DecodedWeights) else weights
-    sizes: dict[bool, dict[torch.dtype, int]] = {True: {}, False: {}}
-    for name, dtype, shape in stored.headers() if isinstance(stored, StoredTensors) else _headers(stored):
-        if name in weights and dtype is not None and len(shape) == 2:
-            found = sizes[any(part.isdigit() for part in name.split("."))]
-            found[dtype] = found.get(dtype, 0) + dtype.itemsize * math.prod(shape)
-    most = sizes[True] or sizes[False]
-    if most:
-        return max(most, key=lambda dtype: most[dtype])
-    if isinstance(weights, DecodedWeights) and weights.packed:
-        return weights[next(iter(weights.packed))].dtype
-    raise CheckpointError("the checkpoint holds no weight matrices")
-
-
-def _headers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
-    for name, tensor in tensors.items():
-        yield name, tensor.dtype if tensor.dtype in _FLOATS.values() else None, tuple(tensor.shape)

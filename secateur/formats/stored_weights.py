@@ -1,0 +1,145 @@
+"""The weights of a checkpoint folder, whatever form they lie in: dense, in our layouts, or as others pack them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.folder.reader import StoredTensors, weight_files
+from secateur.formats.foreign import FOREIGN
+from secateur.formats.layouts.layout import LAYOUT_VERSION, Layout, dtype_name, layout_from_config, part_names
+from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+
+#: What the `quantization_config` of a folder of ours calls it.
+QUANT_METHOD = "secateur"
+#: Where configs say the dtype of a model: as transformers 5 does, and as those before it did.
+DTYPE_KEYS = ("dtype", "torch_dtype")
+_FLOATS = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+
+
+def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `config.json` says about a folder whose modules lie in these layouts."""
+    return {"quant_method": QUANT_METHOD, "layout_version": LAYOUT_VERSION, "modules": modules}
+
+
+def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:
+    """Module patterns of a `quantization_config` of secateur, each with its layout and whether it is stored transposed.
+
+    Raises:
+        CheckpointError: the layout version is unknown, or something is missing or makes no sense.
+    """
+    version = config.get("layout_version")
+    if version != LAYOUT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has layout version {version!r}, and this secateur reads {LAYOUT_VERSION}: "
+            "install a version that matches"
+        )
+    modules = config.get("modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError("the checkpoint's quantization_config has no 'modules'")
+    return {pattern: (layout_from_config(entry), entry.get("transposed") is True) for pattern, entry in modules.items()}
+
+
+def find_entry(modules: Mapping[str, tuple[Layout, bool]], module: str) -> tuple[Layout, bool] | None:
+    """The entry whose pattern (`*` stands for anything) matches a module's name; the exact name comes first."""
+    if module in modules:
+        return modules[module]
+    return next((entry for pattern, entry in modules.items() if fnmatchcase(module, pattern)), None)
+
+
+def packed_weights(stored: Mapping[str, Tensor], modules: Mapping[str, tuple[Layout, bool]]) -> dict[str, PackedWeight]:
+    """The packed weights among stored names such as `….up_proj.weight.bitmask`."""
+    parts_of: dict[str, dict[str, str]] = {}
+    known = part_names()
+    for name in stored:
+        weight, _, part = name.rpartition(".")
+        if part in known and weight.endswith(".weight"):
+            parts_of.setdefault(weight, {})[part] = name
+    packed = {}
+    for weight, parts in parts_of.items():
+        entry = find_entry(modules, weight.removesuffix(".weight"))
+        if entry is None:
+            raise CheckpointError(f"{weight} is stored packed, but the config does not name its layout")
+        packed[weight] = PackedWeight(entry[0], parts, entry[1])
+    return packed
+
+
+def open_weights(folder: Path, config: Mapping[str, Any]) -> DecodedWeights:
+    """The weights of a checkpoint folder.
+
+    Args:
+        folder: a Hugging Face folder.
+        config: its `config.json`.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the weights are quantized in a way that is not read here.
+    """
+    stored = StoredTensors(weight_files(folder))
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == QUANT_METHOD:
+        return DecodedWeights(stored, packed_weights(stored, parse_quantization_config(quantization)))
+    for known in FOREIGN.values():
+        section = known.section(config)
+        if section is not None:
+            return DecodedWeights(stored, known.packed_weights(stored, section))
+    if quantization is None:
+        return DecodedWeights(stored)
+    *others, last = (known.reads for _, known in sorted(FOREIGN.items(), reverse=True))
+    readable = ", ".join(["dense checkpoints", "its own", *others])
+    raise CheckpointError(f"{folder} is quantized with {method!r}: secateur reads {readable}, and {last}")
+
+
+def check_no_codes(weights: DecodedWeights) -> None:
+    """Raise CheckpointError where a tensor holds floats of eight bits: a quantizer's codes, which are no weights without it."""
+    for name in weights:
+        if name in weights.packed:
+            continue
+        tensor = weights[name]
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype}, the codes of a quantizer that secateur does not read: make the weights "
+                "bfloat16 with what quantized them"
+            )
+
+
+def is_rounded(weights: DecodedWeights) -> bool:
+    """Whether packed weights are codes, and not just without their zeros."""
+    return any(weight.layout.rounded for weight in weights.packed.values())
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a `config.json` says its model has, at the top or for the text part; None where it says no usable one."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in DTYPE_KEYS:
+            found = _FLOATS.get(str(part.get(key)))
+            if found is not None:
+                return found
+    return None
+
+
+def stored_dtype(weights: DecodedWeights) -> torch.dtype:
+    """The dtype of most bytes of a checkpoint's matrices: of those in blocks, which are numbered, where there are any.
+
+    Raises:
+        CheckpointError: there are no matrices.
+    """
+    sizes: dict[bool, dict[torch.dtype, int]] = {True: {}, False: {}}
+    for name, dtype, shape in weights.stored.headers():
+        if name in weights and dtype is not None and len(shape) == 2:
+            found = sizes[any(part.isdigit() for part in name.split("."))]
+            found[dtype] = found.get(dtype, 0) + dtype.itemsize * math.prod(shape)
+    most = sizes[True] or sizes[False]
+    if most:
+        return max(most, key=lambda dtype: most[dtype])
+    if weights.packed:
+        return weights[next(iter(weights.packed))].dtype
+    raise CheckpointError("the checkpoint holds no weight matrices")

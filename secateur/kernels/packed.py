@@ -74,7 +74,7 @@ class Packed(ABC):
 
     @abstractmethod
     def count(self) -> int:
-        """How many of its weights are stored: as values other than zero, or as a code, whatever it stands for."""
+        """How many of its weights are not just zero: those with another value, or with a code, whatever it stands for."""
 
     def dense_rows(self) -> Iterator[tuple[int, Tensor]]:
         """The dense weight some rows at a time, with the number of the first: on their way they take many times their size."""

@@ -21,11 +21,15 @@ $(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c $(w
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
 
+# A process for each core, of one thread each: what is tested is small, and threads would wait for each other. Tests of a file share
+# their fixtures, and so their process.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +46,7 @@ from secateur.model.source import open_source
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
+from secateur.recipes.command_line import command_of
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.report.bench_plot import check_matplotlib
@@ -375,9 +375,7 @@ class _SweepRun:
 
     def _command(self, recipe: Recipe) -> str:
         runner = self.asked.runner
-        flags = [*recipe.flags(), *(["--device", runner.device] if runner.device != "cpu" else [])]
-        flags += ["--trust-remote-code"] if runner.trust_remote_code else []
-        return shlex.join(["secateur", "compress", self.asked.model, "OUT", *flags])
+        return command_of(recipe, self.asked.model, runner.device, runner.trust_remote_code)
 
     def _keep(self, result: SweepResult, waiting: dict[str, Point]) -> None:
         """Have on disk what is done, and what an earlier run has done and nobody has asked for again so far."""

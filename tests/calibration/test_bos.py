@@ -26,9 +26,10 @@ from secateur.evaluation.reference import keep_reference
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
 from secateur.model.source import open_source
+from secateur.recipes.command_line import flags_of
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.runs.sweep import Sweep, sweep
-from secateur.search import library
+from secateur.search import searcher
 
 SPECIAL = ["<s>", "</s>", "[CLS]", "[SEP]", "[gMASK]", "<sop>"]
 
@@ -416,7 +417,7 @@ def test_an_old_manifest_repeats_its_run(says, model_of, text_file, tmp_path):
 
 def test_the_recipe_file_and_flags_have_it():
     recipe = Recipe("wanda", 0.5, calibration=Calibration("docs", bos=False))
-    assert recipe.flags()[-1] == "--no-bos"
+    assert flags_of(recipe)[-1] == "--no-bos"
     assert yaml.safe_load(recipe.to_yaml())["calibration"] == {"source": "docs", "bos": False}
     assert Recipe.from_dict({"calibration": {"source": "docs"}}).calibration.bos is True
     with pytest.raises(UsageError, match=r"'bos' of the recipe's calibration is 'no', which is not a true or false"):
@@ -445,15 +446,15 @@ def test_squared_gradients_are_of_text(llama, model_of):
 
 
 def test_effects_are_measured_on_pieces_that_begin_with_it(model_of, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "_WINDOW", 10)
+    monkeypatch.setattr(searcher, "_WINDOW", 10)
     seen = []
-    real = library.gather_effects
+    real = searcher.gather_effects
 
     def looking(model, ids_NS, *more):
         seen.append(ids_NS)
         return real(model, ids_NS, *more)
 
-    monkeypatch.setattr(library, "gather_effects", looking)
+    monkeypatch.setattr(searcher, "gather_effects", looking)
     for bos in (True, False):
         recipe = Recipe("wanda", 0.5, allocation="search", calibration=settings(text_file, bos, samples=4))
         secateur.compress(str(model_of("llama")), tmp_path / f"out-{bos}", recipe)

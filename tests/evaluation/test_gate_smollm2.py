@@ -22,7 +22,7 @@ from smollm2 import needs_demo
 from tiny import reseal
 
 from secateur.evaluation.gate.gate import Baseline, gate
-from secateur.formats.layouts.coded import pack_stream, unpack_stream
+from secateur.formats.layouts.rows import pack_stream, unpack_stream
 
 pytestmark = [needs_demo, pytest.mark.usefixtures("repository")]
 

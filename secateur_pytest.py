@@ -23,8 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`secateur_gate(model, baseline, …)` fails the test if the model is worse than its baseline.
 
-    It takes `reference`, and the limits that `secateur.evaluation.gate.gate.Tolerances` has, by name; shares as numbers below 1
-    or as text like `1%`. With `--secateur-write` it writes the baseline instead, on `text` (a
+    It takes `reference`, and by name the limits that `secateur.evaluation.gate.tolerances.Tolerances` has; shares as numbers
+    below 1 or as text like `1%`. With `--secateur-write` it writes the baseline instead, on `text` (a
     `secateur.evaluation.eval_text.Text`), or on what the old one was measured on. It returns the
     `secateur.evaluation.quality.Evaluation` of the model.
     """
@@ -33,7 +33,9 @@ def secateur_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
         model: str | Path, baseline: str | Path, *, text: Any = None, reference: str | None = None, **limits: Any
     ) -> Any:
         from secateur.errors import CheckpointError
-        from secateur.evaluation.gate.gate import TEXT, Baseline, Tolerances, gate, write_baseline
+        from secateur.evaluation.gate.baseline import TEXT, Baseline, write_baseline
+        from secateur.evaluation.gate.gate import gate
+        from secateur.evaluation.gate.tolerances import Tolerances
         from secateur.evaluation.quality import Runner
         from secateur.folder.paths import check_named
         from secateur.report.gate_report import markdown

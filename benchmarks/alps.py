@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.protocol import SAMPLES, SEQ_LEN, arguments, machine, plain_model, prepare, split_text, table
-from secateur.calibration.tokens import windows
+from secateur.calibration.tokens import Named, windows
 from secateur.core.patterns import NM, Pattern, Unstructured
 from secateur.core.registry import PRUNERS
 from secateur.core.stack import Stack
@@ -42,7 +42,7 @@ def gather(model: Path, calibration: Path) -> dict[tuple[int, tuple[str, ...]], 
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = calibration.read_text(encoding="utf-8")
-    ids_NS = windows([text], tokenizer, SEQ_LEN, SAMPLES, seed=0, what="calibration")
+    ids_NS = windows([text], tokenizer, SEQ_LEN, SAMPLES, seed=0, named=Named("calibration"))
     blocks, found = dense.model.layers, {}
     for number in (0, len(blocks) // 2, len(blocks) - 1):
         for names in GROUPS:

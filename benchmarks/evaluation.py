@@ -20,7 +20,9 @@ from benchmarks.protocol import arguments, compress, machine, plain_model, prepa
 from secateur.calibration.tokens import hash_of
 from secateur.evaluation.distributions import divergence, predict, shortened
 from secateur.evaluation.eval_text import Text
-from secateur.evaluation.gate.gate import FAILED, Baseline, Tolerances, compare, figures_of
+from secateur.evaluation.gate.baseline import Baseline, figures_of
+from secateur.evaluation.gate.compare import FAILED, compare
+from secateur.evaluation.gate.tolerances import Tolerances
 from secateur.evaluation.perplexity import Quality, Scores, measure
 from secateur.evaluation.quality import Evaluation, Runner, Size
 from secateur.model.source import open_source
@@ -72,7 +74,7 @@ def alarms(folder: Path, evaluation: Path, threads: int) -> None:
     """The gate on many draws of windows: of a model with a planted rise, and of the same weights run by one thread less."""
     source = open_source(str(folder))
     text = Text(str(evaluation), SEQ_LEN, DRAWS * WINDOWS)
-    ids_KS = text.cut(source.tokenizer())
+    ids_KS = text.cut(source.tokenizer()).ids_KS
     ids_KS = ids_KS[torch.randperm(len(ids_KS), generator=torch.Generator().manual_seed(0))]
     model = secateur.load(folder, "dense", dtype=torch.float32)
     then = measure(model, ids_KS).scores
@@ -111,7 +113,7 @@ def alarms(folder: Path, evaluation: Path, threads: int) -> None:
 @torch.no_grad()
 def kept_tokens(folder: Path, dense: Path, evaluation: Path) -> None:
     """KL divergence by how many of the reference's tokens are kept."""
-    ids_KS = Text(str(evaluation), SEQ_LEN, 4).cut(open_source(str(dense)).tokenizer())
+    ids_KS = Text(str(evaluation), SEQ_LEN, 4).cut(open_source(str(dense)).tokenizer()).ids_KS
     models = [secateur.load(each, "dense", dtype=torch.float32) for each in (folder, dense)]
     counts = (16, 64, 256, 1024)
     sums = torch.zeros(len(counts) + 1, dtype=torch.float64)

@@ -101,7 +101,7 @@ def decoded_by_spqr_quant(model: Path, work: Path) -> str:
 
 def evaluation(model: Path) -> str:
     """Seconds to measure a model on 64 windows of 1024 tokens: one at a time, and as many as `eval` takes on a GPU."""
-    windows = Text("docs", 1024, 64).cut(open_source(str(model)).tokenizer())
+    windows = Text("docs", 1024, 64).cut(open_source(str(model)).tokenizer()).ids_KS
     loaded = secateur.load(model, "dense", device="cuda")
     found = {}
     for tokens in (1024, None):

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import secateur
-from secateur.calibration.tokens import windows
+from secateur.calibration.tokens import Named, windows
 from secateur.evaluation.perplexity import measure
 from secateur.model.source import open_source
 
@@ -164,7 +164,7 @@ def split_text(text: Path, work: Path, model: Path) -> tuple[Path, Path]:
     end = encoded["offset_mapping"][SAMPLES * SEQ_LEN + SEQ_LEN // 2][0]
     calibration.write_text(raw[cut : cut + end], encoding="utf-8")
     wanted = torch.tensor(encoded["input_ids"][: SAMPLES * SEQ_LEN])
-    kept = windows([raw[cut : cut + end]], tokenizer, SEQ_LEN, SAMPLES, seed=0, what="calibration")
+    kept = windows([raw[cut : cut + end]], tokenizer, SEQ_LEN, SAMPLES, seed=0, named=Named("calibration"))
     assert torch.equal(kept.flatten(), wanted), "the calibration text does not give the protocol's windows"
     return evaluation, calibration
 
@@ -173,7 +173,7 @@ def perplexity(folder: Path, evaluation: Path) -> float:
     """Of the model in a folder, in float32, by the protocol."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = evaluation.read_text(encoding="utf-8")
-    ids_KS = windows([text], tokenizer, EVAL_SEQ_LEN, EVAL_WINDOWS, what="evaluation")
+    ids_KS = windows([text], tokenizer, EVAL_SEQ_LEN, EVAL_WINDOWS, named=Named("evaluation"))
     return measure(secateur.load(folder, dtype=torch.float32), ids_KS).perplexity
 
 

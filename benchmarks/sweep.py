@@ -24,6 +24,7 @@ from benchmarks.protocol import (
     split_text,
     table,
 )
+from secateur.recipes.command_line import flags_of
 from secateur.recipes.strings import parse_recipes
 
 RECIPES = "magnitude:0.5, wanda:0.4..0.6, wanda:2:4, rtn:4, rtn:8, sparsegpt:0.5"
@@ -72,7 +73,7 @@ def main() -> None:
     together = seconds([*whole, "--calibration-seq-len", str(SEQ_LEN)])
     rows, alone = [], 0.0
     for name, recipe in parse_recipes(args.recipes):
-        options = [*recipe.flags(), *calibrated, "--seq-len", str(SEQ_LEN), "--overwrite"]
+        options = [*flags_of(recipe), *calibrated, "--seq-len", str(SEQ_LEN), "--overwrite"]
         compressing = seconds(["compress", str(dense), str(out), *options])
         measuring = seconds(["eval", str(out), "--reference", str(dense), *text])
         alone += compressing + measuring

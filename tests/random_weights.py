@@ -3,7 +3,7 @@
 O: output features, I: input features, K: stored weights of a row, G: groups of a row, T: tiles of rows.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,38 +18,64 @@ from secateur.formats.layouts.two_level_int import TwoLevel
 FP16, FP32 = torch.float16, torch.float32
 
 
-def make(kind, O, I, bits=4, group_size=4, masked="", half=FP16, dtype=FP32, symmetric=False, outliers="", order=False,
-         scale_bits=3, tile_rows=2, spare=0, seed=0):  # fmt: skip
-    """A random weight. Beyond the end of a row its codes are rubbish, and `spare` of them are beyond the end of the longest."""
-    draw = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Form:
+    """What a random weight is like; `spare` codes are beyond the end of the longest row."""
 
+    bits: int = 4
+    group_size: int = 4
+    masked: str = ""
+    half: torch.dtype = FP16
+    dtype: torch.dtype = FP32
+    symmetric: bool = False
+    outliers: str = ""
+    order: bool = False
+    scale_bits: int = 3
+    tile_rows: int = 2
+    spare: int = 0
+    seed: int = 0
+
+
+def make(kind, O, I, *given, **options):
+    """A random weight of a `Form`. Beyond the end of a row its codes are rubbish."""
+    form = Form(*given, **options)
+    draw = torch.Generator().manual_seed(form.seed)
+    keep_OI = _mask(form.masked, O, I, draw)
+    K = I if keep_OI is None else int(keep_OI.sum(1).max()) + form.spare
+    found = _codes(kind, O, K, form, draw)
+    weight = Quantized(found, (O, I), form.dtype, keep_OI, torch.randperm(I, generator=draw) if form.order else None)
+    if not form.outliers or kind == "packed-int":
+        return weight
+    share = {"none at all": 0.0, "some": 0.2, "a full row": 0.0}[form.outliers]
+    chosen_OI = torch.rand(O, I, generator=draw) < share
+    chosen_OI[O // 2] |= form.outliers == "a full row"
+    difference_OI = torch.randn(O, I, generator=draw)
+    return replace(weight, outliers=Outliers.of(difference_OI, chosen_OI & kept(weight), form.half))
+
+
+def _mask(masked, O, I, draw):
+    if not masked:
+        return None
+    shares = torch.tensor({"some": [0.0, 0.3, 0.6, 1.0], "hardly": [0.0] * 8 + [0.5], "nothing": [0.0]}[masked])
+    return torch.rand(O, I, generator=draw) < shares[torch.randint(0, len(shares), (O, 1), generator=draw)]
+
+
+def _codes(kind, O, K, form, draw):
     def codes(bits, *shape):
         return torch.randint(0, 2**bits, shape, generator=draw, dtype=torch.uint8)
 
-    keep_OI = None
-    if masked:
-        shares = torch.tensor({"some": [0.0, 0.3, 0.6, 1.0], "hardly": [0.0] * 8 + [0.5], "nothing": [0.0]}[masked])
-        keep_OI = torch.rand(O, I, generator=draw) < shares[torch.randint(0, len(shares), (O, 1), generator=draw)]
-    K = I if keep_OI is None else int(keep_OI.sum(1).max()) + spare
-    G = -(-K // group_size)
+    bits, G = form.bits, -(-K // form.group_size)
     code_OK = codes(bits, O, K)
     if kind == "packed-int":
-        scale_OG = (torch.rand(O, G, generator=draw) + 0.01).to(half)
-        found = Uniform(bits, group_size, code_OK, scale_OG, None if symmetric else codes(bits, O, G))
-    elif kind == "spqr":
+        scale_OG = (torch.rand(O, G, generator=draw) + 0.01).to(form.half)
+        return Uniform(bits, form.group_size, code_OK, scale_OG, None if form.symmetric else codes(bits, O, G))
+    if kind == "spqr":
         # So that no weight is beyond float16, whatever the codes.
-        second_TG4 = (torch.randn(-(-O // tile_rows), G, 4, generator=draw) / 2 ** max(scale_bits - 4, 0)).to(half)
-        scale_codes = codes(scale_bits, O, G), codes(scale_bits, O, G)
-        found = TwoLevel(bits, group_size, scale_bits, tile_rows, code_OK, *scale_codes, second_TG4)
-    else:
-        found = Table(bits, code_OK, torch.randn(O, 2**bits, generator=draw).to(half))
-    weight = Quantized(found, (O, I), dtype, keep_OI, torch.randperm(I, generator=draw) if order else None)
-    if not outliers or kind == "packed-int":
-        return weight
-    share = {"none at all": 0.0, "some": 0.2, "a full row": 0.0}[outliers]
-    chosen_OI = torch.rand(O, I, generator=draw) < share
-    chosen_OI[O // 2] |= outliers == "a full row"
-    return replace(weight, outliers=Outliers.of(torch.randn(O, I, generator=draw), chosen_OI & kept(weight), half))
+        tiles, spread = -(-O // form.tile_rows), 2 ** max(form.scale_bits - 4, 0)
+        second_TG4 = (torch.randn(tiles, G, 4, generator=draw) / spread).to(form.half)
+        scale_codes = codes(form.scale_bits, O, G), codes(form.scale_bits, O, G)
+        return TwoLevel(bits, form.group_size, form.scale_bits, form.tile_rows, code_OK, *scale_codes, second_TG4)
+    return Table(bits, code_OK, torch.randn(O, 2**bits, generator=draw).to(form.half))
 
 
 def places(weight):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windows
 from secateur.calibration.text import read_text
-from secateur.calibration.tokens import bos_ids, check_room, windows
+from secateur.calibration.tokens import Named, bos_ids, check_room, windows
 from secateur.errors import CheckpointError, UsageError
 from secateur.folder.manifest import hash_of_values
 from secateur.model.load import load_source
@@ -84,7 +84,7 @@ def calibration_ids(
         settings.samples,
         seed=settings.seed,
         bos=settings.bos,
-        what=f"`source` {settings.source}",
+        named=Named(f"`source` {settings.source}"),
     )
     vocabulary = source.config.get_text_config().vocab_size
     if int(ids_NS.max()) >= vocabulary:

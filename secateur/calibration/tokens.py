@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ _PROBES = ("a", "0", "\n")
 _MARGIN = 1024
 _CHARS_PER_TOKEN = 8
 _LEAST_CHARS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the user calls a text, and the parameter that says how many windows of it there are to be."""
+
+    text: str
+    count: str = "samples"
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
@@ -46,8 +55,7 @@ def windows(
     seed: int | None = None,
     stride: int | None = None,
     bos: bool = False,
-    what: str,
-    counted: str = "samples",
+    named: Named,
 ) -> Tensor:
     """Windows of tokens cut from the documents laid end to end.
 
@@ -61,7 +69,7 @@ def windows(
         stride: by how many tokens each window begins after the one before, where they overlap; without a seed only.
         bos: whether each window begins with what the tokenizer puts before a text, and S tokens with it, see `cut`.
             Otherwise only documents do, and most windows begin in the middle of one.
-        what: what the user calls this text, and `counted`, the parameter that sets K, for the error's sake.
+        named: for the error's sake.
 
     Returns:
         ids_KS: int64, on the CPU.
@@ -70,7 +78,7 @@ def windows(
         UsageError: there is too little text, or a window has no room for any.
     """
     if seq_len < 1 or count < 1:
-        raise UsageError(f"{count} windows of {seq_len} tokens cannot be had: `{counted}` and `seq_len` start at 1")
+        raise UsageError(f"{count} windows of {seq_len} tokens cannot be had: `{named.count}` and `seq_len` start at 1")
     begin = bos_ids(tokenizer) if bos else []
     check_room(seq_len, begin)
     text_len = seq_len - len(begin)
@@ -89,8 +97,8 @@ def windows(
     found = cut(ids, begin, seq_len, step)
     if len(found) < count:
         raise UsageError(
-            f"{what} gives {len(ids)} tokens, and {max(needed, len(ids) + 1)} are needed ({count} windows of {seq_len}): "
-            f"give more text, or lower `{counted}` or `seq_len`"
+            f"{named.text} gives {len(ids)} tokens, and {max(needed, len(ids) + 1)} are needed ({count} windows of {seq_len}): "
+            f"give more text, or lower `{named.count}` or `seq_len`"
         )
     if seed is None:
         return torch.tensor(found[:count])

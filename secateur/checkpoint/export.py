@@ -49,7 +49,7 @@ def export(
         SecateurError: the model cannot be read or written in this form, the form is unknown or the folder cannot be written.
     """
     if to not in FORMS:
-        raise UsageError(f"--to {to!r} is not known: it can be {', '.join(FORMS)}")
+        raise UsageError(f"`to` {to!r} is not known: it can be {', '.join(FORMS)}")
     form: Form = FORMS[to]()
     with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
         source = open_source(model, trust_remote_code, dtype=form.dtype)

@@ -103,7 +103,7 @@ class Gate:
 
     def _write(self) -> None:
         from secateur.evaluation.eval_text import with_bos
-        from secateur.evaluation.gate.gate import TEXT, write_baseline
+        from secateur.evaluation.gate.baseline import TEXT, write_baseline
 
         text = dataclasses.replace(TEXT, **self._given(_TEXT))
         options = self._options(self.dtype or "float32")
@@ -114,7 +114,9 @@ class Gate:
             say(f"{self.baseline}: {figure}, on windows {with_bos(found.text['bos'])}")
 
     def _compare(self) -> None:
-        from secateur.evaluation.gate.gate import Baseline, Tolerances, gate
+        from secateur.evaluation.gate.baseline import Baseline
+        from secateur.evaluation.gate.gate import gate
+        from secateur.evaluation.gate.tolerances import Tolerances
         from secateur.report.gate_report import junit, markdown
 
         kept = Baseline.read(self.baseline)

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from secateur.calibration.text import read_text
-from secateur.calibration.tokens import bos_ids, windows
+from secateur.calibration.tokens import Named, bos_ids, windows
 from secateur.errors import UsageError
-from secateur.evaluation.perplexity import scored_predictions
+from secateur.evaluation.perplexity import CutText, scored_predictions
 
 # Tokens before a window that its first word is read behind.
 _CONTEXT = 16
@@ -55,22 +55,18 @@ class Text:
                 f"`stride` {self.stride} would leave out tokens: give 1 to `seq_len`, which is {self.seq_len}"
             )
 
-    def cut(self, tokenizer: Any) -> Tensor:
-        """The windows as ids_KS. Raises SecateurError where the text cannot be had or is too short."""
-        return windows(
+    def cut(self, tokenizer: Any) -> CutText:
+        """The windows. Raises SecateurError where the text cannot be had or is too short."""
+        ids_KS = windows(
             read_text(self.data, self.text_field, held_out=True),
             tokenizer,
             self.seq_len,
             self.windows,
             stride=self.stride,
             bos=self.bos,
-            what=f"`data` {self.data}",
-            counted="windows",
+            named=Named(f"`data` {self.data}", count="windows"),
         )
-
-    def bos_ids(self, tokenizer: Any) -> list[int]:
-        """What `cut` begins each window with: what the tokenizer puts before a text, if anything."""
-        return bos_ids(tokenizer) if self.bos else []
+        return CutText(ids_KS, self.stride, bos_ids(tokenizer) if self.bos else [])
 
 
 def scored_bytes(tokenizer: Any, ids_KS: Tensor, stride: int | None, bos: Sequence[int] = ()) -> int:

@@ -159,6 +159,28 @@ def scored_predictions(K: int, S: int, stride: int | None) -> list[int]:
     return [S - 1] + [min(stride or S, S - 1)] * (K - 1)
 
 
+@dataclass(frozen=True)
+class CutText:
+    """A text cut into windows, see `measure`."""
+
+    ids_KS: Tensor
+    stride: int | None = None
+    bos: Sequence[int] = ()
+
+    @property
+    def scored(self) -> list[int]:
+        """How many predictions each window scores."""
+        K, S = self.ids_KS.shape
+        return scored_predictions(K, S, self.stride)
+
+    def place_of(self, k: int) -> str:
+        """A window, for the error's sake."""
+        K, S = self.ids_KS.shape
+        text_len = S - len(self.bos)
+        begin = k * min(self.stride or text_len, text_len)
+        return f"window {k + 1} of {K} (tokens {begin} to {begin + text_len - 1})"
+
+
 @torch.no_grad()
 def measure(
     model: Any,
@@ -197,7 +219,8 @@ def measure(
     for each in (model, other.model) if isinstance(other, LiveReference) else (model,):
         check_fits(each, ids_KS)
         each.eval()
-    scored = scored_predictions(K, S, stride)
+    cut = CutText(ids_KS, stride, bos)
+    scored = cut.scored
     found: list[list[Tensor]] = []
 
     def score(some: slice) -> None:
@@ -211,7 +234,7 @@ def measure(
                     f"the model has {window.vocabulary} tokens and the reference {beside.vocabulary}: "
                     "they can only be compared if they share their tokenizer"
                 )
-            found.append(_score(window, beside, place_of(k, ids_KS, stride, bos)))
+            found.append(_score(window, beside, cut.place_of(k)))
 
     for some in batches(K, S, batch_tokens, model):
         score(some)
@@ -219,14 +242,6 @@ def measure(
             progress(len(found), K)
     columns = zip(*found, strict=True)
     return Quality.of(Scores(*(padded(list(column), S - 1) for column in columns)).of_text(ids_KS, bos))
-
-
-def place_of(k: int, ids_KS: Tensor, stride: int | None, bos: Sequence[int]) -> str:
-    """A window, for the error's sake."""
-    K, S = ids_KS.shape
-    text_len = S - len(bos)
-    begin = k * min(stride or text_len, text_len)
-    return f"window {k + 1} of {K} (tokens {begin} to {begin + text_len - 1})"
 
 
 def batches(K: int, S: int, batch_tokens: int | None, model: Any) -> list[slice]:

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from secateur._version import __version__
 from secateur.calibration.tokens import hash_of
 from secateur.errors import UsageError
 from secateur.evaluation.blocks import BlockError, block_errors
 from secateur.evaluation.eval_text import Text, scored_bytes
-from secateur.evaluation.perplexity import Quality, measure
+from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
 from secateur.kernels.backends import AUTO, check_backend
@@ -114,12 +113,9 @@ class Runner:
     def keep(
         self,
         source: Source,
-        ids_KS: Tensor,
+        cut: CutText,
         cache: Path,
         tokens: int | None,
-        *,
-        stride: int | None = None,
-        bos: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> KeptReference:
         """What a model predicts, from the cache if it is there, see `keep_reference`."""
@@ -133,16 +129,32 @@ class Runner:
             cache,
             identity,
             lambda: self.load(source),
-            ids_KS,
-            stride=stride,
-            bos=bos,
+            cut,
             tokens=tokens,
             batch_tokens=self.batch_tokens,
             progress=progress,
         )
 
+    def measure(
+        self,
+        model: Any,
+        cut: CutText,
+        reference: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Quality:
+        """See `measure`."""
+        return measure(
+            model,
+            cut.ids_KS,
+            reference,
+            stride=cut.stride,
+            bos=cut.bos,
+            batch_tokens=self.batch_tokens,
+            progress=progress,
+        )
 
-def evaluate(
+
+def evaluate(  # noqa: PLR0913 - users name them
     model: str,
     reference: str | None = None,
     text: Text = Text(),  # noqa: B008 - it is frozen
@@ -182,53 +194,72 @@ def evaluate(
     check_tasks(tasks, few_shot, limit)
     if reference is None and (by_block or cache is not None):
         raise UsageError(f"`{'by_block' if by_block else 'cache'}` needs a `reference` to compare with")
-    source = runner.open(model, verify)
-    tokenizer = source.tokenizer()
-    ids_KS, bos = text.cut(tokenizer), text.bos_ids(tokenizer)
-    sha256 = hash_of(ids_KS)
-    accept(sha256)
-    other = runner.open(reference) if reference is not None else None
-    beside: KeptReference | None = None
-    dense: Any = None
-    if other is not None and cache is not None:
-        beside = runner.keep(other, ids_KS, cache, cache_tokens, stride=text.stride, bos=bos, progress=progress)
-    loaded = runner.load(source)
-    if other is not None and (beside is None or by_block or tasks):
-        dense = runner.load(other)
+    opened = _Opened.of(runner, model, reference, text, verify, accept)
+    kept = opened.keep(cache, cache_tokens, progress)
+    loaded, dense = opened.load(dense=kept is None or by_block or bool(tasks))
     # Before the text is measured, so that a task that is not known is found soon.
-    scores = run_tasks(
-        loaded,
-        tokenizer,
-        tasks,
-        reference=dense,
-        few_shot=few_shot,
-        limit=limit,
-        trust_remote_code=runner.trust_remote_code,
-        progress=task_progress,
-    )
-    quality = measure(
-        loaded,
-        ids_KS,
-        dense if beside is None else beside,
-        stride=text.stride,
-        bos=bos,
-        batch_tokens=runner.batch_tokens,
-        progress=progress,
-    )
-    size = scored_bytes(tokenizer, ids_KS, text.stride, bos)
-    return Evaluation(
-        model=model,
-        reference=reference,
-        text={**dataclasses.asdict(text), "bos": bool(bos), "sha256": sha256, "bytes": size},
-        quality=quality,
-        bits_per_byte=bits_per_byte(quality, size),
-        size=size_of(source),
-        reference_size=size_of(other) if other is not None else None,
-        blocks=tuple(block_errors(loaded, dense, ids_KS, progress=progress)) if by_block else None,
-        seconds=time.monotonic() - began,
-        tasks=scores,
-        cache_tokens=None if beside is None else beside.tokens,
-    )
+    asked: dict[str, Any] = {"few_shot": few_shot, "limit": limit, "trust_remote_code": runner.trust_remote_code}
+    scores = run_tasks(loaded, opened.tokenizer, tasks, reference=dense, progress=task_progress, **asked)
+    found = opened.measure(loaded, dense, kept, progress)
+    blocks = tuple(block_errors(loaded, dense, opened.cut.ids_KS, progress=progress)) if by_block else None
+    return dataclasses.replace(found, blocks=blocks, tasks=scores, seconds=time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that is to be measured and its reference, open, with the windows to measure them on."""
+
+    runner: Runner
+    source: Source
+    other: Source | None
+    text: Text
+    tokenizer: Any
+    cut: CutText
+
+    @classmethod
+    def of(
+        cls, runner: Runner, model: str, reference: str | None, text: Text, verify: bool, accept: Callable[[str], None]
+    ) -> _Opened:
+        """Open both, see `evaluate`."""
+        source = runner.open(model, verify)
+        tokenizer = source.tokenizer()
+        cut = text.cut(tokenizer)
+        accept(hash_of(cut.ids_KS))
+        return cls(runner, source, None if reference is None else runner.open(reference), text, tokenizer, cut)
+
+    def keep(
+        self, cache: Path | None, tokens: int | None, progress: Callable[[int, int], None] | None
+    ) -> KeptReference | None:
+        """What the reference predicts, where that is to be kept in a cache."""
+        if self.other is None or cache is None:
+            return None
+        return self.runner.keep(self.other, self.cut, cache, tokens, progress)
+
+    def load(self, dense: bool) -> tuple[Any, Any]:
+        """The model, ready to run, and the reference, if there is one and it has to run."""
+        loaded = self.runner.load(self.source)
+        return loaded, self.runner.load(self.other) if dense and self.other is not None else None
+
+    def measure(
+        self, loaded: Any, dense: Any, kept: KeptReference | None, progress: Callable[[int, int], None] | None
+    ) -> Evaluation:
+        """The figures of the text alone, by what is kept of the reference if there is anything."""
+        cut, other = self.cut, self.other
+        quality = self.runner.measure(loaded, cut, dense if kept is None else kept, progress)
+        size = scored_bytes(self.tokenizer, cut.ids_KS, cut.stride, cut.bos)
+        said = {"bos": bool(cut.bos), "sha256": hash_of(cut.ids_KS), "bytes": size}
+        return Evaluation(
+            model=self.source.name,
+            reference=None if other is None else other.name,
+            text={**dataclasses.asdict(self.text), **said},
+            quality=quality,
+            bits_per_byte=bits_per_byte(quality, size),
+            size=size_of(self.source),
+            reference_size=None if other is None else size_of(other),
+            blocks=None,
+            seconds=0.0,
+            cache_tokens=None if kept is None else kept.tokens,
+        )
 
 
 def bits_per_byte(quality: Quality, size: int) -> float:
@@ -244,7 +275,7 @@ def size_of(source: Source) -> Size:
     return Size(sum(file.stat().st_size for file in source.files), parameters)
 
 
-def generate(
+def generate(  # noqa: PLR0913 - users name them
     model: str,
     prompt: str,
     *,

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ from secateur.calibration.tokens import hash_of
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.evaluation.distributions import Distributions, Window, predict, shortened
 from secateur.evaluation.perplexity import (
+    CutText,
     Quality,
     Scores,
     batches,
     check_finite,
     check_fits,
     padded,
-    place_of,
-    scored_predictions,
 )
 from secateur.folder.manifest import hash_of_values
 from secateur.folder.paths import check_named, drop_empty
 from secateur.folder.writer import save_tensors, write_whole
 
 _LAYOUT = 1
+_ABOUT = "reference.json"
 # Of each distribution, unless somebody says otherwise: most of the divergence is known from them, in 8 kB.
 KEPT_TOKENS = 1024
 
@@ -47,21 +47,17 @@ class KeptReference:
     see `Distributions`.
     """
 
-    def __init__(
-        self, folder: Path, tokens: int | None, vocabulary: int, scored: list[int], ids_KS: Tensor, bos: Sequence[int]
-    ) -> None:
+    def __init__(self, folder: Path, tokens: int | None, vocabulary: int, cut: CutText) -> None:
         self.folder = folder
         self.tokens = tokens
         self.vocabulary = vocabulary
-        self.scored = scored
-        self.ids_KS = ids_KS
-        self.bos = bos
+        self.cut = cut
 
     def quality(self) -> Quality:
         """How well the reference itself predicts the text."""
-        losses = [self._window(k, count).rows(slice(None)).loss_B for k, count in enumerate(self.scored)]
-        scores = Scores(padded(losses, self.ids_KS.shape[1] - 1))
-        return Quality.of(scores.of_text(self.ids_KS, self.bos))
+        losses = [self._window(k, count).rows(slice(None)).loss_B for k, count in enumerate(self.cut.scored)]
+        scores = Scores(padded(losses, self.cut.ids_KS.shape[1] - 1))
+        return Quality.of(scores.of_text(self.cut.ids_KS, self.cut.bos))
 
     def windows(self, start: int, ids_WS: Tensor, scored: list[int]) -> list[Window]:
         """What was predicted in the windows from number `start` on.
@@ -117,10 +113,8 @@ def keep_reference(
     cache: Path,
     identity: dict[str, Any],
     load: Callable[[], Any],
-    ids_KS: Tensor,
+    cut: CutText,
     *,
-    stride: int | None = None,
-    bos: Sequence[int] = (),
     tokens: int | None = KEPT_TOKENS,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -131,59 +125,62 @@ def keep_reference(
         cache: a folder for any number of models and texts; made if need be.
         identity: tells the model and how it is run, in values that JSON holds.
         load: loads the model, if it has to run.
-        ids_KS, stride, bos, batch_tokens, progress: see `measure`.
+        cut: the windows.
         tokens: how many of the likeliest tokens of each distribution are kept, the others as one; None keeps all, in 4·V bytes
             a prediction.
+        batch_tokens, progress: see `measure`.
 
     Raises:
         UsageError: the windows do not suit the model, or the cache cannot be written.
     """
     check_named(cache, "`cache`")
-    K, S = ids_KS.shape
+    K, S = cut.ids_KS.shape
     whole = {
         **identity,
         "layout": _LAYOUT,
-        "text": hash_of(ids_KS),
-        "windows": [K, S, stride or S],
-        "bos": list(bos),
+        "text": hash_of(cut.ids_KS),
+        "windows": [K, S, cut.stride or S],
+        "bos": list(cut.bos),
         "tokens": tokens,
     }
     folder = cache / hash_of_values(whole)[:32]
-    about = folder / "reference.json"
-    scored = scored_predictions(K, S, stride)
-    missing = {k for k in range(K) if not os.path.exists(about) or not os.path.exists(_file(folder, k))}
+    known = os.path.exists(folder / _ABOUT)
+    missing = {k for k in range(K) if not known or not os.path.exists(_file(folder, k))}
     if missing:
         _check_cache(cache)
         model = load()
-        check_fits(model, ids_KS)
+        check_fits(model, cut.ids_KS)
         model.eval()
-
-        def keep(some: slice) -> None:
-            # A function, so that no logits are left when those of the next batch are computed.
-            found = predict(model, ids_KS[some], scored[some])
-            for k, window in zip(range(K)[some], found, strict=True):
-                _keep(_file(folder, k), window, tokens, place_of(k, ids_KS, stride, bos))
-            content = json.dumps({**whole, "vocabulary": found[0].vocabulary}, indent=1)
-            write_whole(about, lambda part: part.write_text(content, encoding="utf-8"))
-
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for some in batches(K, S, batch_tokens, model):
-                if missing.isdisjoint(range(K)[some]):
-                    continue
-                keep(some)
-                if progress is not None:
-                    progress(some.stop, K)
+                if not missing.isdisjoint(range(K)[some]):
+                    _predict(model, cut, some, folder, whole)
+                    if progress is not None:
+                        progress(some.stop, K)
         except (OSError, SafetensorError) as error:
             raise UsageError(
                 f"{cache} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
             ) from error
+    vocabulary = _vocabulary(folder / _ABOUT)
+    return KeptReference(folder, None if tokens is None or tokens >= vocabulary else tokens, vocabulary, cut)
+
+
+def _predict(model: Any, cut: CutText, some: slice, folder: Path, whole: dict[str, Any]) -> None:
+    """Write what a model predicts in some windows; a function of its own, so that no logits are left for the next ones."""
+    found = predict(model, cut.ids_KS[some], cut.scored[some])
+    for k, window in zip(range(len(cut.ids_KS))[some], found, strict=True):
+        _keep(_file(folder, k), window, whole["tokens"], cut.place_of(k))
+    content = json.dumps({**whole, "vocabulary": found[0].vocabulary}, indent=1)
+    write_whole(folder / _ABOUT, lambda part: part.write_text(content, encoding="utf-8"))
+
+
+def _vocabulary(about: Path) -> int:
+    """How many tokens a kept model has. Raises CheckpointError where its file does not tell."""
     try:
-        vocabulary = int(json.loads(about.read_text(encoding="utf-8"))["vocabulary"])
+        return int(json.loads(about.read_text(encoding="utf-8"))["vocabulary"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{about} cannot be read: remove its folder, to have it made again") from error
-    kept = None if tokens is None or tokens >= vocabulary else tokens
-    return KeptReference(folder, kept, vocabulary, scored, ids_KS, bos)
 
 
 def _file(folder: Path, k: int) -> Path:

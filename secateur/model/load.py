@@ -60,7 +60,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def load(
+def load(  # noqa: PLR0913 - users name them
     model: str | Path,
     backend: str | None = None,
     *,

@@ -54,10 +54,7 @@ def carry_error(
     U_II, used = stack.inverse(damping, falling=order != "natural")
     pivot_I = torch.empty_like(U_II[0]).index_copy_(0, swept_I, U_II.diagonal())
 
-    limit_O = None
-    if threshold is not None:
-        limits = [threshold * (W.square().mean(0) / pivot_I.square()).mean() for W in stack.split(W_OI)]
-        limit_O = torch.cat([limit.expand(size) for limit, size in zip(limits, stack.rows, strict=True)])
+    limit_O = None if threshold is None else _outlier_limits(stack, W_OI, pivot_I, threshold)
     rounding = _Rounding(grid, swept_I.tolist(), pivot_I, keep_OI, limit_O)
     fixed = order == "activation" or keep_OI is not None
     if fixed:
@@ -73,14 +70,24 @@ def carry_error(
         codes = grid.assemble(rounding.fitted, W_OK, first, last)
         weight = Quantized(codes, (last - first, W_OI.shape[1]), torch.float32, keep, order_I, notes=notes)
         if rounding.outlier_IO is not None:
-            outlier_OI, difference_OI = rounding.outlier_IO.T[first:last], settled_OI[first:last]
-            if order_I is not None:
-                outlier_OI = torch.empty_like(outlier_OI).index_copy_(1, order_I, outlier_OI)
-                difference_OI = torch.empty_like(difference_OI).index_copy_(1, order_I, difference_OI)
-            difference_OI = difference_OI - weight.dequantize()
-            weight = replace(weight, outliers=Outliers.of(difference_OI, outlier_OI, grid.half))
+            outliers = _outliers(weight, rounding.outlier_IO.T[first:last], settled_OI[first:last], grid.half)
+            weight = replace(weight, outliers=outliers)
         found.append(replace(weight, dtype=stack.dtype))
     return found
+
+
+def _outlier_limits(stack: Stack, W_OI: Tensor, pivot_I: Tensor, threshold: float) -> Tensor:
+    """Of each row the error from which a weight is an outlier: a multiple of the mean over its linear."""
+    limits = [threshold * (W.square().mean(0) / pivot_I.square()).mean() for W in stack.split(W_OI)]
+    return torch.cat([limit.expand(size) for limit, size in zip(limits, stack.rows, strict=True)])
+
+
+def _outliers(weight: Quantized, outlier_OI: Tensor, settled_OI: Tensor, dtype: torch.dtype) -> Outliers:
+    """What has to be added to some weights for them to be as they were settled; the columns of both are as they are stored."""
+    if weight.order_I is not None:
+        outlier_OI = torch.empty_like(outlier_OI).index_copy_(1, weight.order_I, outlier_OI)
+        settled_OI = torch.empty_like(settled_OI).index_copy_(1, weight.order_I, settled_OI)
+    return Outliers.of(settled_OI - weight.dequantize(), outlier_OI, dtype)
 
 
 class _Rounding:

@@ -116,15 +116,13 @@ def plan(recipe: Recipe) -> Plan:
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if quantizer is not None and recipe.format in _SPARSE_FORMATS:
         raise UsageError(f"`format` {recipe.format} does not hold quantized weights: give auto or dense")
-    if recipe.format == "nm" and not isinstance(pattern, NM):
+    layouts: dict[str, Layout | None] = {"dense": None, "bitmap": Bitmap(), "auto": Bitmap()}
+    if isinstance(pattern, NM):
+        layouts |= dict.fromkeys(("auto", "nm"), NMBits(pattern.n, pattern.m))
+    if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
-    layout: Layout | None = None
-    if isinstance(pattern, NM) and recipe.format in ("auto", "nm"):
-        layout = NMBits(pattern.n, pattern.m)
-    elif recipe.format != "dense":
-        layout = Bitmap()
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
-    return Plan(pruning, quantizer, layout, recipe.format == "dense", dtype)
+    return Plan(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype)
 
 
 def _check_choices(recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import reprlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -134,27 +134,9 @@ class Recipe:
         linears = {name: _given(choice) for name, choice in self.linears.items()}
         return {**plain, "linears": linears}
 
-    def flags(self) -> list[str]:
-        """The options of `secateur compress` that give this recipe, as a command line has them; without what a search chose."""
-        given = _differing(replace(self, linears={}).to_dict(), Recipe().to_dict())
-        text = given.pop("calibration", {})
-        given |= {"calibration" if name == "source" else name: value for name, value in text.items()}
-        for key in OPTIONS_KEY.values():
-            given |= given.pop(key, {})
-        flags = []
-        for name, value in given.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                off = "asymmetric" if name == "symmetric" else f"no-{flag}"
-                flags.append(f"--{flag if value else off}")
-            else:
-                for each in value if isinstance(value, list) else [value]:
-                    flags += [f"--{flag}", str(each)]
-        return flags
-
     def to_yaml(self) -> str:
         """A recipe file for people, which `read` reads: what differs from the defaults."""
-        content = _differing(self.to_dict(), Recipe().to_dict())
+        content = differing(self.to_dict(), Recipe().to_dict())
         # In ASCII: PyYAML does not escape all line ends of Unicode otherwise, and reads them as spaces.
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=_ANY_WIDTH)
 
@@ -280,20 +262,20 @@ def _read_shares(options: Choice | Recipe) -> None:
     for name in _SHARES:
         value = getattr(options, name, None)
         if isinstance(value, str):
-            object.__setattr__(options, name, parse_share(value, f"--{name.replace('_', '-')}"))
+            object.__setattr__(options, name, parse_share(value, f"`{name}`"))
 
 
 def _given(options: Choice) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
 
 
-def _differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         if key == "linears":
             found |= {key: value} if value else {}
         elif isinstance(value, dict):
-            value = _differing(value, defaults.get(key, {}))
+            value = differing(value, defaults.get(key, {}))
             if value:
                 found[key] = value
         elif key not in defaults or value != defaults[key]:

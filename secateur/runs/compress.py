@@ -30,11 +30,11 @@ from secateur.pipeline.shared import Shared
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
-from secateur.search.goal import goal_of
+from secateur.search.goal import Goal, goal_of
 from secateur.search.search import search
 
 
-def compress(
+def compress(  # noqa: PLR0913 - users name them
     model: str,
     out: str | Path,
     recipe: Recipe | Mapping[str, Any] | str | Path,
@@ -88,19 +88,30 @@ def compress(
         job = Job(source, recipe, resolved, ranks, batch_tokens, limit, progress, shared)
         clock = Clock(ranks.device)
         if goal is not None:
-
-            def attempt(chosen: Recipe, folder: Path) -> None:
-                common = Shared(source, folder.parent) if shared is None else shared
-                here = str(ranks.device)
-                compress(model, folder, chosen, device=here, batch_tokens=batch_tokens, verify=False, shared=common)
-
-            with clock("searching"):
-                job = job.with_recipe(search(job, goal, partial.folder, attempt))
+            job = _searched(job, goal, partial.folder, clock)
         report = _finish(run(job, partial, clock), overwrite, verify)
     report.out = Path(out)
     report.seconds = time.monotonic() - started
     report.peak_bytes = peak_memory()
     return report
+
+
+def _searched(job: Job, goal: Goal, folder: Path, clock: Clock) -> Job:
+    """A job with what is best for each linear filled into its recipe; `folder` is that of its unfinished run."""
+
+    def attempt(chosen: Recipe, out: Path) -> None:
+        compress(
+            job.source.name,
+            out,
+            chosen,
+            device=str(job.device),
+            batch_tokens=job.batch_tokens,
+            verify=False,
+            shared=job.shared or Shared(job.source, out.parent),
+        )
+
+    with clock("searching"):
+        return job.with_recipe(search(job, goal, folder, attempt))
 
 
 def _finish(run: Run, overwrite: bool, verify: bool) -> Report:

@@ -9,7 +9,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,47 +111,59 @@ def forecast(
     limit = limit_memory(max_memory)
     check_named(out, "`out`")
     ranks = Ranks(open_device(device))
-    place = Path(out).absolute()
-    while not os.path.isdir(place):
-        place = place.parent
-    try:
-        scratch_folder = tempfile.TemporaryDirectory(prefix=".secateur-plan-", dir=place)
-    except OSError as error:
-        raise UsageError(f"{place} cannot be written: {error.strerror or error}") from error
 
     def say(step: Progress) -> None:
         if step.linear is None:  # linears are nobody's concern here
             progress(step)
 
-    with torch.no_grad(), scratch_folder as folder:
+    with torch.no_grad(), _scratch(out) as folder:
         progress(Progress("opening the model"))
         began = time.perf_counter()
         source = open_source(model, trust_remote_code, dtype=resolved.dtype)
         _ = source.hashes  # kept with it: the runs below do not take the time again
         opened = time.perf_counter() - began
         job = Job(source, recipe, resolved, ranks, batch_tokens, limit, say)
-        begun = _measured(job, Path(folder))
-        seconds, disk = _extrapolate(begun.run, begun.share)
-        seconds["opening"] += opened
-        host, on_device = begun.need.peaks(begun.settings)
-        if job.device.type != "cuda":
-            host = max(host, whole_memory(begun.run.job, begun.run.prepared))
-        searched = _Searched(0.0, 0, 0, None)
-        if goal is not None:
-            searched = _searched(job, goal, Path(folder))
-            seconds = {"searching": searched.seconds + goal.models * sum(seconds.values()), **seconds}
-            disk = disk if searched.result is None else searched.result
-        return Forecast(
-            settings=begun.settings if resolved.level else None,
-            host=max(host, searched.host),
-            device=on_device,
-            disk=disk,
-            scratch=max(searched.scratch, begun.scratch + min(disk, SHARD_BYTES)),
-            seconds=seconds,
-            blocks=len(begun.run.prepared.blocks),
-            free_memory=free_memory(),
-            free_disk=shutil.disk_usage(place).free,
-        )
+        return _forecast(job, goal, folder, opened)
+
+
+@contextmanager
+def _scratch(out: str | Path) -> Iterator[Path]:
+    """A folder on the disk that `out` would be on, for a while. Raises UsageError where none can be made."""
+    place = Path(out).absolute()
+    while not os.path.isdir(place):
+        place = place.parent
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".secateur-plan-", dir=place)
+    except OSError as error:
+        raise UsageError(f"{place} cannot be written: {error.strerror or error}") from error
+    with folder as name:
+        yield Path(name)
+
+
+def _forecast(job: Job, goal: Goal | None, folder: Path, opened: float) -> Forecast:
+    """What a job would take, found out in a folder for what is written on the way; its model took `opened` seconds to open."""
+    begun = _measured(job, folder)
+    seconds, disk = _extrapolate(begun.run, begun.share)
+    seconds["opening"] += opened
+    host, on_device = begun.need.peaks(begun.settings)
+    if job.device.type != "cuda":
+        host = max(host, whole_memory(begun.run.job, begun.run.prepared))
+    searched = _Searched(0.0, 0, 0, None)
+    if goal is not None:
+        searched = _searched(job, goal, folder)
+        seconds = {"searching": searched.seconds + goal.models * sum(seconds.values()), **seconds}
+        disk = disk if searched.result is None else searched.result
+    return Forecast(
+        settings=begun.settings if job.plan.level else None,
+        host=max(host, searched.host),
+        device=on_device,
+        disk=disk,
+        scratch=max(searched.scratch, begun.scratch + min(disk, SHARD_BYTES)),
+        seconds=seconds,
+        blocks=len(begun.run.prepared.blocks),
+        free_memory=free_memory(),
+        free_disk=shutil.disk_usage(folder).free,
+    )
 
 
 @dataclass(frozen=True)

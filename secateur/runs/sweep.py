@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from torch import Tensor
 
 from secateur._version import __version__
 from secateur.calibration.tokens import hash_of
 from secateur.errors import CheckpointError, Interrupted, SecateurError, UsageError, one_line
 from secateur.evaluation.eval_text import Text, scored_bytes
-from secateur.evaluation.perplexity import Quality, measure
+from secateur.evaluation.perplexity import Quality
 from secateur.evaluation.quality import Runner, Size, bits_per_byte, size_of
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference
 from secateur.folder.paths import (
@@ -47,6 +45,7 @@ from secateur.model.source import open_source
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
+from secateur.recipes.command_line import command_of
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.report.bench_plot import check_matplotlib
@@ -196,9 +195,8 @@ class _SweepRun:
         self.source = asked.runner.open(asked.model)
         self.size = size_of(self.source)
         tokenizer = self.source.tokenizer()
-        self.ids_KS: Tensor = asked.text.cut(tokenizer)
-        self.bos = asked.text.bos_ids(tokenizer)
-        self.bytes = scored_bytes(tokenizer, self.ids_KS, asked.text.stride, self.bos)
+        self.cut = asked.text.cut(tokenizer)
+        self.bytes = scored_bytes(tokenizer, self.cut.ids_KS, self.cut.stride, self.cut.bos)
         self._open: dict[torch.dtype | None, Shared] = {}
 
     def run(self) -> SweepResult:
@@ -264,9 +262,9 @@ class _SweepRun:
             "source": self.source.hashes,
             "text": {
                 **text,
-                "bos": bool(self.bos),
-                "sha256": hash_of(self.ids_KS),
-                "tokens": self.ids_KS.numel(),
+                "bos": bool(self.cut.bos),
+                "sha256": hash_of(self.cut.ids_KS),
+                "tokens": self.cut.ids_KS.numel(),
                 "bytes": self.bytes,
             },
             "machine": {
@@ -298,14 +296,8 @@ class _SweepRun:
         """What the dense model predicts, and how it measures, unless that is known from before."""
         began = time.monotonic()
         self.progress(Progress("measuring the dense model"))
-        kept = self.asked.runner.keep(
-            self.source,
-            self.ids_KS,
-            self.folder / _SHARED / "reference",
-            self.asked.cache_tokens,
-            stride=self.asked.text.stride,
-            bos=self.bos,
-        )
+        folder = self.folder / _SHARED / "reference"
+        kept = self.asked.runner.keep(self.source, self.cut, folder, self.asked.cache_tokens)
         if before is not None:
             return kept, before.dense
         return kept, self._measured(self.size, kept.quality(), time.monotonic() - began)
@@ -343,14 +335,8 @@ class _SweepRun:
             self.progress(Progress(f"measuring {name}"))
             began = time.monotonic()
             source = self.asked.runner.open(str(folder))
-            quality = measure(
-                self.asked.runner.load(source),
-                self.ids_KS,
-                self.reference,
-                stride=self.asked.text.stride,
-                bos=self.bos,
-                batch_tokens=self.asked.runner.batch_tokens,
-            )
+            runner = self.asked.runner
+            quality = runner.measure(runner.load(source), self.cut, self.reference)
             measured = self._measured(size_of(source), quality, time.monotonic() - began)
         except (SecateurError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
             for left in (folder, folder.with_name(f"{folder.name}.partial")):
@@ -375,9 +361,7 @@ class _SweepRun:
 
     def _command(self, recipe: Recipe) -> str:
         runner = self.asked.runner
-        flags = [*recipe.flags(), *(["--device", runner.device] if runner.device != "cpu" else [])]
-        flags += ["--trust-remote-code"] if runner.trust_remote_code else []
-        return shlex.join(["secateur", "compress", self.asked.model, "OUT", *flags])
+        return command_of(recipe, self.asked.model, runner.device, runner.trust_remote_code)
 
     def _keep(self, result: SweepResult, waiting: dict[str, Point]) -> None:
         """Have on disk what is done, and what an earlier run has done and nobody has asked for again so far."""

@@ -16,19 +16,21 @@ import secateur
 from secateur.calibration import sampling
 from secateur.calibration.fisher import fisher
 from secateur.calibration.kept_windows import calibration_ids
-from secateur.calibration.tokens import bos_ids, cut, hash_of, windows
+from secateur.calibration.tokens import Named, bos_ids, cut, hash_of, windows
 from secateur.errors import UsageError
 from secateur.evaluation.eval_text import Text, scored_bytes
-from secateur.evaluation.gate.gate import Baseline, gate, write_baseline
-from secateur.evaluation.perplexity import measure
+from secateur.evaluation.gate.baseline import Baseline, write_baseline
+from secateur.evaluation.gate.gate import gate
+from secateur.evaluation.perplexity import CutText, measure
 from secateur.evaluation.quality import evaluate
 from secateur.evaluation.reference import keep_reference
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
 from secateur.model.source import open_source
+from secateur.recipes.command_line import flags_of
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.runs.sweep import Sweep, sweep
-from secateur.search import library
+from secateur.search import searcher
 
 SPECIAL = ["<s>", "</s>", "[CLS]", "[SEP]", "[gMASK]", "<sop>"]
 
@@ -90,10 +92,10 @@ def test_windows_begin_with_it_and_together_are_the_text(kind, seq_len):
     template, begin = KINDS[kind]
     tokenizer = tokenizer_with(template)
     stream = [id for document in DOCUMENTS for id in tokenizer(document).input_ids]
-    rows = windows(DOCUMENTS, tokenizer, seq_len, 1, seed=0, bos=True, what="it").tolist()
+    rows = windows(DOCUMENTS, tokenizer, seq_len, 1, seed=0, bos=True, named=Named("it")).tolist()
     assert rows[0][: len(begin)] == begin
     total = len(cut(stream, begin, seq_len))
-    rows = windows(DOCUMENTS, tokenizer, seq_len, total, bos=True, what="it").tolist()
+    rows = windows(DOCUMENTS, tokenizer, seq_len, total, bos=True, named=Named("it")).tolist()
     assert {len(row) for row in rows} == {seq_len}
     assert all(row[: len(begin)] == begin for row in rows)
     # Twice nowhere; and without it, nothing of the text is lost or doubled.
@@ -103,8 +105,8 @@ def test_windows_begin_with_it_and_together_are_the_text(kind, seq_len):
     assert text == expected[: len(text)]
     assert len(expected) - len(text) < seq_len
     # All drawn are all there are, and some drawn are some of them.
-    assert windows(DOCUMENTS, tokenizer, seq_len, total, seed=1, bos=True, what="it").tolist() == rows
-    drawn = windows(DOCUMENTS, tokenizer, seq_len, 4, seed=1, bos=True, what="it").tolist()
+    assert windows(DOCUMENTS, tokenizer, seq_len, total, seed=1, bos=True, named=Named("it")).tolist() == rows
+    drawn = windows(DOCUMENTS, tokenizer, seq_len, 4, seed=1, bos=True, named=Named("it")).tolist()
     assert [rows.index(row) for row in drawn] == sorted({rows.index(row) for row in drawn})
 
 
@@ -112,7 +114,7 @@ def test_windows_begin_with_it_and_together_are_the_text(kind, seq_len):
 @pytest.mark.parametrize("seed", [None, 3])
 def test_nothing_changes_where_a_tokenizer_puts_nothing_before_a_text(kind, seed):
     tokenizer = tokenizer_with(KINDS[kind][0], bos_token="<s>")
-    options = {"seed": seed, "what": "it"}
+    options = {"seed": seed, "named": Named("it")}
     with_bos, without = (windows(DOCUMENTS, tokenizer, 16, 9, bos=bos, **options) for bos in (True, False))
     assert torch.equal(with_bos, without)
 
@@ -123,19 +125,19 @@ def test_windows_that_overlap_begin_with_it_too(kind, stride):
     template, begin = KINDS[kind]
     tokenizer = tokenizer_with(template)
     ids = tokenizer(DOCUMENTS[3]).input_ids[len(begin) :]
-    found = windows(DOCUMENTS[3:4], tokenizer, 16, 5, stride=stride, bos=True, what="it").tolist()
+    found = windows(DOCUMENTS[3:4], tokenizer, 16, 5, stride=stride, bos=True, named=Named("it")).tolist()
     step = min(stride, 16 - len(begin))
     assert found == [begin + ids[k * step : k * step + 16 - len(begin)] for k in range(5)]
 
 
 def test_too_little_text_for_windows_that_begin_with_it():
     tokenizer = tokenizer_with("<s> $A")
-    assert windows(["abcdefg" * 4], tokenizer, 8, 4, bos=True, what="it").shape == (4, 8)  # 1 + 4 · 7 tokens
+    assert windows(["abcdefg" * 4], tokenizer, 8, 4, bos=True, named=Named("it")).shape == (4, 8)  # 1 + 4 · 7 tokens
     with pytest.raises(UsageError, match=r"it gives 28 tokens, and 29 are needed \(4 windows of 8\)"):
-        windows(["abcdefg" * 3 + "abcdef"], tokenizer, 8, 4, bos=True, what="it")
+        windows(["abcdefg" * 3 + "abcdef"], tokenizer, 8, 4, bos=True, named=Named("it"))
     for seq_len, template in ((1, "<s> $A"), (2, "[gMASK] <sop> $A")):
         with pytest.raises(UsageError, match=rf"`seq_len` {seq_len} leaves no room .* give {seq_len + 1} at least"):
-            windows(["abc"], tokenizer_with(template), seq_len, 1, bos=True, what="it")
+            windows(["abc"], tokenizer_with(template), seq_len, 1, bos=True, named=Named("it"))
 
 
 # --- what is measured
@@ -167,7 +169,7 @@ def slow_loss(model, ids_KS, bos=()):
 @pytest.mark.parametrize("bos", [True, False])
 def test_it_is_never_scored(bos, llama, model_of, tokenizer, short_documents, tmp_path):
     text = Text(str(short_documents), 16, 12, bos=bos)
-    ids_KS = text.cut(tokenizer)
+    ids_KS = text.cut(tokenizer).ids_KS
     assert (ids_KS[:, 0] == 0).all() == bos
     assert (ids_KS[:, 1:] == 0).sum() > 8
     found = evaluate(str(model_of("llama")), text=text)
@@ -196,11 +198,11 @@ def test_kept_predictions_are_scored_alike(bos, llama, tmp_path):
     found = measure(llama, ids_KS, bos=bos)
     assert found.tokens == 5 * (20 - len(bos)) - len(bos)
     assert found.perplexity_interval is not None
-    kept = keep_reference(tmp_path, {}, lambda: llama, ids_KS, bos=bos)
+    kept = keep_reference(tmp_path, {}, lambda: llama, CutText(ids_KS, bos=bos))
     assert kept.quality() == found
     assert kept.quality().scores.count_K.tolist() == found.scores.count_K.tolist()
     # The same tokens read as text are another thing.
-    other = keep_reference(tmp_path, {}, lambda: llama, ids_KS)
+    other = keep_reference(tmp_path, {}, lambda: llama, CutText(ids_KS))
     assert other.folder != kept.folder
     assert other.quality().tokens == 5 * 19
 
@@ -219,7 +221,7 @@ def test_the_bytes_of_words_that_begin_a_window_are_counted_whole(stride, tmp_pa
     bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
     content = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 8
-    found = windows([content], tokenizer, 16, 9, stride=stride, bos=True, what="it")
+    found = windows([content], tokenizer, 16, 9, stride=stride, bos=True, named=Named("it"))
     assert (found[1:, 1] == ids["▁"]).any()
     text = len(content[: 14 + 8 * (stride or 15)])
     assert scored_bytes(tokenizer, found, stride, [0]) == text
@@ -233,7 +235,7 @@ def test_eval_says_how_windows_begin(bos, says, model_of, text_file):
     assert code == 0
     assert f"4 windows of 16 tokens of {text_file}, {'with' if bos else 'without'} BOS" in " ".join(out.split())
     content = json.loads(says(*args, "--json", "-")[1])
-    ids_KS = Text(str(text_file), 16, 4, bos=bos).cut(AutoTokenizer.from_pretrained(model_of("llama")))
+    ids_KS = Text(str(text_file), 16, 4, bos=bos).cut(AutoTokenizer.from_pretrained(model_of("llama"))).ids_KS
     assert (content["text"]["bos"], content["text"]["sha256"]) == (bos, hash_of(ids_KS))
 
 
@@ -416,7 +418,7 @@ def test_an_old_manifest_repeats_its_run(says, model_of, text_file, tmp_path):
 
 def test_the_recipe_file_and_flags_have_it():
     recipe = Recipe("wanda", 0.5, calibration=Calibration("docs", bos=False))
-    assert recipe.flags()[-1] == "--no-bos"
+    assert flags_of(recipe)[-1] == "--no-bos"
     assert yaml.safe_load(recipe.to_yaml())["calibration"] == {"source": "docs", "bos": False}
     assert Recipe.from_dict({"calibration": {"source": "docs"}}).calibration.bos is True
     with pytest.raises(UsageError, match=r"'bos' of the recipe's calibration is 'no', which is not a true or false"):
@@ -445,15 +447,15 @@ def test_squared_gradients_are_of_text(llama, model_of):
 
 
 def test_effects_are_measured_on_pieces_that_begin_with_it(model_of, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "_WINDOW", 10)
+    monkeypatch.setattr(searcher, "_WINDOW", 10)
     seen = []
-    real = library.gather_effects
+    real = searcher.gather_effects
 
     def looking(model, ids_NS, *more):
         seen.append(ids_NS)
         return real(model, ids_NS, *more)
 
-    monkeypatch.setattr(library, "gather_effects", looking)
+    monkeypatch.setattr(searcher, "gather_effects", looking)
     for bos in (True, False):
         recipe = Recipe("wanda", 0.5, allocation="search", calibration=settings(text_file, bos, samples=4))
         secateur.compress(str(model_of("llama")), tmp_path / f"out-{bos}", recipe)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from secateur.calibration import tokens
-from secateur.calibration.tokens import windows
+from secateur.calibration.tokens import Named, windows
 from secateur.errors import UsageError
 
 
@@ -47,7 +47,7 @@ class Counting:
 def test_documents_are_laid_end_to_end(tokenizer):
     documents = [prose(40, seed=s) for s in range(5)]
     ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
-    ids_KS = windows(documents, tokenizer, 16, 4, what="it")
+    ids_KS = windows(documents, tokenizer, 16, 4, named=Named("it"))
     assert ids_KS.dtype == torch.int64
     assert ids_KS.tolist() == [ids[i : i + 16] for i in range(0, 64, 16)]
 
@@ -57,7 +57,7 @@ def test_the_first_windows_of_a_long_document_are_those_of_the_whole(tokenizer, 
     text = prose(150_000)
     ids = tokenizer(text)["input_ids"]
     counting = Counting(tokenizer)
-    ids_KS = windows([text], counting, 512, count, what="it")
+    ids_KS = windows([text], counting, 512, count, named=Named("it"))
     assert ids_KS.flatten().tolist() == ids[: 512 * count]
     assert counting.chars < len(text) / 2 or count == 250
 
@@ -67,7 +67,9 @@ def test_dense_text_needs_more_than_the_first_cut(tokenizer, monkeypatch, chars)
     monkeypatch.setattr(tokens, "_CHARS_PER_TOKEN", chars)
     monkeypatch.setattr(tokens, "_LEAST_CHARS", 100)
     text = prose(20_000)
-    assert windows([text], tokenizer, 100, 30, what="it").flatten().tolist() == tokenizer(text)["input_ids"][:3000]
+    assert (
+        windows([text], tokenizer, 100, 30, named=Named("it")).flatten().tolist() == tokenizer(text)["input_ids"][:3000]
+    )
 
 
 def test_no_more_documents_than_needed_are_read(tokenizer):
@@ -76,17 +78,17 @@ def test_no_more_documents_than_needed_are_read(tokenizer):
         yield prose(100)
         raise AssertionError("read on")
 
-    assert windows(documents(), tokenizer, 16, 8, what="it").shape == (8, 16)
+    assert windows(documents(), tokenizer, 16, 8, named=Named("it")).shape == (8, 16)
 
 
 def test_a_seed_draws_windows_in_the_order_of_the_text(tokenizer):
     documents = [prose(3000)]
     total = len(tokenizer(documents[0])["input_ids"]) // 16
-    everything_KS = windows(documents, tokenizer, 16, total, what="it")
-    drawn_KS = windows(documents, tokenizer, 16, 20, seed=7, what="it")
-    assert torch.equal(drawn_KS, windows(documents, tokenizer, 16, 20, seed=7, what="it"))
-    assert not torch.equal(drawn_KS, windows(documents, tokenizer, 16, 20, seed=8, what="it"))
-    assert torch.equal(windows(documents, tokenizer, 16, total, seed=7, what="it"), everything_KS)
+    everything_KS = windows(documents, tokenizer, 16, total, named=Named("it"))
+    drawn_KS = windows(documents, tokenizer, 16, 20, seed=7, named=Named("it"))
+    assert torch.equal(drawn_KS, windows(documents, tokenizer, 16, 20, seed=7, named=Named("it")))
+    assert not torch.equal(drawn_KS, windows(documents, tokenizer, 16, 20, seed=8, named=Named("it")))
+    assert torch.equal(windows(documents, tokenizer, 16, total, seed=7, named=Named("it")), everything_KS)
     where = [(everything_KS == row_S).all(1).nonzero()[0].item() for row_S in drawn_KS]
     assert where == sorted(set(where))
     assert len(where) == 20
@@ -94,8 +96,8 @@ def test_a_seed_draws_windows_in_the_order_of_the_text(tokenizer):
 
 
 def test_the_tokenizer_does_not_warn_about_length(tokenizer, caplog):
-    windows([prose(1000)], tokenizer, 128, 2, what="it")
-    windows([prose(1000)], tokenizer, 128, 2, seed=0, what="it")
+    windows([prose(1000)], tokenizer, 128, 2, named=Named("it"))
+    windows([prose(1000)], tokenizer, 128, 2, seed=0, named=Named("it"))
     assert not caplog.records
 
 
@@ -107,11 +109,11 @@ def test_too_little_text(tokenizer, seed):
         UsageError,
         match=rf"few\.txt gives {have} tokens, and 512 are needed \(4 windows of 128\).*`samples` or `seq_len`",
     ):
-        windows([text], tokenizer, 128, 4, seed=seed, what="few.txt")
+        windows([text], tokenizer, 128, 4, seed=seed, named=Named("few.txt"))
     with pytest.raises(UsageError, match=r"gives 0 tokens.*lower `windows` or `seq_len`"):
-        windows([], tokenizer, 128, 4, seed=seed, what="few.txt", counted="windows")
+        windows([], tokenizer, 128, 4, seed=seed, named=Named("few.txt", "windows"))
 
 
 def test_no_windows_at_all(tokenizer):
     with pytest.raises(UsageError, match="0 windows of 128 tokens cannot be had"):
-        windows(["text"], tokenizer, 128, 0, what="it")
+        windows(["text"], tokenizer, 128, 0, named=Named("it"))

@@ -12,7 +12,7 @@ from tiny import set_json
 
 import secateur
 from secateur.evaluation.eval_text import Text
-from secateur.evaluation.gate.gate import Baseline, write_baseline
+from secateur.evaluation.gate.baseline import Baseline, write_baseline
 
 pytest_plugins = "pytester"
 
@@ -132,7 +132,8 @@ def test_the_test_runs(pytester, project, sh):
 
 def test_the_figures_of_the_page_are_those_of_the_program():
     """Defaults, and the fewest windows."""
-    from secateur.evaluation.gate.gate import TEXT, Tolerances
+    from secateur.evaluation.gate.baseline import TEXT
+    from secateur.evaluation.gate.tolerances import Tolerances
     from secateur.evaluation.uncertainty import fewest_windows
 
     page, default = PAGE.read_text(encoding="utf-8"), Tolerances()

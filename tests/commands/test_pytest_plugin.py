@@ -11,7 +11,7 @@ from tiny import reseal
 import secateur
 import secateur_pytest
 from secateur.evaluation.eval_text import Text
-from secateur.evaluation.gate.gate import Baseline, write_baseline
+from secateur.evaluation.gate.baseline import Baseline, write_baseline
 
 pytest_plugins = "pytester"
 

@@ -86,14 +86,14 @@ def test_a_stride_of_a_whole_window_is_no_stride(llama, ids_KS):
 
 def test_windows_of_a_text_begin_a_stride_apart(tokenizer, text_file):
     ids = tokenizer(text_file.read_text()).input_ids
-    plain = Text(str(text_file), 16, 4, 5, bos=False).cut(tokenizer)
+    plain = Text(str(text_file), 16, 4, 5, bos=False).cut(tokenizer).ids_KS
     assert plain.tolist() == [ids[k * 5 : k * 5 + 16] for k in range(4)]
-    assert hash_of(plain) != hash_of(Text(str(text_file), 16, 4, bos=False).cut(tokenizer))
-    apart = Text(str(text_file), 16, 4, 5).cut(tokenizer)
+    assert hash_of(plain) != hash_of(Text(str(text_file), 16, 4, bos=False).cut(tokenizer).ids_KS)
+    apart = Text(str(text_file), 16, 4, 5).cut(tokenizer).ids_KS
     assert apart.tolist() == [[0, *ids[1 + k * 5 : 16 + k * 5]] for k in range(4)]
     # Fifteen tokens of text are all that a window has room for.
     for stride in (None, 15, 16):
-        beside = Text(str(text_file), 16, 4, stride).cut(tokenizer)
+        beside = Text(str(text_file), 16, 4, stride).cut(tokenizer).ids_KS
         assert beside.tolist() == [[0, *ids[1 + k * 15 : 16 + k * 15]] for k in range(4)]
 
 
@@ -166,7 +166,7 @@ def test_bits_per_byte_by_hand(model_of, tmp_path, tokenizer):
 
 def test_the_bytes_of_windows_are_those_of_their_scored_tokens(tokenizer, text_file):
     for stride in (None, 7):
-        ids_KS = Text(str(text_file), 16, 6, stride).cut(tokenizer)
+        ids_KS = Text(str(text_file), 16, 6, stride).cut(tokenizer).ids_KS
         K, S = ids_KS.shape
         scored = [ids_S[S - n :] for ids_S, n in zip(ids_KS.tolist(), scored_predictions(K, S, stride), strict=True)]
         assert scored_bytes(tokenizer, ids_KS, stride, [0]) == sum(len(tokenizer.decode(ids)) for ids in scored)

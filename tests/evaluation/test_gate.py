@@ -16,7 +16,10 @@ from tiny import reseal, set_json
 import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.evaluation.eval_text import Text
-from secateur.evaluation.gate.gate import Baseline, Check, GateResult, Tolerances, gate, write_baseline
+from secateur.evaluation.gate.baseline import Baseline, write_baseline
+from secateur.evaluation.gate.compare import Check
+from secateur.evaluation.gate.gate import GateResult, gate
+from secateur.evaluation.gate.tolerances import Tolerances
 from secateur.evaluation.quality import Runner
 from secateur.report.gate_report import junit, markdown
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from smollm2 import needs_demo
 from tiny import reseal
 
-from secateur.evaluation.gate.gate import Baseline, gate
-from secateur.formats.layouts.coded import pack_stream, unpack_stream
+from secateur.evaluation.gate.baseline import Baseline
+from secateur.evaluation.gate.gate import gate
+from secateur.formats.layouts.rows import pack_stream, unpack_stream
 
 pytestmark = [needs_demo, pytest.mark.usefixtures("repository")]
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from secateur.errors import CheckpointError, UsageError
 from secateur.evaluation import distributions as module
 from secateur.evaluation.distributions import Distributions, divergence, shortened
-from secateur.evaluation.perplexity import measure
+from secateur.evaluation.perplexity import CutText, measure
 from secateur.evaluation.reference import keep_reference
 
 V, K, S = 61, 5, 20
@@ -55,8 +55,8 @@ def counted():
     return model, calls
 
 
-def keep(cache, model, ids_KS, identity=IDENTITY, **options):
-    return keep_reference(cache, identity, lambda: model, ids_KS, **options)
+def keep(cache, model, ids_KS, identity=IDENTITY, stride=None, **options):
+    return keep_reference(cache, identity, lambda: model, CutText(ids_KS, stride), **options)
 
 
 def files(cache):
@@ -179,7 +179,7 @@ def test_the_reference_runs_once(ids_KS, tmp_path, counted):
     def refuse():
         raise AssertionError("it was loaded again")
 
-    keep_reference(tmp_path, IDENTITY, refuse, ids_KS)
+    keep_reference(tmp_path, IDENTITY, refuse, CutText(ids_KS))
 
 
 def test_an_interrupted_cache_is_completed(ids_KS, tmp_path, counted):

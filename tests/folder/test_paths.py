@@ -12,7 +12,8 @@ import secateur
 from secateur.checkpoint.export import export
 from secateur.errors import UsageError
 from secateur.evaluation.eval_text import Text
-from secateur.evaluation.gate.gate import Baseline
+from secateur.evaluation.gate.baseline import Baseline
+from secateur.evaluation.perplexity import CutText
 from secateur.evaluation.reference import keep_reference
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.paths import check_file, check_free
@@ -412,9 +413,9 @@ def test_a_cache_that_cannot_be_written_is_found_before_the_model_runs(tmp_path)
     ids_KS = torch.zeros(2, 4, dtype=torch.long)
     for cache in (tmp_path / "file", tmp_path / "file" / "in", tmp_path / LONG):
         with pytest.raises(UsageError, match=f"{cache} cannot be written: "):
-            keep_reference(cache, {}, load, ids_KS)
+            keep_reference(cache, {}, load, CutText(ids_KS))
     with pytest.raises(AssertionError, match="was loaded"):
-        keep_reference(tmp_path / "a" / "b", {}, load, ids_KS)
+        keep_reference(tmp_path / "a" / "b", {}, load, CutText(ids_KS))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -574,8 +574,10 @@ def package(tmp_path_factory):
         assert all(v.is_contiguous() for v in values if isinstance(v, torch.Tensor))
         return [ctypes.c_void_p(v.data_ptr()) if isinstance(v, torch.Tensor) else ctypes.c_int(int(v)) for v in values]
 
-    def decode(m, n, bits, beta1, beta2, dense, offsets, col_vals, nnz, out):
-        library.decode(*pointers([m, n, bits, beta1, beta2, dense, offsets, offsets.numel(), col_vals, nnz, out]))
+    def decode(*values):
+        """It takes the number of offsets, too, behind these."""
+        front, offsets, rest = values[:6], values[6], values[7:]
+        library.decode(*pointers([*front, offsets, offsets.numel(), *rest]))
 
     kernels = ModuleType("spqr_quant.inference_kernels.cuda_kernel")
     kernels.call_dequantize_compressed = decode

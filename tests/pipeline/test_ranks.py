@@ -17,7 +17,7 @@ from test_resume import in_a_process
 
 import secateur
 from secateur.calibration.text import read_text
-from secateur.calibration.tokens import windows
+from secateur.calibration.tokens import Named, windows
 from secateur.core.ranks import Ranks
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import measure
@@ -73,7 +73,7 @@ def test_the_number_of_processes_does_not_matter(name, made, model, text_file):
         models = [secateur.load(folder) for folder in folders]
     names = [linear["name"] for linear in linears(folders[0])]
     weights = [torch.cat([m.get_submodule(linear).weight.flatten() for linear in names]) for m in models]
-    ids_KS = windows(read_text(str(text_file), "text", 10**6), tokenizer_of(model), SEQ_LEN, 12, what="text")
+    ids_KS = windows(read_text(str(text_file), "text", 10**6), tokenizer_of(model), SEQ_LEN, 12, named=Named("text"))
     perplexity = [measure(m, ids_KS).perplexity for m in models]
     for found, quality in zip(weights[1:], perplexity[1:], strict=True):
         assert ((found == 0) == (weights[0] == 0)).float().mean() >= 0.999

@@ -228,7 +228,7 @@ def test_overwriting_keeps_the_old_folder_until_the_end(sharded, recipe, whole, 
 
 @pytest.mark.parametrize(("pause", "hidden"), [(True, "device"), (False, "device"), (False, "host"), (False, "file")])
 def test_how_a_run_is_carried_out_does_not_change_it(
-    pause, hidden, sharded, recipe, whole, always_save, stop_after, monkeypatch, tmp_path
+    pause, hidden, sharded, recipe, always_save, stop_after, monkeypatch, tmp_path
 ):
     batch = 2 * SEQ_LEN
     secateur.compress(str(sharded), tmp_path / "plain", recipe(), batch_tokens=batch)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.checkpoint.inspect import inspect
 from secateur.evaluation.eval_text import Text
-from secateur.evaluation.gate.gate import Baseline
+from secateur.evaluation.gate.baseline import Baseline
 from secateur.evaluation.quality import evaluate
 from secateur.kernels.cpu import cpu_backend
 from secateur.model.source import open_source

@@ -19,7 +19,7 @@ import secateur
 from secateur.calibration import kept_windows as calibrate
 from secateur.calibration.kept_windows import cache_folder, calibration_ids
 from secateur.calibration.text import read_text
-from secateur.calibration.tokens import windows
+from secateur.calibration.tokens import Named, windows
 from secateur.checkpoint.export import export
 from secateur.core.patterns import parse_pattern
 from secateur.core.stats import InputStats, Level
@@ -60,7 +60,7 @@ def reference(source, wanted, groups, prefix, dtype=torch.float32):
     documents = read_text(wanted.calibration.source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     seed, bos = wanted.calibration.seed, wanted.calibration.bos
-    ids_NS = windows(documents, tokenizer, SEQ_LEN, SAMPLES, seed=seed, bos=bos, what="it")
+    ids_NS = windows(documents, tokenizer, SEQ_LEN, SAMPLES, seed=seed, bos=bos, named=Named("it"))
     pattern = parse_pattern(wanted.pattern, wanted.sparsity)
     weights, errors = {}, {}
     for block in range(model.config.num_hidden_layers):
@@ -367,9 +367,7 @@ def spoil(folder, **changes):
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
 def test_what_does_not_fit_the_dtype_is_named(name, own_model, text_file, tmp_path):
     source = spoil(own_model("llama"), it=(name, lambda tensor: tensor * 1e7))
-    with pytest.raises(
-        SecateurError, match=rf"{name.removesuffix('.weight')}.* overflow torch\.float16: give .*dtype"
-    ):
+    with pytest.raises(SecateurError, match=rf"{name.removesuffix('.weight')}.* overflow torch\.float16: give .*dtype"):
         compress(source, tmp_path / "out", recipe(text_file, prune="magnitude", dtype="float16"))
     assert not (tmp_path / "out").exists()
 

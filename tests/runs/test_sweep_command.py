@@ -18,6 +18,7 @@ from secateur.evaluation.quality import Runner, evaluate
 from secateur.pipeline import gradients
 from secateur.pipeline import run as run_module
 from secateur.pipeline import shared as shared_module
+from secateur.recipes.command_line import flags_of
 from secateur.recipes.recipe import Recipe
 from secateur.recipes.strings import parse_recipes
 from secateur.report.sweep_result import SweepResult
@@ -136,7 +137,7 @@ def test_flags_give_the_recipe_that_they_are_of(options, says, monkeypatch, tmp_
         raise UsageError("enough")
 
     monkeypatch.setattr("secateur.runs.compress.compress", catch)
-    says("compress", "demo", tmp_path / "out", *recipe.flags())
+    says("compress", "demo", tmp_path / "out", *flags_of(recipe))
     assert seen == [recipe]
 
 

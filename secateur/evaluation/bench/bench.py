@@ -170,7 +170,7 @@ def describe(layout: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def bench(
+def bench(  # noqa: PLR0913 - users name them
     model: str,
     backend: str = AUTO,
     *,

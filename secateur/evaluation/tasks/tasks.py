@@ -55,7 +55,7 @@ class TaskScore:
     difference_stderr: float | None = None
 
 
-def run_tasks(
+def run_tasks(  # noqa: PLR0913 - users name them
     model: Any,
     tokenizer: Any,
     tasks: Sequence[str],

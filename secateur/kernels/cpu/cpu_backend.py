@@ -30,7 +30,8 @@ def missing() -> str | None:
     mine = [file for file in found if file.name.startswith(f"_cpu_torch{_VERSION}.")]
     if not mine:
         other = f" (there are some for another release of torch: {found[0].name})" if found else ""
-        return f"its compiled kernels are not installed{other}: reinstall secateur with a C++ compiler and --no-build-isolation"
+        how = "reinstall secateur with a C++ compiler, by pip install --no-build-isolation"
+        return f"its compiled kernels are not installed{other}: {how}"
     try:
         torch.ops.load_library(str(mine[0]))
     except OSError as error:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.calibration.rows import chat_template
 from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windows
 from secateur.calibration.text import read_text
 from secateur.calibration.tokens import Named, bos_ids, check_room, windows
@@ -71,12 +72,13 @@ def calibration_ids(
         return ids_NS, settings, begin
     say(f"reading {settings.source}")
     # A choice of windows sixteen times as many as are taken; no more of a data set is read.
+    tokenizer = source.tokenizer()
     documents = read_text(
         settings.source,
         settings.text_field,
         max(16 * _CHARS_PER_TOKEN * settings.samples * settings.seq_len, _LEAST_CHARS),
+        template=chat_template(tokenizer),
     )
-    tokenizer = source.tokenizer()
     ids_NS = windows(
         documents,
         tokenizer,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.calibration.rows import chat_template
 from secateur.calibration.text import read_text
 from secateur.calibration.tokens import Named, bos_ids, windows
 from secateur.errors import UsageError
@@ -58,7 +59,7 @@ class Text:
     def cut(self, tokenizer: Any) -> CutText:
         """The windows. Raises SecateurError where the text cannot be had or is too short."""
         ids_KS = windows(
-            read_text(self.data, self.text_field, held_out=True),
+            read_text(self.data, self.text_field, held_out=True, template=chat_template(tokenizer)),
             tokenizer,
             self.seq_len,
             self.windows,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from secateur._version import __version__
+from secateur.calibration.text import inputs_of
 from secateur.checkpoint.verify import verify as verify_folder
 from secateur.core.ranks import open_ranks
 from secateur.errors import RepeatedError
@@ -74,7 +75,7 @@ def compress(  # noqa: PLR0913 - users name them
     """
     started = time.monotonic()
     recipe = as_recipe(recipe)
-    inputs = {"MODEL": model, "the calibration text": recipe.calibration.source}
+    inputs = {"MODEL": model, **inputs_of("the calibration text", recipe.calibration.source)}
     resolved, goal = plan(recipe), goal_of(recipe)
     limit = limit_memory(max_memory)
     with (

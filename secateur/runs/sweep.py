@@ -20,6 +20,7 @@ import transformers
 from filelock import FileLock
 
 from secateur._version import __version__
+from secateur.calibration.text import inputs_of
 from secateur.calibration.tokens import hash_of
 from secateur.errors import CheckpointError, Interrupted, SecateurError, UsageError, one_line
 from secateur.evaluation.eval_text import Text, scored_bytes
@@ -133,8 +134,10 @@ def sweep(
 
 def _inputs(asked: Sweep) -> Inputs:
     """What a sweep reads."""
-    texts = {f"the calibration text of {name}": recipe.calibration.source for name, recipe in asked.recipes}
-    return {"MODEL": asked.model, "the text of `data`": asked.text.data, **texts}
+    found = {"MODEL": asked.model, **inputs_of("the text of `data`", asked.text.data)}
+    for name, recipe in asked.recipes:
+        found |= inputs_of(f"the calibration text of {name}", recipe.calibration.source)
+    return found
 
 
 @contextmanager

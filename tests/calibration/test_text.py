@@ -1,12 +1,15 @@
 """Reading text from files, folders, data sets and CPython itself."""
 
+import gzip
 import json
 import logging
 import sys
 
 import pytest
 
-from secateur.calibration.text import _CHUNK_BYTES, read_text
+from secateur.calibration.rows import chat_template
+from secateur.calibration.text import read_text
+from secateur.calibration.text_files import _CHUNK_BYTES
 from secateur.errors import SecateurError, UsageError
 
 
@@ -162,7 +165,7 @@ def test_empty_and_unknown_files(tmp_path):
         with pytest.raises(UsageError, match="holds no text"):
             read_text(str(tmp_path / name))
     (tmp_path / "a.pdf").write_text("text")
-    with pytest.raises(UsageError, match=r"a\.pdf is of no known kind: text is read from \.txt, \.jsonl or \.parquet"):
+    with pytest.raises(UsageError, match=r"a\.pdf is of no known kind: text is read from \.txt, \.md, \.jsonl"):
         read_text(str(tmp_path / "a.pdf"))
 
 
@@ -238,3 +241,92 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, package):
     spec = {"datasets": "wikitext2", "pyarrow": str(tmp_path / "a.parquet")}[package]
     with pytest.raises(UsageError, match=rf'{package}.*pip install "secateur\[data\]"'):
         read_text(spec)
+
+
+# --- other kinds of files
+
+
+CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def spoken(messages):
+    return "".join(f"<{each['role']}>{each['content']}" for each in messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("a.md", "# One\n\ntwo", ["# One\n\ntwo"]),
+        ("a.json", '["one", {"text": "two"}, {"text": null}]', ["one", "two"]),
+        ("a.csv", 'id,text\n1,"one, and\nmore"\n2,two\n3,\n', ["one, and\nmore", "two"]),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("a.jsonl", json.dumps({"messages": CHAT}) + "\n", ["<user>one<assistant>two"]),
+        ("a.json", json.dumps([CHAT, {"messages": CHAT[:1]}, {"text": "plain"}]), [spoken(CHAT), "<user>one", "plain"]),
+    ],
+)
+def test_other_kinds_of_files(name, content, documents, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert read_text(str(tmp_path / name), template=spoken) == documents
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert read_text(str(tmp_path / f"{name}.gz"), template=spoken) == documents
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.json", '{"text": "one"}', r"a\.json holds no list"),
+        ("a.json", "[1]", r"item 1 of .*a\.json is not an object"),
+        ("a.json", "[", r"a\.json is not valid JSON"),
+        ("a.csv", "id,body\n1,x\n", r"a\.csv has no field 'text': it has 'id', 'body'"),
+        ("a.csv", 'text\n"one', r"a\.csv is not a table"),
+        ("a.jsonl", json.dumps({"messages": CHAT}), r"field 'messages' of line 1 of .* holds a chat"),
+        ("a.txt.gz", "not gzip", r"a\.txt\.gz cannot be read"),
+        ("a.doc", "text", r"is of no known kind: text is read from \.txt, \.md"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=says):
+        read_text(str(tmp_path / name))
+
+
+def test_several_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "c, d.md"):
+        (tmp_path / name).write_text(name)
+    assert read_text("*.txt") == ["a.txt", "b.txt"]
+    assert read_text("b.txt, a.txt") == ["b.txt", "a.txt"]
+    assert read_text("b.txt,c*.md", max_chars=7) == ["b.txt", "c,"]
+    assert read_text("c, d.md") == ["c, d.md"], "a name with a comma in it is a file's if there is one"
+    with pytest.raises(UsageError, match=r"no file is called like \*\.md2"):
+        read_text("a.txt,*.md2")
+    with pytest.raises(UsageError, match="no such file: none"):
+        read_text("a.txt,none")
+
+
+class Speaker:
+    """As much of a tokenizer as a template needs: it puts `^` before every text."""
+
+    chat_template = "some"
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [0] * add_special_tokens + [ord(c) for c in text]}
+
+    def decode(self, ids):
+        return "".join("^" if id == 0 else chr(id) for id in ids)
+
+    def apply_chat_template(self, messages, tokenize):
+        if messages[0]["role"] != "user":
+            raise ValueError("the first\nis the user")
+        return "^" + spoken(messages)
+
+
+def test_chats_go_through_the_models_template():
+    template = chat_template(Speaker())
+    assert template(CHAT) == spoken(CHAT), "what the tokenizer puts before a text is not there twice"
+    with pytest.raises(UsageError, match=r"the model's chat template refuses .*: .*the first"):
+        template(CHAT[1:])
+    plain = Speaker()
+    plain.chat_template = None
+    with pytest.raises(UsageError, match="the model has no chat template"):
+        chat_template(plain)(CHAT)

@@ -151,7 +151,7 @@ def test_what_was_put_beside_is_not_lost(model_of, tmp_path):
     with pytest.raises(UsageError, match=r"secateur did not write runs/adapter\.safetensors, which would be lost"):
         secateur.compress(str(model_of("llama")), out, RTN, overwrite=True)
     # Nor is it advised, where it would not help.
-    with pytest.raises(UsageError, match="exists already: choose another folder; --overwrite does not replace it"):
+    with pytest.raises(UsageError, match="exists already: choose another folder; `overwrite` does not replace it"):
         secateur.compress(str(model_of("llama")), out, RTN)
     assert (out / "runs" / "adapter.safetensors").read_text() == "mine"
 
@@ -296,7 +296,7 @@ def idle(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the work was begun")
 
-    for place in ("secateur.model.source.open_folder", "secateur.model.source._download"):
+    for place in ("secateur.model.source.open_folder", "secateur.model.source.download"):
         monkeypatch.setattr(place, fail)
 
 

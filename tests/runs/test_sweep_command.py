@@ -206,7 +206,7 @@ def test_an_interrupted_sweep_goes_on(asked, monkeypatch, tmp_path):
     stopping = Stopping(monkeypatch, at=3)
     with pytest.raises(Interrupted) as stop:
         sweep(asked(recipes), out)
-    assert stop.value.left == f"what is done is kept in {kept}: run again with --resume to go on"
+    assert stop.value.left == f"what is done is kept in {kept}: run again with `resume` to go on"
     assert not out.exists()
     with pytest.raises(UsageError, match="holds a sweep that was interrupted: give `resume`"):
         sweep(asked(recipes), out)

@@ -11,44 +11,88 @@ from secateur._version import __version__
 from secateur.registration import register_later as _register_later
 
 if TYPE_CHECKING:
+    from secateur.checkpoint.export import export
+    from secateur.checkpoint.inspect import Inspection, inspect
     from secateur.checkpoint.verify import verify
     from secateur.errors import CheckpointError, SecateurError, UsageError
+    from secateur.evaluation.bench.bench import Bench, bench
+    from secateur.evaluation.eval_text import Text
+    from secateur.evaluation.gate.baseline import Baseline, write_baseline
+    from secateur.evaluation.gate.gate import GateResult, gate
+    from secateur.evaluation.gate.tolerances import Tolerances
+    from secateur.evaluation.quality import Evaluation, Runner, evaluate, generate
     from secateur.folder.manifest import Problem
     from secateur.model.load import load
     from secateur.model.transformers.quantizer import backend
     from secateur.pipeline.outcome import Progress, Report
+    from secateur.recipes.built_in import recipe
     from secateur.recipes.recipe import Calibration, Choice, Recipe
+    from secateur.recipes.strings import parse_recipes
+    from secateur.report.sweep_result import SweepResult
     from secateur.runs.compress import compress
     from secateur.runs.forecast import Forecast, forecast
+    from secateur.runs.sweep import Sweep, sweep
 
 __all__ = [
+    "Baseline",
+    "Bench",
     "Calibration",
     "CheckpointError",
     "Choice",
+    "Evaluation",
     "Forecast",
+    "GateResult",
+    "Inspection",
     "Problem",
     "Progress",
     "Recipe",
     "Report",
+    "Runner",
     "SecateurError",
+    "Sweep",
+    "SweepResult",
+    "Text",
+    "Tolerances",
     "UsageError",
     "__version__",
     "backend",
+    "bench",
     "compress",
+    "evaluate",
+    "export",
     "forecast",
+    "gate",
+    "generate",
+    "inspect",
     "load",
+    "parse_recipes",
+    "recipe",
+    "sweep",
     "verify",
+    "write_baseline",
 ]
 _HOMES = {
+    "checkpoint.export": ["export"],
+    "checkpoint.inspect": ["Inspection", "inspect"],
     "checkpoint.verify": ["verify"],
     "errors": ["CheckpointError", "SecateurError", "UsageError"],
+    "evaluation.bench.bench": ["Bench", "bench"],
+    "evaluation.eval_text": ["Text"],
+    "evaluation.gate.baseline": ["Baseline", "write_baseline"],
+    "evaluation.gate.gate": ["GateResult", "gate"],
+    "evaluation.gate.tolerances": ["Tolerances"],
+    "evaluation.quality": ["Evaluation", "Runner", "evaluate", "generate"],
     "folder.manifest": ["Problem"],
-    "model.transformers.quantizer": ["backend"],
     "model.load": ["load"],
+    "model.transformers.quantizer": ["backend"],
     "pipeline.outcome": ["Progress", "Report"],
+    "recipes.built_in": ["recipe"],
     "recipes.recipe": ["Calibration", "Choice", "Recipe"],
+    "recipes.strings": ["parse_recipes"],
+    "report.sweep_result": ["SweepResult"],
     "runs.compress": ["compress"],
     "runs.forecast": ["Forecast", "forecast"],
+    "runs.sweep": ["Sweep", "sweep"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

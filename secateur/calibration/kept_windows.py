@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.calibration.rows import chat_template
 from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windows
 from secateur.calibration.text import read_text
+from secateur.calibration.text_rows import chat_template
 from secateur.calibration.tokens import Named, bos_ids, check_room, windows
 from secateur.errors import CheckpointError, UsageError
 from secateur.folder.manifest import hash_of_values

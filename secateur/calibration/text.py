@@ -11,8 +11,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from secateur.calibration.rows import Template, field
 from secateur.calibration.text_files import KINDS, is_text_file, read_file, take
+from secateur.calibration.text_rows import Template, field
 from secateur.errors import SecateurError, UsageError, one_line
 
 #: Characters read from a data set when the caller sets no limit: some of them are larger than any disk.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, cast
 
-from secateur.calibration.rows import MESSAGES, Template, field, no_field
+from secateur.calibration.text_rows import MESSAGES, Template, field, no_field
 from secateur.errors import UsageError, one_line
 
 # The longer marks first: UTF-32's begins with UTF-16's.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
 from secateur.formats.layouts.layout import describe_dense
-from secateur.model.source import Source
+from secateur.model.source import Source, open_source
 from secateur.model.structure import build_skeleton, find_blocks, weight_matrix
 from secateur.model.weights import ModelWeights
 from secateur.pipeline.outcome import LinearReport
@@ -43,12 +44,21 @@ class Inspection:
         return zeros / self.linear_weights
 
 
-def inspect(source: Source) -> Inspection:
+def inspect(model: str | Path | Source, trust_remote_code: bool = False) -> Inspection:
     """Read every linear of a checkpoint once and report on it.
+
+    Args:
+        model: whatever `compress` takes as MODEL, or one that is open already.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         CheckpointError: files are damaged.
     """
+    source = model if isinstance(model, Source) else open_source(str(model), trust_remote_code)
+    return _inspect(source)
+
+
+def _inspect(source: Source) -> Inspection:
     model = build_skeleton(source, torch.float32)
     weights = ModelWeights(source, model)
     errors = _errors(source)

@@ -25,9 +25,8 @@ class Inspect:
 
     def run(self) -> None:
         from secateur.checkpoint.inspect import inspect
-        from secateur.model.source import open_source
 
-        found = inspect(open_source(self.model, self.trust_remote_code))
+        found = inspect(self.model, self.trust_remote_code)
         if self.as_json:
             totals = {name: getattr(found, name) for name in ("sparsity", "linear_weights", "linear_bytes")}
             print_json({**dataclasses.asdict(found), **totals})

@@ -14,7 +14,7 @@ import typer
 from secateur.core.options import Option, options_of, types_of
 from secateur.core.registry import ROLES
 from secateur.errors import UsageError
-from secateur.recipes.built_in import find_recipe
+from secateur.recipes.built_in import recipe as find_recipe
 from secateur.recipes.methods import OPTIONS_KEY, options_by_name
 from secateur.recipes.recipe import Recipe
 

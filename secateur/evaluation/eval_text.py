@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.calibration.rows import chat_template
 from secateur.calibration.text import read_text
+from secateur.calibration.text_rows import chat_template
 from secateur.calibration.tokens import Named, bos_ids, windows
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import CutText, scored_predictions

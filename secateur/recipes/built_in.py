@@ -52,7 +52,7 @@ def built_in(name: str) -> BuiltIn:
 
 
 def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """The recipe that a script names: itself, its keys and values as a recipe file has them, or what `find_recipe` takes.
+    """The recipe that a script names: itself, its keys and values as a recipe file has them, or what `recipe` takes.
 
     Raises:
         UsageError: it is none of these.
@@ -60,7 +60,7 @@ def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     if isinstance(given, Recipe):
         return given
     if isinstance(given, str | Path):
-        return find_recipe(str(given))
+        return recipe(str(given))
     if isinstance(given, Mapping):
         return Recipe.from_dict(dict(given))
     raise UsageError(
@@ -68,7 +68,7 @@ def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     )
 
 
-def find_recipe(given: str) -> Recipe:
+def recipe(given: str) -> Recipe:
     """The recipe in a file, or the built-in one of that name if there is no such file.
 
     Raises:

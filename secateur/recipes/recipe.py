@@ -141,6 +141,24 @@ class Recipe:
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=_ANY_WIDTH)
 
     @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """The recipe that `to_yaml` wrote, or that a person did.
+
+        Raises:
+            UsageError: it is no YAML, names a key twice, or holds no recipe.
+        """
+        try:
+            return cls.from_dict(_parse(text))
+        except _DuplicateKeyError as error:
+            raise UsageError(f"the recipe {error}: leave one of them out") from error
+        except RecursionError as error:
+            raise UsageError("the recipe is none: its brackets are nested too deep") from error
+        except yaml.YAMLError as error:
+            raise UsageError(f"the recipe is not valid YAML: {' '.join(str(error).split())}") from error
+        except ValueError as error:
+            raise UsageError(f"the recipe cannot be read: {error}") from error
+
+    @classmethod
     def from_dict(cls, content: Any) -> Recipe:
         """The recipe behind plain values; what is left out keeps its default.
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from secateur.calibration.rows import chat_template
 from secateur.calibration.text import read_text
 from secateur.calibration.text_files import _CHUNK_BYTES
+from secateur.calibration.text_rows import chat_template
 from secateur.errors import SecateurError, UsageError
 
 

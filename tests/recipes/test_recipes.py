@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import secateur
 from secateur.errors import UsageError
-from secateur.recipes.built_in import NAMES, built_in, find_recipe
+from secateur.recipes.built_in import NAMES, built_in
+from secateur.recipes.built_in import recipe as find_recipe
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Calibration, Choice, Recipe
 from secateur.recipes.strings import parse_recipes

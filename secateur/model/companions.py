@@ -158,7 +158,15 @@ def _has_code(code: Any, folder: Path) -> bool:
 
 
 def download(model: str, trust_remote_code: bool) -> Path:
-    """The folder of a model of the hub's, with its weights and what comes along. Raises UsageError when it cannot be had."""
+    """The folder of a model of the hub's, with its weights and what comes along.
+
+    Args:
+        model: its id; `@` and a branch, tag or commit may stand behind.
+        trust_remote_code: whether its code comes along.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -166,7 +174,9 @@ def download(model: str, trust_remote_code: bool) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UsageError(missing)
     try:
-        return Path(snapshot_download(model, ignore_patterns=[*_not_wanted(trust_remote_code), *_too_large(model)]))
+        name, _, revision = model.partition("@")
+        ignored = [*_not_wanted(trust_remote_code), *_too_large(name, revision or None)]
+        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=ignored))
     except HFValidationError as error:
         raise UsageError(f"{missing}, and not the name of a model on the hub") from error
     except Exception as error:
@@ -186,12 +196,12 @@ def _not_wanted(code: bool) -> list[str]:
     ]
 
 
-def _too_large(model: str) -> list[str]:
+def _too_large(model: str, revision: str | None = None) -> list[str]:
     """Patterns of the files of a model on the hub that no companion is as large as."""
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().model_info(model, files_metadata=True).siblings or []
+        files = HfApi().model_info(model, revision=revision, files_metadata=True).siblings or []
     except Exception:
         return []  # the download says why
     return [

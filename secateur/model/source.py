@@ -134,7 +134,7 @@ def open_source(
     """Open a model without reading its weights (those of a GGUF file are dequantized at once, by transformers).
 
     Args:
-        model: a folder, a hub id, a `.gguf` file, or `demo`.
+        model: a folder, a hub id (`id@revision` for a branch, tag or commit), a `.gguf` file, or `demo`.
         trust_remote_code: whether code that comes with the model may run.
         verify: compare the SHA-256 of every file with the manifest before any is opened.
         dtype: that weights are wanted in, so that those of a GGUF file are rounded to no other; None: the model's own.

@@ -55,7 +55,7 @@ def compress(  # noqa: PLR0913 - users name them
     Under torchrun all processes call it with the same arguments; they share the work, and the first writes.
 
     Args:
-        model: a Hugging Face folder, a hub id, a `.gguf` file or `demo`.
+        model: a Hugging Face folder, a hub id (`id@revision` for a branch, tag or commit), a `.gguf` file or `demo`.
         out: the folder to make. Nothing stands under this name until the run has ended well; until then `OUT.partial` has
             what is done.
         recipe: what to do: a recipe, a dict as a recipe file would hold it, the name of a built-in recipe, or a recipe file.

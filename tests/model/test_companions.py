@@ -158,16 +158,16 @@ def test_the_hub_gives_the_same(trusted, own_model, monkeypatch):
         asked.update(options, name=name)
         raise OSError("no network here")
 
-    def about(self, name, files_metadata):
-        assert (name, files_metadata) == ("someone/model", True)
+    def about(self, name, revision, files_metadata):
+        assert (name, revision, files_metadata) == ("someone/model", "v2", True)
         sizes = {"too_large.txt": 2**40, "model.safetensors": 2**40}
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f, size=sizes.get(f, 5)) for f in everything])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", about)
     with pytest.raises(secateur.UsageError, match="no network here"):
-        open_source("someone/model", trusted)
-    asked.pop("name")
+        open_source("someone/model@v2", trusted)
+    assert (asked.pop("name"), asked.pop("revision")) == ("someone/model", "v2")
     got = set(filter_repo_objects(everything, **asked))
     wanted = {*before, *TAKEN, *(CODE if trusted else ()), "model.safetensors.index.json"}
     assert wanted - {"checkpoint-5/config.json"} <= got

@@ -34,7 +34,7 @@ lint: $(READY)
 
 # The site, in build/site. Nothing is fetched; a link that leads nowhere ends it.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # docs/families.md: what works with each family of the transformers that is installed.
 families: $(READY)

@@ -71,7 +71,7 @@ def test_every_variable_that_is_read_stands_on_the_page():
 
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="the site needs mkdocs-material")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     made = (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")

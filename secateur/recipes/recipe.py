@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
         source: `self`, `docs`, a path, `wikitext2`, `c4`, or `hub-id[:config][:split]`.
-        samples, seq_len: how many windows of how many tokens; None takes 128 × 2048 (32 × 512 for the demo model), within
+        samples, seq_len: how many windows of how many tokens; None takes 128 × 2048 (16 × 512 for the demo model), within
             what the model's positions allow.
         seed: of whatever is drawn.
         text_field: where the text of a JSON line or table row stands.

@@ -67,8 +67,8 @@ def test_a_name_that_is_no_text(says, tmp_path):
 def test_exit_codes_are_told(says):
     help_text = " ".join(says("--help")[1].split())
     assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by a signal." in help_text
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted" in readme
+    page = " ".join((ROOT / "docs" / "command-line.md").read_text(encoding="utf-8").split())
+    assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted" in page
 
 
 @pytest.mark.parametrize("name", ["gpu", "GPU:1", "nvidia"])

@@ -111,11 +111,25 @@ def build(name: str) -> TyperCommand:
 
 
 class _Called(TyperCommand):
-    """A command that refuses empty values, which a shell makes of variables that are not set."""
+    """A command that refuses empty values, which a shell makes of variables that are not set.
+
+    A bare `--json`, which some commands had before it named a file, is `--json -`.
+    """
+
+    def _with_files(self, args: list[str]) -> list[str]:
+        if not any("--json" in parameter.opts for parameter in self.params):
+            return list(args)
+        found = []
+        for at, arg in enumerate(args):
+            after = args[at + 1] if at + 1 < len(args) else "--"
+            bare = arg == "--json" and "--" not in args[:at] and after.startswith("-") and after != "-"
+            found += [arg, "-"] if bare else [arg]
+        return found
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if isinstance(ctx.obj, Asked):
             ctx.obj.command = self.name
+        args = self._with_files(args)
         before = list(args)
         rest = super().parse_args(ctx, args)
         given = self.make_parser(ctx).parse_args(args=before)[0]

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
+from secateur.commands.notes import tell_notes
 from secateur.commands.screen import say
 from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Trust
-from secateur.commands.spelling import as_flags
 
 
 @command("export")
@@ -33,6 +33,5 @@ class Export:
             self.model, self.out, self.to, overwrite=self.overwrite, trust_remote_code=self.trust_remote_code
         )
         if not self.quiet:
-            for note in notes:
-                say(as_flags(f"note: {note}", "export"))
+            tell_notes(notes, "export")
             say(f"{self.model} is written as {self.to} to {self.out}")

@@ -10,6 +10,7 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.figures import between
+from secateur.commands.notes import tell_notes
 from secateur.commands.result_files import check_files, write_json, write_text
 from secateur.commands.screen import counter, say, screen
 from secateur.commands.shared_options import (
@@ -23,7 +24,6 @@ from secateur.commands.shared_options import (
     Trust,
     WindowTokens,
 )
-from secateur.commands.spelling import as_flags
 from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
 
@@ -139,8 +139,7 @@ class Gate:
         columns += [Column(f"{result.confidence:.0%} interval", spare=2), Column("verdict", right=False)]
         rows = [[check.name, *figures(check), check.verdict] for check in result.checks]
         print_table(screen, columns, rows, title=title)
-        for note in result.notes:
-            say(as_flags(f"note: {note}", "gate"))
+        tell_notes(result.notes, "gate")
         for check in result.checks:
             if check.verdict != "ok":
                 say(f"{check.verdict}: {check.name} {check.words}")

@@ -78,6 +78,5 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="Compare the files' SHA-256 with the manifest before they are opened.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]

@@ -367,9 +367,7 @@ def spoil(folder, **changes):
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
 def test_what_does_not_fit_the_dtype_is_named(name, own_model, text_file, tmp_path):
     source = spoil(own_model("llama"), it=(name, lambda tensor: tensor * 1e7))
-    with pytest.raises(
-        SecateurError, match=rf"{name.removesuffix('.weight')}.* overflow torch\.float16: give .*dtype"
-    ):
+    with pytest.raises(SecateurError, match=rf"{name.removesuffix('.weight')}.* overflow torch\.float16: give .*dtype"):
         compress(source, tmp_path / "out", recipe(text_file, prune="magnitude", dtype="float16"))
     assert not (tmp_path / "out").exists()
 

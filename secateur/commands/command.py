@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature
-from typing import Any, Protocol, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -53,6 +53,7 @@ class Asked:
 
 #: The classes of the commands whose files are imported, and what else typer is told about each.
 COMMANDS: dict[str, tuple[type[Command], dict[str, Any]]] = {}
+JSON_TAKES_A_FILE = "--json takes a file ('-': standard output)"
 _C = TypeVar("_C", bound=type[Command])
 
 
@@ -79,6 +80,16 @@ def summary(name: str) -> Summary:
     return Summary(name, help=inspect.getdoc(made), **settings)
 
 
+def _log(value: bool) -> None:
+    if value:
+        from secateur.commands.screen import show_log
+
+        show_log()
+
+
+_VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Log on standard error.", callback=_log)]
+
+
 def build(name: str) -> TyperCommand:
     """A registered command with all that it takes."""
     made, settings = COMMANDS[name]
@@ -95,7 +106,11 @@ def build(name: str) -> TyperCommand:
             kind = Parameter.KEYWORD_ONLY
             parameters.append(Parameter(field.name, kind, default=default, annotation=hints[field.name]))
 
+    if not settings.get("context_settings", {}).get("ignore_unknown_options"):  # which are somebody else's
+        parameters.append(Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=_VERBOSE))
+
     def call(**given: Any) -> None:
+        given.pop("verbose", None)
         for field, options in grouped.items():
             given[field] = options.read({each.name: given.pop(each.name) for each in options.parameters()})
         made(**given).run()
@@ -108,6 +123,14 @@ def build(name: str) -> TyperCommand:
     found = typer.main.get_command(alone)
     assert isinstance(found, TyperCommand)
     return found
+
+
+def _explain_missing(error: Exception, args: list[str]) -> None:
+    """Raise UsageError where `--json` has taken for its file the argument that is missing, which used to follow it."""
+    argument = getattr(getattr(error, "param", None), "param_type_name", None) == "argument"
+    taken = args[args.index("--json") + 1] if argument and "--json" in args[:-1] else "-"
+    if taken != "-":
+        raise UsageError(f"{JSON_TAKES_A_FILE}, and took {taken} for it: write `{taken} --json -`")
 
 
 class _Called(TyperCommand):
@@ -131,7 +154,11 @@ class _Called(TyperCommand):
             ctx.obj.command = self.name
         args = self._with_files(args)
         before = list(args)
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            _explain_missing(error, before)
+            raise
         given = self.make_parser(ctx).parse_args(args=before)[0]
         for parameter in self.params:
             values = given.get(parameter.name)

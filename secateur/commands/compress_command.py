@@ -33,7 +33,9 @@ from secateur.commands.shared_options import (
 class Compress:
     """Prune MODEL, quantize it, or both, and write it to the folder OUT.
 
-    Under torchrun the work is shared by its processes.
+    To begin with: --recipe spqr-4bit. Under torchrun the work is shared by its processes.
+
+    Options of a method, such as --bits, are given here, too: `secateur methods NAME` lists them.
     """
 
     model: Model
@@ -42,11 +44,11 @@ class Compress:
     device: Device = "cpu"
     batch_tokens: BatchTokens = None
     max_memory: MaxMemory = None
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that OUT.partial is left of, if there is one.")
-    ] = False
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the new folder before it is OUT.")] = True
-    plot: Annotated[Path | None, typer.Option(help="Draw every linear's sparsity and bits: .png or .svg.")] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Continuation of an interrupted run, from OUT.partial.")] = (
+        False
+    )
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check of the new folder at the end.")] = True
+    plot: Annotated[Path | None, typer.Option(help="Picture of every linear's sparsity and bits, .png or .svg.")] = None
     overwrite: Overwrite = False
     trust_remote_code: Trust = False
     quiet: Quiet = False

@@ -16,11 +16,11 @@ from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet
 @command("export")
 @dataclass(frozen=True)
 class Export:
-    """Write the same weights in another form."""
+    """Write the weights of MODEL in another form to the folder OUT."""
 
     model: Model
     out: Out
-    to: Annotated[str, typer.Option(help="dense (every tool reads it), secateur, compressed-tensors or spqr.")]
+    to: Annotated[str, typer.Option(help="Form: dense (every tool reads it), secateur, compressed-tensors or spqr.")]
     overwrite: Overwrite = False
     trust_remote_code: Trust = False
     quiet: Quiet = False

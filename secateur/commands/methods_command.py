@@ -21,9 +21,9 @@ _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix o
 @command("methods")
 @dataclass(frozen=True)
 class Methods:
-    """Show the methods, or one method's options, what it needs and its paper."""
+    """List the methods, or show one method's options, needs and paper."""
 
-    name: Annotated[str | None, typer.Argument(help="Method whose options are shown.")] = None
+    name: Annotated[str | None, typer.Argument(help="Method to show the options of.")] = None
     json_file: JsonFile = None
     debug: Debug = False
 

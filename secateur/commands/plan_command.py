@@ -32,11 +32,14 @@ _WAITING = {"device": "in memory", "host": "in the host's memory", "file": "in a
 @command("plan")
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Tell how much memory, disk and time `compress` would take, by compressing the first block."""
+    """Forecast the memory, disk and time that `compress` would take, by compressing the first block.
+
+    Options of a method, such as --bits, are given here, too: `secateur methods NAME` lists them.
+    """
 
     model: Model
     recipe: RecipeOptions
-    out: Annotated[Path, typer.Option(help="Where the checkpoint would go: its disk is measured.")] = Path()
+    out: Annotated[Path, typer.Option(help="Place of the new folder, whose disk is looked at.")] = Path()
     device: Device = "cpu"
     batch_tokens: BatchTokens = None
     max_memory: MaxMemory = None

@@ -17,9 +17,9 @@ from secateur.commands.tables import Column, print_table
 @command("recipes")
 @dataclass(frozen=True)
 class Recipes:
-    """List the built-in recipes, or write one of them: `secateur recipes NAME > my.yaml`."""
+    """List the built-in recipes, or print one: `secateur recipes NAME > my.yaml`."""
 
-    name: Annotated[str | None, typer.Argument(help="Write this recipe as YAML, to be changed and used.")] = None
+    name: Annotated[str | None, typer.Argument(help="Recipe to print as YAML, to be edited.")] = None
     json_file: JsonFile = None
     debug: Debug = False
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from secateur.commands.command import JSON_TAKES_A_FILE
 from secateur.errors import UsageError
 
 
@@ -36,7 +37,7 @@ def check_files(files: dict[str, Path | None], out: Path | None = None) -> None:
 def check_names_no_file(name: str | None, file: Path | None, names: Iterable[str]) -> None:
     """Raise UsageError where `--json` has taken for its file what used to follow it: the name of what is asked for."""
     if name is None and file is not None and str(file) in names:
-        raise UsageError(f"--json takes a file ('-': standard output): write `{file} --json -`")
+        raise UsageError(f"{JSON_TAKES_A_FILE}: write `{file} --json -`")
 
 
 def write_json(value: Any, file: Path | None) -> None:

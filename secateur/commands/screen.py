@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.markup import escape
 
 from secateur.commands.figures import clock
@@ -25,6 +27,16 @@ def say(line: str) -> None:
 def show(line: str) -> None:
     """Print a line to standard output."""
     screen.print(escape(line), soft_wrap=True)
+
+
+def show_log() -> None:
+    """Have what is logged under `secateur` on standard error, as long as this process runs."""
+    from rich.logging import RichHandler
+
+    log = logging.getLogger("secateur")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
+        log.addHandler(RichHandler(console=err, show_path=False, highlighter=NullHighlighter()))
 
 
 def counter(quiet: bool, what: str = "window ") -> Callable[[int, int], None]:

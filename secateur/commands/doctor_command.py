@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from secateur._version import __version__
 from secateur.commands.command import command
@@ -109,57 +108,9 @@ def _disk() -> dict[str, str]:
 
 
 def _backends() -> dict[str, str]:
-    import torch
+    from secateur.evaluation.bench.backend_check import check_backends
 
-    from secateur.kernels import BACKENDS
-
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    weights = _samples()
-    found = {}
-    for name, backend in sorted(BACKENDS.items()):
-        for device in devices:
-            for kind, weight in weights.items():
-                found[f"{name}, {kind}, {device}"] = _try(backend, weight, torch.device(device))
-    return found
-
-
-def _samples() -> dict[str, Any]:
-    """Small weights as kernels take them: of 4 bits, and of 2:4 in 16 bits."""
-    import torch
-
-    from secateur.core.quantized import Quantized
-    from secateur.formats.layouts.choose import layout_for
-    from secateur.formats.layouts.nm import NMBits
-    from secateur.formats.layouts.packed_int import Uniform
-
-    O, I, group_size = 64, 128, 64
-    code_OI = (torch.arange(O * I) % 16).view(O, I).to(torch.uint8)
-    scale_OG = torch.full((O, I // group_size), 0.01, dtype=torch.float16)
-    coded = Quantized(Uniform(4, group_size, code_OI, scale_OG, None), (O, I), torch.float32, None, None)
-    W_OI = ((torch.arange(O * I) % 4 < 2) * 0.01).view(O, I).to(torch.bfloat16)
-    return {
-        "4 bits": layout_for(coded).load(layout_for(coded).pack(coded)),
-        "2:4": NMBits(2, 4).load(NMBits(2, 4).pack(W_OI)),
-    }
-
-
-def _try(backend: Any, weight: Any, device: Any) -> str:
-    """`works`, or why it does not: what the backend says of itself, or the error that a small product ends in."""
-    import torch
-
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    try:
-        problem = backend.why_not(weight, device, dtype)
-        if problem is not None:
-            return f"no: {problem}"
-        x_TI = torch.ones(1, weight.shape[1], device=device, dtype=dtype)
-        out_TO = backend.linear(backend.prepare(weight, device, dtype), x_TI, None).float().cpu()
-        expected_TO = x_TI.float().cpu() @ weight.dense().float().cpu().T
-        return (
-            "works" if torch.allclose(out_TO, expected_TO, rtol=0.02, atol=0.02) else "BROKEN: it computes wrong values"
-        )
-    except Exception as error:
-        return f"BROKEN: {type(error).__name__}: {one_line(error)}"
+    return check_backends()
 
 
 def _optional() -> dict[str, str]:

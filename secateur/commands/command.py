@@ -106,11 +106,15 @@ def build(name: str) -> TyperCommand:
             kind = Parameter.KEYWORD_ONLY
             parameters.append(Parameter(field.name, kind, default=default, annotation=hints[field.name]))
 
-    if not settings.get("context_settings", {}).get("ignore_unknown_options"):  # which are somebody else's
+    # Unknown options that are not refused are somebody else's.
+    ours = not settings.get("context_settings", {}).get("ignore_unknown_options")
+    logs = ours and all(parameter.name != "verbose" for parameter in parameters)
+    if logs:
         parameters.append(Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=_VERBOSE))
 
     def call(**given: Any) -> None:
-        given.pop("verbose", None)
+        if logs:
+            given.pop("verbose")
         for field, options in grouped.items():
             given[field] = options.read({each.name: given.pop(each.name) for each in options.parameters()})
         made(**given).run()

@@ -5,6 +5,7 @@ torch is imported before something is used that needs it.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from secateur._version import __version__
@@ -97,6 +98,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 _register_later()
+# What is logged is for programs that ask for it: Python would print warnings otherwise.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

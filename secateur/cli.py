@@ -38,7 +38,6 @@ app = typer.Typer(
     name="secateur",
     help="Prune and quantize Hugging Face causal language models without training, and write smaller checkpoints that load.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by a signal.",

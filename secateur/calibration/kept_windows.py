@@ -118,7 +118,7 @@ def _self_sampled(
     vocabulary = source.config.get_text_config().vocab_size
     kept = _read_kept(file, (samples, seq_len), vocabulary)
     if kept is not None:
-        say("taking the text that the model wrote before")
+        say("using cached calibration text")
         return kept
     begin, start = _beginning(source, settings.bos)
     check_room(seq_len, begin)

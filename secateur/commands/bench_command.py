@@ -19,16 +19,16 @@ from secateur.errors import UsageError
 @command("bench")
 @dataclass(frozen=True)
 class Bench:
-    """Time the packed linears of MODEL, against dense ones and against the machine's memory."""
+    """Time the packed linears of MODEL against dense ones and against memory bandwidth."""
 
     model: OurFolder
     backend: Backend = "auto"
     device: Device = "cpu"
     dtype: Dtype = "auto"
-    tokens: Annotated[str, typer.Option(help="Inputs of a call; several with commas between.")] = "1"
-    threads: Annotated[int | None, typer.Option(help="Of the CPU (default: torch's choice).", min=1)] = None
+    tokens: Annotated[str, typer.Option(help="Input tokens per call, comma-separated.")] = "1"
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: as torch chooses).", min=1)] = None
     json_file: JsonFile = None
-    plot: Annotated[Path | None, typer.Option(help="Draw a bar chart to this .png or .svg file.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Bar chart, a .png or .svg file.")] = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature
-from typing import Any, Protocol, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -53,6 +53,7 @@ class Asked:
 
 #: The classes of the commands whose files are imported, and what else typer is told about each.
 COMMANDS: dict[str, tuple[type[Command], dict[str, Any]]] = {}
+JSON_TAKES_A_FILE = "--json takes a file ('-': standard output)"
 _C = TypeVar("_C", bound=type[Command])
 
 
@@ -79,6 +80,16 @@ def summary(name: str) -> Summary:
     return Summary(name, help=inspect.getdoc(made), **settings)
 
 
+def _log(value: bool) -> None:
+    if value:
+        from secateur.commands.screen import show_log
+
+        show_log()
+
+
+_VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Log on standard error.", callback=_log)]
+
+
 def build(name: str) -> TyperCommand:
     """A registered command with all that it takes."""
     made, settings = COMMANDS[name]
@@ -95,7 +106,15 @@ def build(name: str) -> TyperCommand:
             kind = Parameter.KEYWORD_ONLY
             parameters.append(Parameter(field.name, kind, default=default, annotation=hints[field.name]))
 
+    # Unknown options that are not refused are somebody else's.
+    ours = not settings.get("context_settings", {}).get("ignore_unknown_options")
+    logs = ours and all(parameter.name != "verbose" for parameter in parameters)
+    if logs:
+        parameters.append(Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=_VERBOSE))
+
     def call(**given: Any) -> None:
+        if logs:
+            given.pop("verbose")
         for field, options in grouped.items():
             given[field] = options.read({each.name: given.pop(each.name) for each in options.parameters()})
         made(**given).run()
@@ -110,14 +129,40 @@ def build(name: str) -> TyperCommand:
     return found
 
 
+def _explain_missing(error: Exception, args: list[str]) -> None:
+    """Raise UsageError where `--json` has taken for its file the argument that is missing, which used to follow it."""
+    argument = getattr(getattr(error, "param", None), "param_type_name", None) == "argument"
+    taken = args[args.index("--json") + 1] if argument and "--json" in args[:-1] else "-"
+    if taken != "-":
+        raise UsageError(f"{JSON_TAKES_A_FILE}, and took {taken} for it: write `{taken} --json -`")
+
+
 class _Called(TyperCommand):
-    """A command that refuses empty values, which a shell makes of variables that are not set."""
+    """A command that refuses empty values, which a shell makes of variables that are not set.
+
+    A bare `--json`, which some commands had before it named a file, is `--json -`.
+    """
+
+    def _with_files(self, args: list[str]) -> list[str]:
+        if not any("--json" in parameter.opts for parameter in self.params):
+            return list(args)
+        found = []
+        for at, arg in enumerate(args):
+            after = args[at + 1] if at + 1 < len(args) else "--"
+            bare = arg == "--json" and "--" not in args[:at] and after.startswith("-") and after != "-"
+            found += [arg, "-"] if bare else [arg]
+        return found
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if isinstance(ctx.obj, Asked):
             ctx.obj.command = self.name
+        args = self._with_files(args)
         before = list(args)
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            _explain_missing(error, before)
+            raise
         given = self.make_parser(ctx).parse_args(args=before)[0]
         for parameter in self.params:
             values = given.get(parameter.name)

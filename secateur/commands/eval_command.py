@@ -12,10 +12,10 @@ from secateur.commands.eval_tables import print_evaluation
 from secateur.commands.result_files import check_files, write_json
 from secateur.commands.screen import counter
 from secateur.commands.shared_options import (
-    TEXT_HELP,
     Bos,
     Cache,
     CacheTokens,
+    Data,
     Debug,
     Device,
     Dtype,
@@ -35,28 +35,26 @@ from secateur.commands.shared_options import (
 @command("eval")
 @dataclass(frozen=True)
 class Eval:
-    """Measure the perplexity of MODEL and its scores in tasks, and how far it is from a reference."""
+    """Measure the perplexity of MODEL, its distance from a reference, and its scores in tasks."""
 
     model: Model
     reference: Reference = None
-    data: Annotated[str, typer.Option(help=TEXT_HELP)] = "docs"
+    data: Data = "docs"
     text_field: TextField = "text"
     seq_len: SeqLen = 1024
     windows: Windows = 12
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window to the next (default: --seq-len, no overlap).", min=1)
+        int | None, typer.Option(help="Tokens from one window to the next (default: --seq-len).", min=1)
     ] = None
     bos: Bos = None
     by_block: Annotated[
-        bool, typer.Option("--by-block", help="Compare the outputs of all blocks with the reference's.")
+        bool, typer.Option("--by-block", help="Error of each block's output against the reference.")
     ] = False
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, or .yaml files of your own; several with commas between.")
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval or .yaml files, comma-separated.")] = None
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples in a task's prompt (default: as the task says).", min=0)
     ] = None
-    few_shot: Annotated[int | None, typer.Option(help="Examples in a task's prompt (default: the task's).", min=0)] = (
-        None
-    )
-    limit: Annotated[int | None, typer.Option(help="Samples of each task (default: all).", min=1)] = None
+    limit: Annotated[int | None, typer.Option(help="Samples per task (default: all).", min=1)] = None
     cache: Cache = None
     cache_tokens: CacheTokens = 1024
     batch_tokens: WindowTokens = None

@@ -8,19 +8,19 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
+from secateur.commands.notes import tell_notes
 from secateur.commands.screen import say
 from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Trust
-from secateur.commands.spelling import as_flags
 
 
 @command("export")
 @dataclass(frozen=True)
 class Export:
-    """Write the same weights in another form."""
+    """Write the weights of MODEL in another form to the folder OUT."""
 
     model: Model
     out: Out
-    to: Annotated[str, typer.Option(help="dense (every tool reads it), secateur, compressed-tensors or spqr.")]
+    to: Annotated[str, typer.Option(help="Form: dense (every tool reads it), secateur, compressed-tensors or spqr.")]
     overwrite: Overwrite = False
     trust_remote_code: Trust = False
     quiet: Quiet = False
@@ -33,6 +33,5 @@ class Export:
             self.model, self.out, self.to, overwrite=self.overwrite, trust_remote_code=self.trust_remote_code
         )
         if not self.quiet:
-            for note in notes:
-                say(as_flags(f"note: {note}", "export"))
+            tell_notes(notes, "export")
             say(f"{self.model} is written as {self.to} to {self.out}")

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+from secateur.units import words as size
 
-def size(size: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
+__all__ = ["between", "clock", "duration", "size"]
 
 
 def duration(seconds: float) -> str:
@@ -18,6 +13,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds:02} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a clock counts them down: 0:05, or 1:02:09."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def between(ends: tuple[float, float] | None, form: str) -> str:

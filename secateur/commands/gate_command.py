@@ -10,6 +10,7 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.figures import between
+from secateur.commands.notes import tell_notes
 from secateur.commands.result_files import check_files, write_json, write_text
 from secateur.commands.screen import counter, say, screen
 from secateur.commands.shared_options import (
@@ -23,7 +24,6 @@ from secateur.commands.shared_options import (
     Trust,
     WindowTokens,
 )
-from secateur.commands.spelling import as_flags
 from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
 
@@ -34,48 +34,50 @@ _LIMITS = ("perplexity_rise", "size_rise", "max_kl", "min_agreement", "confidenc
 @command("gate")
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Say whether MODEL is as good as a baseline: the exit code is 1 if it is worse."""
+    """Compare MODEL with a baseline; exit code 1 if it is worse."""
 
-    model: Annotated[str, typer.Argument(help="The checkpoint to be measured.")]
-    baseline: Annotated[Path, typer.Option(help="The file of figures to compare with.")]
-    write: Annotated[bool, typer.Option("--write", help="Measure and write the baseline instead.")] = False
+    model: Annotated[str, typer.Argument(help="Checkpoint to measure.")]
+    baseline: Annotated[Path, typer.Option(help="File of figures to compare with.")]
+    write: Annotated[bool, typer.Option("--write", help="Measurement that becomes the baseline.")] = False
     reference: Reference = None
-    data: Annotated[str | None, typer.Option(help=f"{TEXT_HELP} (default: the baseline's; --write: docs)")] = None
-    text_field: Annotated[str | None, typer.Option(help="Where the text of a row stands.")] = None
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window (--write: 512).", min=2)] = None
-    windows: Annotated[int | None, typer.Option(help="How many windows (--write: 16).", min=1)] = None
+    data: Annotated[str | None, typer.Option(help=f"Text: {TEXT_HELP} (default: the baseline's; --write: docs)")] = None
+    text_field: Annotated[str | None, typer.Option(help="Field of a row that holds its text.")] = None
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window (--write: 512).", min=2)] = None
+    windows: Annotated[int | None, typer.Option(help="Number of windows (--write: 16).", min=1)] = None
     bos: Annotated[
         bool | None,
         typer.Option(
             "--bos/--no-bos",
-            help="Begin each window with BOS, where the tokenizer adds one (default: as the baseline; --write: --bos).",
+            help="BOS at the start of each window, if the tokenizer adds one (default: as the baseline; --write: --bos).",
         ),
     ] = None
     perplexity_rise: Annotated[
-        str | None, typer.Option("--max-perplexity-rise", help="Over the baseline's (default: 1%).")
+        str | None, typer.Option("--max-perplexity-rise", help="Largest rise of perplexity (default: 1%).")
     ] = None
     size_rise: Annotated[
         str | None,
-        typer.Option("--max-size-rise", help="Of the weight files, over the baseline's (default: 0.5%)."),
+        typer.Option("--max-size-rise", help="Largest rise of size on disk (default: 0.5%)."),
     ] = None
-    max_kl: Annotated[float | None, typer.Option(help="KL divergence from the reference, nats a token.")] = None
+    max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence from the reference, nats per token.")] = (
+        None
+    )
     min_agreement: Annotated[
-        str | None, typer.Option(help="Share of predictions with the reference's most likely token.")
+        str | None, typer.Option(help="Least share of predictions with the reference's likeliest token.")
     ] = None
-    confidence: Annotated[
-        str | None, typer.Option(help="With which a rise must be more than chance (default: 95%).")
-    ] = None
+    confidence: Annotated[str | None, typer.Option(help="Confidence that a rise is no chance (default: 95%).")] = None
     cache: Cache = None
     batch_tokens: WindowTokens = None
-    dtype: Annotated[str | None, typer.Option(help="To compute in (default: the baseline's; --write: float32).")] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision to compute in (default: the baseline's; --write: float32).")
+    ] = None
     device: Device = "cpu"
     json_file: JsonFile = None
-    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML to this file.")] = None
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="File for JUnit XML.")] = None
     markdown_file: Annotated[
         Path | None,
-        typer.Option("--markdown", help="Append a Markdown summary to this file, such as $GITHUB_STEP_SUMMARY."),
+        typer.Option("--markdown", help="File to append a Markdown summary to, e.g. $GITHUB_STEP_SUMMARY."),
     ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace the baseline.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replacement of the baseline, with --write.")] = False
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False
@@ -141,8 +143,7 @@ class Gate:
         columns += [Column(f"{result.confidence:.0%} interval", spare=2), Column("verdict", right=False)]
         rows = [[check.name, *figures(check), check.verdict] for check in result.checks]
         print_table(screen, columns, rows, title=title)
-        for note in result.notes:
-            say(as_flags(f"note: {note}", "gate"))
+        tell_notes(result.notes, "gate")
         for check in result.checks:
             if check.verdict != "ok":
                 say(f"{check.verdict}: {check.name} {check.words}")

@@ -14,18 +14,18 @@ from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Mode
 @command("generate")
 @dataclass(frozen=True)
 class Generate:
-    """Let MODEL go on from a prompt."""
+    """Continue a prompt with MODEL."""
 
     model: Model
-    prompt: Annotated[str, typer.Argument(help="What to go on from.")]
-    max_new_tokens: Annotated[int, typer.Option(help="How much to write at most.", min=1)] = 64
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.", min=0.0)] = 0.0
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message, by the chat template.")] = (
-        False
-    )
+    prompt: Annotated[str, typer.Argument(help="Beginning of the text.")]
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", min=1)] = 64
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the likeliest token.", min=0.0)
+    ] = 0.0
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0
+    chat: Annotated[bool, typer.Option("--chat", help="Prompt as a user's message, by the chat template.")] = False
     dtype: Dtype = "auto"
-    device: Device = "cpu"
+    device: Device = "auto"
     backend: Backend = "auto"
     verify: Verify = False
     trust_remote_code: Trust = False

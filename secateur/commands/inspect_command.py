@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 from secateur.commands.command import command
-from secateur.commands.result_files import print_json
+from secateur.commands.result_files import check_files, write_json
 from secateur.commands.screen import screen
-from secateur.commands.shared_options import Debug, Json, Model, Trust
+from secateur.commands.shared_options import Debug, JsonFile, Model, Trust
 from secateur.commands.tables import Column, print_table
 
 
@@ -19,19 +19,19 @@ class Inspect:
     """Show the layout, sparsity, bits, bytes and error of every linear of MODEL."""
 
     model: Model
-    as_json: Json = False
+    json_file: JsonFile = None
     trust_remote_code: Trust = False
     debug: Debug = False
 
     def run(self) -> None:
         from secateur.checkpoint.inspect import inspect
 
+        check_files({"--json": self.json_file})
         found = inspect(self.model, self.trust_remote_code)
-        if self.as_json:
-            totals = {name: getattr(found, name) for name in ("sparsity", "linear_weights", "linear_bytes")}
-            print_json({**dataclasses.asdict(found), **totals})
-        else:
+        if str(self.json_file) != "-":
             _print(found)
+        totals = {name: getattr(found, name) for name in ("sparsity", "linear_weights", "linear_bytes")}
+        write_json({**dataclasses.asdict(found), **totals}, self.json_file)
 
 
 def _print(found: Any) -> None:

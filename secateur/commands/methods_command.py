@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from secateur.commands.command import command
+from secateur.commands.result_files import check_files, check_names_no_file, write_json
 from secateur.commands.screen import screen, show
+from secateur.commands.shared_options import Debug, JsonFile
 from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError, did_you_mean
 
@@ -20,10 +21,11 @@ _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix o
 @command("methods")
 @dataclass(frozen=True)
 class Methods:
-    """Show the methods, or one method's options, what it needs and its paper."""
+    """List the methods, or show one method's options, needs and paper."""
 
-    name: Annotated[str | None, typer.Argument(help="Method whose options are shown.")] = None
-    as_json: Annotated[bool, typer.Option("--json", help="JSON to standard output.")] = False
+    name: Annotated[str | None, typer.Argument(help="Method to show the options of.")] = None
+    json_file: JsonFile = None
+    debug: Debug = False
 
     def run(self) -> None:
         from secateur.core.registry import ROLES
@@ -33,10 +35,13 @@ class Methods:
         found = {each: (role, ROLES[role][each]) for role in OPTIONS_KEY for each in sorted(ROLES[role])}
         if name is not None and name not in found:
             raise UsageError(f"method {name!r} is not known: {did_you_mean(name, found)}")
+        check_names_no_file(name, self.json_file, found)
+        check_files({"--json": self.json_file})
         told = {each: _about(role, method) for each, (role, method) in found.items() if name in (None, each)}
-        if self.as_json:
-            print(json.dumps(told if name is None else told[name], indent=2))
-        elif name is None:
+        write_json(told if name is None else told[name], self.json_file)
+        if str(self.json_file) == "-":
+            return
+        if name is None:
             columns = [Column("method", right=False), Column("as", right=False), Column("needs", right=False, spare=2)]
             rows = [[each, about["option"], about["needs"], about["paper"] or "–"] for each, about in told.items()]
             print_table(screen, [*columns, Column("paper", right=False, spare=1)], rows, lines=False)

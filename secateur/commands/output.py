@@ -8,6 +8,7 @@ import sys
 
 # What tables and messages are made of.
 _ASCII = {"×": "x", "–": "-", "−": "-", "→": "->", "±": "+/-", "↑": "^", "↓": "v", "…": "...", "▸": ">", "\ufffd": "?"}
+_ASCII |= {"━": "=", "─": "-"}
 _NAME = "secateur"
 
 

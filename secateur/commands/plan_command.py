@@ -11,13 +11,13 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.display import Display
 from secateur.commands.figures import duration, size
-from secateur.commands.result_files import print_json
+from secateur.commands.result_files import check_files, write_json
 from secateur.commands.screen import screen
 from secateur.commands.shared_options import (
     BatchTokens,
     Debug,
     Device,
-    Json,
+    JsonFile,
     MaxMemory,
     Model,
     Quiet,
@@ -32,22 +32,26 @@ _WAITING = {"device": "in memory", "host": "in the host's memory", "file": "in a
 @command("plan")
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Tell how much memory, disk and time `compress` would take, by compressing the first block."""
+    """Forecast the memory, disk and time that `compress` would take, by compressing the first block.
+
+    Options of a method, such as --bits, are given here, too: `secateur methods NAME` lists them.
+    """
 
     model: Model
     recipe: RecipeOptions
-    out: Annotated[Path, typer.Option(help="Where the checkpoint would go: its disk is measured.")] = Path()
+    out: Annotated[Path, typer.Option(help="Place of the new folder, whose disk is looked at.")] = Path()
     device: Device = "cpu"
     batch_tokens: BatchTokens = None
     max_memory: MaxMemory = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
-    as_json: Json = False
+    json_file: JsonFile = None
     debug: Debug = False
 
     def run(self) -> None:
         from secateur.runs.forecast import forecast
 
+        check_files({"--json": self.json_file})
         with Display(self.quiet) as display:
             found = forecast(
                 self.model,
@@ -59,10 +63,9 @@ class Plan:
                 trust_remote_code=self.trust_remote_code,
                 progress=display,
             )
-        if self.as_json:
-            print_json({**dataclasses.asdict(found), "total_seconds": found.total_seconds})
-        else:
+        if str(self.json_file) != "-":
             self._print(found)
+        write_json({**dataclasses.asdict(found), "total_seconds": found.total_seconds}, self.json_file)
 
     def _print(self, found: Any) -> None:
         rows: list[list[str] | None] = [["memory", size(found.host), size(found.free_memory)]]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from inspect import Parameter, Signature, signature
+from inspect import Parameter
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +17,9 @@ from secateur.recipes.built_in import recipe as find_recipe
 from secateur.recipes.methods import OPTIONS_KEY, options_by_name
 from secateur.recipes.recipe import Recipe
 
-_METHODS, _TEXT, _SEARCH, _OUTPUT = "Method", "Calibration", "Search", "What is compressed and written"
+# What stands under no heading of its own comes first in the help.
+_METHODS, _TEXT, _SEARCH, _OUTPUT = None, "Calibration", "Search", "Scope and output"
+_DETAIL = "Pruning"
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class _Given:
     Attributes:
         type: as typer takes it.
         help: a noun phrase.
-        panel: under which heading it stands.
+        panel: under which heading it stands; None: with the common ones.
         key: of the recipe, or of its calibration, where it has another name there.
     """
 
     type: Any
     help: str
-    panel: str
+    panel: str | None
     key: str = ""
 
 
@@ -44,39 +45,41 @@ def _names(role: str) -> str:
 
 def _recipe_options() -> dict[str, _Given]:
     return {
+        "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
-        "pattern": _Given(str, "N:M (keep N of every M) or unstructured.", _METHODS),
-        "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _METHODS),
-        "reconstruct": _Given(bool, "Best values for the kept weights.", _METHODS),
-        "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
-        "allocation": _Given(str, "How a total is shared between linears: uniform, owl or search.", _SEARCH),
-        "target_size": _Given(str, "Size to reach by search: 35% of the dense model, or 100MB.", _SEARCH),
-        "max_perplexity_rise": _Given(str, "Greatest rise of perplexity to accept in a search, such as 3%.", _SEARCH),
-        "targets": _Given(list[str], "Glob of linears to compress; repeatable.", _OUTPUT),
-        "ignore": _Given(list[str], "Glob of linears to leave alone; repeatable.", _OUTPUT),
+        "pattern": _Given(str, "Pattern: N:M (N of every M are kept) or unstructured.", _DETAIL),
+        "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
+        "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
+        "allocation": _Given(str, "Distribution of a total over the linears: uniform, owl or search.", _SEARCH),
+        "target_size": _Given(str, "Size to reach by search, e.g. 35% (of the dense model) or 100MB.", _SEARCH),
+        "max_perplexity_rise": _Given(str, "Largest rise of perplexity in a search, e.g. 3%.", _SEARCH),
+        "targets": _Given(list[str], "Glob of the linears to compress; repeatable.", _OUTPUT),
+        "ignore": _Given(list[str], "Glob of the linears to leave alone; repeatable.", _OUTPUT),
         "format": _Given(str, "Layout of the result: auto, dense, bitmap or nm.", _OUTPUT),
-        "dtype": _Given(str, "Precision of the weights written: auto, bfloat16, float16, float32.", _OUTPUT),
+        "dtype": _Given(str, "Precision of the result: auto, bfloat16, float16, float32.", _OUTPUT),
     }
 
 
 _CALIBRATION = {
     "calibration": _Given(
-        str, "self, docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split].", _TEXT, "source"
+        str, "Text: self, docs, .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split].", _TEXT, "source"
     ),
     "text_field": _Given(str, "Field of a row that holds its text.", _TEXT),
     "samples": _Given(int, "Number of calibration windows.", _TEXT),
     "seq_len": _Given(int, "Tokens in a window.", _TEXT),
     "seed": _Given(int, "Random seed.", _TEXT),
-    "bos": _Given(bool, "Windows that begin with BOS, where the tokenizer adds one.", _TEXT),
+    "bos": _Given(bool, "BOS at the start of each window, if the tokenizer adds one.", _TEXT),
 }
-_RECIPE = _Given(str, "Built-in recipe, YAML file or secateur.json; other options override it.", _METHODS)
+_RECIPE = _Given(str, "Built-in recipe, YAML file, or folder made by secateur.", _METHODS)
 
 
-def _parameter(name: str, kind: Any, help: str, panel: str, opposite: str = "") -> Parameter:
+def _parameter(
+    name: str, kind: Any, help: str, panel: str | None, opposite: str = "", hidden: bool = False
+) -> Parameter:
     flag = f"--{name.replace('_', '-')}"
     flags = (f"{flag}/--{opposite or f'no-{name}'.replace('_', '-')}",) if kind is bool else (flag,)
-    option = typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False)
+    option = typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False, hidden=hidden)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
@@ -88,39 +91,23 @@ def _type_of(method: Any, name: str, option: Option) -> Any:
 
 
 def _of_methods() -> Iterator[Parameter]:
-    """An option of several methods is one: it goes to each of them that the recipe names."""
+    """An option of several methods is one: it goes to each of them that the recipe names.
+
+    They are too many for the help, where `secateur methods NAME` is named instead.
+    """
     for name, methods in options_by_name().items():
         option = options_of(methods[0])[name]
         ranges = dict.fromkeys(filter(None, (options_of(method)[name].range for method in methods)))
         values = f" ({next(iter(ranges))})" if len(ranges) == 1 else ""
-        panel = f"Options of {', '.join(method.name for method in methods)}"
         help = option.help.removesuffix(".") + f"{values}."
-        yield _parameter(name, _type_of(methods[0], name, option), help, panel, option.opposite)
+        yield _parameter(name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=True)
 
 
 def parameters() -> list[Parameter]:
     """All options that make a recipe, as a command's signature holds them."""
-    every = {**_recipe_options(), "recipe": _RECIPE, **_CALIBRATION}
+    every = {"recipe": _RECIPE, **_recipe_options(), **_CALIBRATION}
     fixed = [_parameter(name, given.type, given.help, given.panel) for name, given in every.items()]
     return [*fixed, *_of_methods()]
-
-
-def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a recipe in place of its parameter `recipe`, which gets what they name."""
-    options = {parameter.name: parameter for parameter in parameters()}
-    own = signature(command, eval_str=True).parameters  # annotations are text here
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        recipe = recipe_of({name: given.pop(name) for name in options})
-        command(**given, recipe=recipe)
-
-    rest = [p.replace(kind=Parameter.KEYWORD_ONLY) for name, p in own.items() if name != "recipe"]
-    first = [p for p in rest if p.default is Parameter.empty]
-    last = [p for p in rest if p.default is not Parameter.empty]
-    run.__signature__ = Signature([*first, *options.values(), *last])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*first, *options.values(), *last]}
-    return run
 
 
 def recipe_of(given: dict[str, Any]) -> Recipe:

@@ -1,12 +1,14 @@
-"""Results as JSON on standard output, and in the files that options name."""
+"""Results in the files that options name, or on standard output."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from secateur.commands.command import JSON_TAKES_A_FILE
 from secateur.errors import UsageError
 
 
@@ -23,11 +25,6 @@ def _plain_json(value: Any) -> str:
     return json.dumps(clean(value), indent=2, default=str)
 
 
-def print_json(value: Any) -> None:
-    """Write a value to standard output."""
-    print(_plain_json(value))
-
-
 def check_files(files: dict[str, Path | None], out: Path | None = None) -> None:
     """Raise UsageError when a file that an option names cannot be written, see `check_file`."""
     from secateur.folder.paths import check_file
@@ -37,12 +34,18 @@ def check_files(files: dict[str, Path | None], out: Path | None = None) -> None:
             check_file(option, file, out)
 
 
+def check_names_no_file(name: str | None, file: Path | None, names: Iterable[str]) -> None:
+    """Raise UsageError where `--json` has taken for its file what used to follow it: the name of what is asked for."""
+    if name is None and file is not None and str(file) in names:
+        raise UsageError(f"{JSON_TAKES_A_FILE}: write `{file} --json -`")
+
+
 def write_json(value: Any, file: Path | None) -> None:
     """Write a value to the file that `--json` names, if it names one; `-`: to standard output."""
     if file is None:
         return
     if str(file) == "-":
-        print_json(value)
+        print(_plain_json(value))
     else:
         write_text("--json", _plain_json(value) + "\n", file)
 

@@ -17,7 +17,7 @@ class Run:
 
     command: Annotated[
         list[str],
-        typer.Argument(help="A command of an installed package, a Python file, or -m and a module; its arguments."),
+        typer.Argument(help="Command of an installed package, Python file, or -m and a module; then its arguments."),
     ]
 
     def run(self) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.markup import escape
+
+from secateur.commands.figures import clock
 
 # No emoji: `:M:` in a message is not to become a picture.
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -24,11 +29,41 @@ def show(line: str) -> None:
     screen.print(escape(line), soft_wrap=True)
 
 
+def show_log() -> None:
+    """Have what is logged under `secateur` on standard error, as long as this process runs."""
+    from rich.logging import RichHandler
+
+    log = logging.getLogger("secateur")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
+        log.addHandler(RichHandler(console=err, show_path=False, highlighter=NullHighlighter()))
+
+
 def counter(quiet: bool, what: str = "window ") -> Callable[[int, int], None]:
-    """Shows on a terminal how many are done."""
+    """Shows on a terminal how many are done, a bar, the rate and the time left, in one line that goes when all are.
+
+    It draws no longer than a call takes, so that an error finds the terminal as it was.
+    """
+    began, first = 0.0, 0
 
     def tell(done: int, total: int) -> None:
-        if not quiet and err.is_terminal:
-            err.print(f"{what}{done} of {total}".ljust(40), end="\r")
+        nonlocal began, first
+        if quiet or not err.is_terminal:
+            return
+        if began == 0.0 or done <= first:
+            began, first = time.monotonic(), done
+        text = f"{what}{done} of {total}"
+        spent = time.monotonic() - began
+        if done > first and spent > 0:
+            rate = (done - first) / spent
+            text += f", {rate:.3g}/s, {clock((total - done) / rate)} left"
+        wide = max(err.width - 1, 0)
+        room = min(wide - len(text) - 1, 40)
+        if room >= 8:
+            full = room * done // max(total, 1)
+            text = f"{'━' * full}{'─' * (room - full)} {text}"
+        ended = done >= total
+        err.print(escape(("" if ended else text)[:wide].ljust(wide)), end="\r", soft_wrap=True)
+        began = 0.0 if ended else began
 
     return tell

@@ -17,6 +17,15 @@ def _set_debug(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
+def _open_auto(value: str) -> str:
+    """What stands in journals and baselines is the device itself."""
+    if value != "auto":
+        return value
+    from secateur.model.load import best_device
+
+    return best_device()
+
+
 # What `recipe_options` imports needs torch.
 def _parameters() -> list[Parameter]:
     from secateur.commands.recipe_options import parameters
@@ -32,52 +41,52 @@ def _recipe(given: dict[str, Any]) -> Any:
 
 TEXT_HELP = "docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split]."
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")]
-OurFolder = Annotated[str, typer.Argument(help="A folder made by secateur.")]
-Out = Annotated[Path, typer.Argument(help="The folder to make.")]
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, .gguf file, or 'demo'.")]
+OurFolder = Annotated[str, typer.Argument(help="Folder made by secateur.")]
+Out = Annotated[Path, typer.Argument(help="Folder to make.")]
 RecipeOptions = Annotated[Any, Options(_parameters, _recipe)]
 
-Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="To compute in: auto (the files'), float32, bfloat16, float16.")]
-Backend = Annotated[
-    str, typer.Option(help="What computes with packed weights: auto, cpu, triton, cuda-2:4, torch or dense.")
+Device = Annotated[
+    str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, or auto (cuda, else cpu).", callback=_open_auto)
 ]
-BatchTokens = Annotated[int | None, typer.Option(help="Tokens run at a time (default: by the memory).", min=1)]
+Dtype = Annotated[str, typer.Option(help="Precision to compute in: auto (the files'), float32, bfloat16, float16.")]
+Backend = Annotated[str, typer.Option(help="Kernels for packed weights: auto, cpu, triton, cuda-2:4, torch or dense.")]
+_MEMORY = "Memory"
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens run at a time (default: as memory allows).", min=1, rich_help_panel=_MEMORY),
+]
 WindowTokens = Annotated[
     int | None,
-    typer.Option(
-        "--batch-tokens", help="Tokens of windows run at a time (default: a window on a CPU, else 8192).", min=1
-    ),
+    typer.Option("--batch-tokens", help="Tokens run at a time (default: one window on a CPU, else 8192).", min=1),
 ]
-MaxMemory = Annotated[str | None, typer.Option(help="Of the host that may be in use, such as 8GiB.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Limit on host memory, e.g. 8GB.", rich_help_panel=_MEMORY)]
 
-TextField = Annotated[str, typer.Option(help="Where the text of a row stands.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens of a window.", min=2)]
-Windows = Annotated[int, typer.Option(help="How many windows.", min=1)]
+Data = Annotated[str, typer.Option(help=f"Text to measure on: {TEXT_HELP}")]
+TextField = Annotated[str, typer.Option(help="Field of a row that holds its text.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+Windows = Annotated[int, typer.Option(help="Number of windows.", min=1)]
 Bos = Annotated[
     bool | None,
-    typer.Option("--bos/--no-bos", help="Begin each window with BOS, where the tokenizer adds one (default: --bos)."),
+    typer.Option("--bos/--no-bos", help="BOS at the start of each window, if the tokenizer adds one (default: --bos)."),
 ]
-Reference = Annotated[str | None, typer.Option(help="The dense model to compare with.")]
+Reference = Annotated[str | None, typer.Option(help="Dense model to compare with.")]
 Cache = Annotated[
     Path | None,
-    typer.Option("--reference-cache", help="Keep what the reference predicts in this folder, and take it from there."),
+    typer.Option("--reference-cache", help="Folder that keeps the reference's predictions for the next time."),
 ]
 CacheTokens = Annotated[
     int,
     typer.Option(
-        help="Likeliest tokens of each prediction in the cache (0: all, in 4 bytes for each of the vocabulary).", min=0
+        help="Likeliest tokens of each prediction in the cache (0: the whole vocabulary, 4 bytes each).", min=0
     ),
 ]
 
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output folder if it exists and secateur wrote it.")
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replacement of an output folder that secateur wrote.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Permission to run code that comes with the model.")]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Compare the files' SHA-256 with the manifest before they are opened.")
+    bool, typer.Option("--verify", help="Comparison of all files with the manifest's SHA-256 before they are opened.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file ('-': standard output).")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the figures as JSON ('-': standard output).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No output but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Traceback of an error.", callback=_set_debug)]

@@ -16,6 +16,7 @@ from secateur.commands.screen import say, screen
 from secateur.commands.shared_options import (
     TEXT_HELP,
     CacheTokens,
+    Data,
     Debug,
     Device,
     Dtype,
@@ -37,18 +38,20 @@ from secateur.commands.tables import Column, print_table
 @command("sweep")
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Compress MODEL by many recipes, measure each, and write a report with the frontier of size and quality."""
+    """Compress MODEL by many recipes, measure each, and write a report on size against quality."""
 
     model: Model
     recipes: Annotated[
         str,
-        typer.Option(help="With commas between, such as 'wanda:0.3..0.7, sparsegpt:2:4, spqr:3'; see docs/recipes.md."),
+        typer.Option(help="Recipes, comma-separated: 'wanda:0.3..0.7, sparsegpt:2:4, spqr:3'; see docs/recipes.md."),
     ]
-    out: Annotated[Path, typer.Option(help="The folder to make, with the report in it.")]
-    source: Annotated[str | None, typer.Option("--calibration", help=f"Of all recipes: self, {TEXT_HELP}")] = None
-    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None
-    calibration_seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None
-    data: Annotated[str, typer.Option(help=f"To measure on: {TEXT_HELP}")] = "docs"
+    out: Annotated[Path, typer.Option(help="Folder to make, with the report in it.")]
+    source: Annotated[
+        str | None, typer.Option("--calibration", help=f"Calibration text of all recipes: self, {TEXT_HELP}")
+    ] = None
+    samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None
+    calibration_seq_len: Annotated[int | None, typer.Option(help="Tokens in a calibration window.")] = None
+    data: Data = "docs"
     text_field: TextField = "text"
     seq_len: SeqLen = 1024
     windows: Windows = 12
@@ -57,8 +60,8 @@ class Sweep:
         bool | None,
         typer.Option(
             "--bos/--no-bos",
-            help="Begin each window with BOS, where the tokenizer adds one, to calibrate (default: as the recipes) and to "
-            "measure (default: --bos).",
+            help="BOS at the start of each window, if the tokenizer adds one, for calibration (default: as the recipes) and "
+            "measurement (default: --bos).",
         ),
     ] = None
     cache_tokens: CacheTokens = 1024
@@ -66,9 +69,9 @@ class Sweep:
     dtype: Dtype = "float32"
     device: Device = "cpu"
     max_memory: MaxMemory = None
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Leave the checkpoints in OUT/models.")] = False
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Checkpoints kept in OUT/models.")] = False
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep that OUT.partial is left of, if there is one.")
+        bool, typer.Option("--resume", help="Continuation of an interrupted sweep, from OUT.partial.")
     ] = False
     overwrite: Overwrite = False
     json_file: JsonFile = None

@@ -17,11 +17,11 @@ from secateur.commands.shared_options import Debug, Quiet, Trust
 @command("verify")
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Say what is broken in the folder OUT, and where; the exit code is 1 if anything is."""
+    """Check the folder OUT, and say what is broken and where; exit code 1 if anything is."""
 
-    out: Annotated[Path, typer.Argument(help="A folder made by secateur.")]
+    out: Annotated[Path, typer.Argument(help="Folder made by secateur.")]
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the problems to this file ('-': standard output).")
+        Path | None, typer.Option("--json", help="File for the problems as JSON ('-': standard output).")
     ] = None
     trust_remote_code: Trust = False
     quiet: Quiet = False

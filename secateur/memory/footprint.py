@@ -5,14 +5,13 @@ S: tokens of a window.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.errors import UsageError
 from secateur.model.free_memory import free_memory
-from secateur.units import words
+from secateur.units import enough, words
 
 # More tokens at a time are not faster on a CPU: the activations of a batch then leave its caches.
 _MOST_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -167,6 +166,6 @@ class Footprint:
         if host is not None and on_host > host:
             raise UsageError(
                 f"`max_memory` {words(host)} is too little for this model and method, which need "
-                f"{words(math.ceil(on_host / 2**20) * 2**20)} at least"
+                f"{enough(on_host)} at least"
             )
         return settings

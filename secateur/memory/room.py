@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from secateur.errors import UsageError
-from secateur.units import parse_size, words
+from secateur.units import enough, parse_size, words
 
 _M_MMAP_THRESHOLD = -3
 
@@ -47,5 +47,5 @@ class Room:
         if self.limit is not None and self.device != "cuda" and needed > self.limit:
             raise UsageError(
                 f"{what} loads the model as a whole, and `max_memory` {words(self.limit)} is too little for it: give "
-                f"{words(needed)}, or {instead}"
+                f"{enough(needed)}, or {instead}"
             )

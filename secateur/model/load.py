@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,12 +23,19 @@ from secateur.model.transformers.quantizer import SecateurConfig, SecateurQuanti
 from secateur.model.transformers.quantizer import backend as for_backend
 from secateur.model.weights import ModelWeights, materialise, tie
 
+_LOG = logging.getLogger(__name__)
 # What people call devices whose name is another.
 _DEVICE_NICKNAMES = {"cuda": ("gpu", "gpus", "nvidia", "rocm", "amd"), "mps": ("metal", "apple"), "cpu": ("host",)}
 
 
+def best_device() -> str:
+    """What `auto` stands for: cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_device(name: str | torch.device) -> torch.device:
-    """The device of that name. Raises UsageError when there is none that can be computed on here."""
+    """The device of that name, or for `auto` the best. Raises UsageError when there is none that can be computed on here."""
+    name = best_device() if name == "auto" else name
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -128,6 +136,7 @@ def load_source(
         raise UsageError(
             f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave `backend` out"
         )
+    _LOG.info("loading %s in %s on %s, for backend %s", source.name, dtype, device, backend)
     quantizer = None if source.quantization is None else SecateurQuantizer(SecateurConfig(**source.quantization))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         if quantizer is None or backend == "dense":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from secateur.pipeline.outcome import Progress
 from secateur.pipeline.shared import Shared
 from secateur.recipes.plan import Plan, plan
 from secateur.recipes.recipe import Recipe
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Job:
 
     def say(self, stage: str) -> None:
         """Tell of a step that has no linears."""
+        _LOG.info(stage)
         self.progress(Progress(stage))
 
     def with_recipe(self, recipe: Recipe) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,8 @@ from secateur.pipeline.outcome import LinearReport, Progress
 from secateur.pipeline.partial import Partial
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Solution
+
+_LOG = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -77,6 +80,7 @@ class Recorder:
     def note(self, note: str) -> None:
         """Tell the user something, once."""
         if note not in self.notes:
+            _LOG.warning(note)
             self.notes.append(note)
             self._new_notes.append(note)
 
@@ -99,6 +103,8 @@ class Recorder:
         spent = time.monotonic() - self._started
         remaining = (len(self.prepared.chosen) - self._solved_before) / (len(self.reports) - self._solved_before) - 1
         number, blocks = self.number_of[solution.name], len(self.prepared.blocks)
+        told = solution.report
+        _LOG.info("%s: block %d of %d, %.2f bits, error %.2e", told.name, number + 1, blocks, told.bits, told.error)
         self._progress(Progress("compressing", number, blocks, solution.report, spent * remaining, peak_memory()))
 
     def _place(self, solution: Solution) -> None:

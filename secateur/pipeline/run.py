@@ -231,7 +231,9 @@ def _go_on(run: Run, begin: int, done: int) -> None:
     """Say where a run that is resumed goes on, and have random numbers go on there, too."""
     if done:
         run.partial.restore_random_state()
-        run.job.say(f"running blocks {begin + 1} to {done} again" if begin < done else "going on")
+        blocks = len(run.prepared.blocks)
+        again = f", running blocks {begin + 1} to {done} again first" if begin < done else ""
+        run.job.say(f"resuming at block {done + 1} of {blocks}{again}")
     run.recorder.start()
 
 

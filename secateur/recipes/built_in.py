@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UsageError, did_you_mean
+from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.paths import check_named
+from secateur.recipes.methods import OPTIONS_KEY, check_names, find
 from secateur.recipes.recipe import Recipe
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -19,6 +21,8 @@ _FILES = dict(sorted((file.stem, file) for file in (Path(__file__).parent / "bui
 _ABOUT = re.compile(r"# Good for: (.+)\n# Costs: (.+)\n")
 
 NAMES = tuple(_FILES)
+#: For most uses: the least loss of all that was measured up to 4.35 bits, see docs/choosing.md.
+TO_BEGIN_WITH = "spqr-4bit"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 
 
 def recipe(given: str) -> Recipe:
-    """The recipe in a file, or the built-in one of that name if there is no such file.
+    """The recipe in a file, or the built-in one of that name if there is no such file, or that of a folder that we made.
 
     Raises:
         UsageError: there is neither, or the file holds no recipe.
@@ -77,10 +81,28 @@ def recipe(given: str) -> Recipe:
     check_named(given, "`recipe`")
     path = Path(given)
     if os.path.isfile(path):  # no error for a name that is too long for a file
-        return Recipe.read(path)
+        return _read(path)
     if given in _FILES:
         return built_in(given).recipe
+    if os.path.isdir(path):
+        if not (path / MANIFEST_NAME).is_file():
+            raise UsageError(
+                f"`recipe` {given} is a folder without {MANIFEST_NAME}: give one that secateur made, or a file"
+            )
+        return _read(path / MANIFEST_NAME)
     # What looks like a path is one: the error is then why it cannot be read.
     if os.path.exists(path) or path.name != given or path.suffix in SUFFIXES:
-        return Recipe.read(path)
+        return _read(path)
     raise UsageError(f"`recipe` {given!r} is neither a file nor a built-in recipe: {did_you_mean(given, NAMES)}")
+
+
+def _read(path: Path) -> Recipe:
+    """The recipe of a file, of which methods and their options have names that are known."""
+    recipe = Recipe.read(path)
+    try:
+        for role, key in OPTIONS_KEY.items():
+            if getattr(recipe, role):
+                check_names(find(role, getattr(recipe, role)), getattr(recipe, key))
+    except UsageError as error:
+        raise UsageError(f"recipe {path}: {error}") from error
+    return recipe

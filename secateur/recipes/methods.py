@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -42,6 +43,17 @@ def make(role: str, name: str, given: Mapping[str, Any]) -> Any:
     return method(**{option: checked(method, option, value) for option, value in given.items()})
 
 
+def check_names(method: Any, names: Iterable[str]) -> None:
+    """Raise UsageError where a method has no option of one of these names; the nearest one is offered."""
+    options = options_of(method)
+    for name in names:
+        if name not in options:
+            has = f"which has {', '.join(f'`{option}`' for option in options)}" if options else "which has none"
+            close = difflib.get_close_matches(name, options, n=1)
+            hint = f": did you mean `{close[0]}`?" if close else ""
+            raise UsageError(f"`{name}` is not an option of {method.name}, {has}{hint}")
+
+
 def checked(method: Any, name: str, value: Any) -> Any:
     """The value of one option in its type: shares may be text such as `5%`, and whole numbers stand for others.
 
@@ -49,9 +61,7 @@ def checked(method: Any, name: str, value: Any) -> Any:
         UsageError: the method has no such option, or takes values of another type.
     """
     options = options_of(method)
-    if name not in options:
-        has = f"which has {', '.join(f'`{option}`' for option in options)}" if options else "which has none"
-        raise UsageError(f"`{name}` is not an option of {method.name}, {has}")
+    check_names(method, [name])
     hint = types_of(method)[name]
     types: tuple[type, ...] = tuple(getattr(hint, "__args__", (hint,)))
     if options[name].share and isinstance(value, str):

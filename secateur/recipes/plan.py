@@ -17,6 +17,7 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
+from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
 from secateur.recipes.recipe import Choice, Recipe
@@ -108,7 +109,8 @@ def plan(recipe: Recipe) -> Plan:
     recipe = placeholder(recipe)
     if not recipe.prune and recipe.quantize is None:
         raise UsageError(
-            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}"
+            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
+            f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)

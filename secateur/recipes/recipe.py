@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from secateur.core.options import given_options
-from secateur.errors import UsageError
+from secateur.errors import UsageError, did_you_mean
 from secateur.recipes.methods import OPTIONS_KEY, with_shares
 from secateur.shares import parse_share
 
@@ -199,7 +199,10 @@ class Recipe:
             # A run of a version that knew nothing of `bos` is repeated as it was.
             if isinstance(content.get("calibration"), dict):
                 content["calibration"].setdefault("bos", False)
-        return cls.from_dict(content)
+        try:
+            return cls.from_dict(content)
+        except UsageError as error:
+            raise UsageError(f"recipe {path}: {error}") from error
 
 
 # YAML 1.1 takes 2:4 for minutes and seconds, and 1e-3, which JSON writes, for a word. Here the one is a word and the other a
@@ -308,7 +311,7 @@ def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
     checked = {}
     for key, value in content.items():
         if key not in hints:
-            raise UsageError(f"the {what} has an unknown key {key!r}: it may have {', '.join(hints)}")
+            raise UsageError(f"the {what} has an unknown key {reprlib.repr(key)}: {did_you_mean(str(key), hints)}")
         if hints[key] == tuple[str, ...]:
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 raise UsageError(f"{key!r} of the {what} must be a list of patterns")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import secateur
+import secateur.model.load
 from secateur.errors import Interrupted
 from secateur.folder.writer import write_manifest
 from secateur.pipeline.recorder import Recorder
@@ -84,12 +85,23 @@ def test_compress_tells_of_every_block_in_plain_lines(says, model_of, text_optio
         )
     assert lines[0] == "opening the model"
     size = (out / "model.safetensors").stat().st_size
-    assert re.fullmatch(
-        rf"{re.escape(str(out))}: 14 linears with 50\.00% of their weights removed and 17\.\d+ bits per weight, "
-        rf"[\d.]+ kB → {size / 1000:.1f} kB \([\d.]+ bits per weight of the whole model\), [\d.]+ s, "
-        r"peak memory [\d.]+ [MG]B",
-        lines[-1],
-    )
+    table = " ".join(re.sub("[│┃]", " ", stderr).split())
+    assert f"kB {size / 1000:.1f} kB (" in table
+    for row in (
+        r"bits per weight, whole model [\d.]+ [\d.]+ ",
+        r"bits per weight, 14 compressed linears 17\.\d+ ",
+        r"weights removed, 14 compressed linears 50\.00% ",
+        r"perplexity not measured ",
+        r"time [\d.]+ s peak memory [\d.]+ [MG]B ",
+    ):
+        assert re.search(row, table), row
+    assert table.count("error, model.layers.") == 3
+    assert lines[-4:] == [
+        "next:",
+        f"  secateur eval {out} --reference {model_of('llama')}",
+        f"  secateur generate {out} 'The capital of France is'",
+        f"  secateur export {out} {out}-dense --to dense",
+    ]
 
 
 def test_compress_quietly(says, model_of, text_options, tmp_path):
@@ -455,7 +467,9 @@ def test_a_recipe_survives_yaml_and_json(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("sparcity: 0.5", "the recipe has an unknown key 'sparcity': it may have prune, sparsity"),
+        ("sparcity: 0.5", "recipe.yaml: the recipe has an unknown key 'sparcity': did you mean 'sparsity'?"),
+        ("nonsense: 0.5", "recipe.yaml: the recipe has an unknown key 'nonsense': it can be allocation, calibration, "),
+        ("{quantize: rtn, quantization: {bitz: 3}}", "recipe.yaml: `bitz` is not an option of rtn, which has --bits, "),
         ("sparsity: half", "'sparsity' of the recipe: 'half' is not a share: write it like 50% or 0.5"),
         ("sparsity: true", "'sparsity' of the recipe is True"),
         ("prune: 3", "'prune' of the recipe is 3, which is not a text"),
@@ -476,6 +490,51 @@ def test_a_bad_recipe(content, message, fails, model_of, tmp_path):
     line = fails(2, "compress", model_of("llama"), tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--quiet")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_no_method_at_all_is_told_what_to_begin_with(fails, model_of, tmp_path):
+    line = fails(2, "compress", model_of("llama"), tmp_path / "out")
+    assert line.startswith("no method is given: --prune can be alps, ")
+    assert line.endswith("; to begin with: --recipe spqr-4bit")
+
+
+def test_a_folder_of_ours_is_a_recipe(says, fails, pruned, model_of, tmp_path):
+    args = ("compress", model_of("llama"), tmp_path / "out", "--quiet", "--recipe")
+    assert says(*args, pruned) == (0, "", "")
+    assert files(tmp_path / "out") == files(pruned)
+    (tmp_path / "empty").mkdir()
+    line = fails(2, *args, tmp_path / "empty", "--overwrite")
+    assert line == (
+        f"--recipe {tmp_path / 'empty'} is a folder without secateur.json: give one that secateur made, or a file"
+    )
+
+
+def test_the_best_device_is_found(says, pruned, tmp_path, monkeypatch):
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert secateur.model.load.open_device("auto").type == expected
+    seen = []
+    monkeypatch.setattr("secateur.evaluation.quality.generate", lambda *_, **given: seen.append(given["device"]) or "")
+    for more in ([], ["--device", "auto"], ["--device", "cpu"]):
+        assert says("generate", pruned, "bon", *more)[0] == 0
+    assert seen == [expected, expected, "cpu"]
+
+
+def test_json_goes_to_a_file_or_to_standard_output(says, fails, pruned, tmp_path):
+    file = tmp_path / "found.json"
+    for command in (["inspect", pruned], ["methods"], ["methods", "gptq"], ["recipes"], ["recipes", "rtn-4bit"]):
+        code, bare, _ = says(*command, "--json")
+        assert (code, bare) == (0, says(*command, "--json", "-")[1])
+        code, table, _ = says(*command, "--json", file)
+        assert code == 0
+        assert table
+        assert json.loads(file.read_text()) == json.loads(bare)
+    assert json.loads(says("inspect", "--json", "-", pruned)[1])
+    # What used to be a flag may stand before a name.
+    assert fails(2, "methods", "--json", "gptq") == "--json takes a file ('-': standard output): write `gptq --json -`"
+    assert "write `rtn-4bit --json -`" in fails(2, "recipes", "--json", "rtn-4bit")
+    assert fails(2, "inspect", "--json", pruned) == (
+        f"--json takes a file ('-': standard output), and took {pruned} for it: write `{pruned} --json -`"
+    )
 
 
 def test_a_recipe_that_is_not_there(fails, model_of, tmp_path):

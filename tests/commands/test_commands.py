@@ -35,7 +35,7 @@ def refused(says):
 
 def test_commands_are_listed_in_the_order_of_work(says):
     expected = ["compress", "plan", "recipes", "methods", "eval", "gate", "sweep", "inspect", "verify", "bench"]
-    expected += ["export", "generate", "run"]
+    expected += ["export", "generate", "run", "compare", "cache", "doctor"]
     assert names() == expected
     code, out, _ = says("--help")
     assert code == 0

@@ -22,7 +22,7 @@ from secateur.memory.footprint import Footprint, Group, Polynomial, Settings
 from secateur.memory.live_bytes import LiveBytes
 from secateur.memory.room import limit_memory
 from secateur.pipeline.hidden import HiddenStates
-from secateur.units import parse_size, words
+from secateur.units import enough, parse_size, words
 
 CPU = torch.device("cpu")
 MiB = 2**20
@@ -114,7 +114,7 @@ def test_sizes_are_understood(text, size):
 
 @pytest.mark.parametrize("text", ["", "GiB", "8 bananas", "-1GB", "1e9", "8GiBs", "nan"])
 def test_what_is_no_size(text):
-    with pytest.raises(UsageError, match=re.escape(f"`max_memory` {text!r} is not a size: write it like 8GiB")):
+    with pytest.raises(UsageError, match=re.escape(f"`max_memory` {text!r} is not a size: write it like 8GB")):
         parse_size(text, "`max_memory`")
 
 
@@ -127,7 +127,13 @@ def test_what_is_freed_is_given_back_under_a_limit_only(given, limit, monkeypatc
 
 
 def test_sizes_in_words():
-    assert [words(n) for n in (5, 2048, 3 * MiB, 4.5 * 2**30)] == ["5 B", "2.00 KiB", "3.00 MiB", "4.50 GiB"]
+    assert [words(n) for n in (5, 2048, 3e6, 4.5e9)] == ["5 B", "2.0 kB", "3.0 MB", "4.50 GB"]
+
+
+def test_what_is_said_to_be_enough_is():
+    for size in (5, 2048, 1_000_001, 123_456_789, 4_567_890_123):
+        said = parse_size(enough(size), "it")
+        assert size <= said <= 1.1 * size + 100
 
 
 @pytest.mark.parametrize(("linear", "square"), [(3, 0), (5, 2), (0, 1)])
@@ -300,17 +306,17 @@ def test_a_run_keeps_to_its_limit(prune, more, middling, text_file, tmp_path):
         command += ["--max-memory", limit, "--json", "--quiet", "--overwrite"]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
-    refused = run("100MiB")
+    refused = run("100MB")
     assert refused.returncode == 2
     least = re.fullmatch(
-        r"error: --max-memory 100.00 MiB is too little for this model and method, which need ([\d.]+) MiB at least\n",
+        r"error: --max-memory 100.0 MB is too little for this model and method, which need ([\d.]+) MB at least\n",
         refused.stderr,
     )
     assert least is not None, refused.stderr
     limit = int(float(least.group(1))) + more
-    done = run(f"{limit}MiB")
+    done = run(f"{limit}MB")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["peak_bytes"] <= limit * MiB
+    assert json.loads(done.stdout)["peak_bytes"] <= limit * 10**6
 
 
 @pytest.mark.parametrize(
@@ -327,7 +333,7 @@ def test_what_needs_the_whole_model_is_refused_under_a_limit(options, instead, m
     calibration = secateur.Calibration(str(text_file), 4, 64)
     recipe = secateur.Recipe(**{"calibration": calibration, **options})
     with pytest.raises(
-        UsageError, match=f"loads the model as a whole, and `max_memory` 20.00 MiB is too little.*{instead}"
+        UsageError, match=f"loads the model as a whole, and `max_memory` 21.0 MB is too little.*{instead}"
     ):
         secateur.compress(str(middling), tmp_path / "out", recipe, max_memory="20MiB")
     assert list(tmp_path.iterdir()) == []
@@ -395,6 +401,6 @@ def test_plan_on_the_command_line(says, model_of, text_file, tmp_path, monkeypat
     assert found["host"] > found["disk"] > 0
     code, out, err = says("plan", model_of("llama"), *options, "--max-memory", "50MB")
     assert code == 2
-    assert "--max-memory 47.68 MiB is too little" in err
+    assert "--max-memory 50.0 MB is too little" in err
     assert says("plan", model_of("llama"), "--max-memory", "lots", "--prune", "wanda")[0] == 2
     assert list(tmp_path.iterdir()) == []

@@ -524,7 +524,7 @@ def test_the_same_seed_writes_the_same_text(cache, own_model):
     next(cache().iterdir()).unlink()
     again_NS, said = sampled(source)
     assert torch.equal(again_NS, ids_NS)
-    assert "taking the text that the model wrote before" not in said
+    assert "using cached calibration text" not in said
     assert not torch.equal(sampled(source, replace(SELF, seed=1))[0], ids_NS)
 
 
@@ -559,7 +559,7 @@ def test_a_damaged_cache_is_sampled_anew(damage, cache, own_model):
     assert torch.equal(again_NS, ids_NS)
     assert said[0] == "letting the model write its calibration text"
     assert file.read_bytes() == raw
-    assert sampled(source)[1] == ["taking the text that the model wrote before"]
+    assert sampled(source)[1] == ["using cached calibration text"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(own_model, tmp_path, monkeypatch):

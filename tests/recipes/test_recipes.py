@@ -243,7 +243,7 @@ def test_a_file_stands_above_a_built_in_recipe_and_a_folder_does_not(monkeypatch
         ("zzz", f"--recipe 'zzz' is neither a file nor a built-in recipe: it can be {', '.join(NAMES)}"),
         ("rtn-8bit.yaml", "recipe rtn-8bit.yaml cannot be read: "),
         ("recipes/rtn-8bit", "recipe recipes/rtn-8bit cannot be read: "),
-        ("/", "recipe / cannot be read: "),
+        ("/", "--recipe / is a folder without secateur.json: "),
     ],
 )
 def test_a_recipe_that_is_nowhere(name, words, says, model_of, tmp_path):

@@ -21,7 +21,7 @@ from secateur.calibration.tokens import hash_of
 from secateur.evaluation.distributions import divergence, predict, shortened
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.gate.baseline import Baseline, figures_of
-from secateur.evaluation.gate.compare import FAILED, compare
+from secateur.evaluation.gate.checks import FAILED, compare
 from secateur.evaluation.gate.tolerances import Tolerances
 from secateur.evaluation.perplexity import Quality, Scores, measure
 from secateur.evaluation.quality import Evaluation, Runner, Size

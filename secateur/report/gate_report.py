@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from secateur.evaluation.eval_text import with_bos
-from secateur.evaluation.gate.compare import FAILED, UNCLEAR, Check
+from secateur.evaluation.gate.checks import FAILED, UNCLEAR, Check
 from secateur.evaluation.gate.gate import GateResult
 
 _MARKS = {"ok": "✅", FAILED: "❌", UNCLEAR: "⚠️"}

@@ -17,7 +17,7 @@ import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.gate.baseline import Baseline, write_baseline
-from secateur.evaluation.gate.compare import Check
+from secateur.evaluation.gate.checks import Check
 from secateur.evaluation.gate.gate import GateResult, gate
 from secateur.evaluation.gate.tolerances import Tolerances
 from secateur.evaluation.quality import Runner

@@ -11,7 +11,7 @@ from typing import Any
 from secateur.errors import UsageError
 from secateur.evaluation.eval_text import Text, with_bos
 from secateur.evaluation.gate.baseline import Baseline, name_of, recipe_of, versions
-from secateur.evaluation.gate.compare import FAILED, Check, compare
+from secateur.evaluation.gate.checks import FAILED, Check, compare
 from secateur.evaluation.gate.tolerances import Tolerances
 from secateur.evaluation.quality import Evaluation, Runner, evaluate
 from secateur.evaluation.uncertainty import fewest_windows

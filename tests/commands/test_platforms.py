@@ -28,7 +28,7 @@ _WORK = """
     from secateur.commands.find_commands import find, names
     assert len([find(name) for name in names()]) > 12
     import secateur.runs.sweep, secateur.evaluation.gate.gate, secateur.evaluation.tasks.tasks
-    from secateur.pipeline import outcome as report
+    from secateur.memory import peak as report
 
     # As on Windows: there are no folders to open, no flock, no /proc and no C library of that name.
     plain = os.open
@@ -82,7 +82,7 @@ def test_it_runs_without_what_only_posix_has(elsewhere, model_of, text_file, tmp
 def test_peak_memory_without_proc(platform, said, monkeypatch):
     from types import SimpleNamespace
 
-    from secateur.pipeline import outcome as report
+    from secateur.memory import peak as report
 
     def no_proc(*_, **__):
         raise FileNotFoundError

@@ -324,9 +324,9 @@ def test_a_run_keeps_to_its_limit(prune, more, middling, text_file, tmp_path):
     [
         (
             {"prune": "wanda", "sparsity": 0.5, "calibration": secateur.Calibration(samples=3, seq_len=32)},
-            "--calibration docs",
+            "`calibration` docs",
         ),
-        ({"quantize": "squeezellm"}, "--sensitivity hessian"),
+        ({"quantize": "squeezellm"}, "`sensitivity` hessian"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_under_a_limit(options, instead, middling, text_file, tmp_path):

@@ -14,7 +14,7 @@ def test_from_a_model_to_figures_in_python(model_of, text_file, tmp_path):
     found = secateur.evaluate(str(out), model, text)
     assert found.quality.kl < 0.01
     assert secateur.inspect(out).linears[0].layout == "packed-int"
-    baseline = tmp_path / "baseline.json"
+    baseline = str(tmp_path / "baseline.json")
     secateur.write_baseline(model, baseline, text)
     assert secateur.gate(str(out), secateur.Baseline.read(baseline), secateur.Tolerances(perplexity_rise=0.5)).passed
     secateur.export(str(out), tmp_path / "dense", "dense")

@@ -45,13 +45,14 @@ class Baseline:
     content: dict[str, Any]
 
     @classmethod
-    def read(cls, file: Path) -> Baseline:
+    def read(cls, file: str | Path) -> Baseline:
         """Read and check a baseline.
 
         Raises:
             UsageError: there is none.
             CheckpointError: it is damaged, or of a layout that this version does not know.
         """
+        file = Path(file)
         if os.path.isdir(file):
             raise UsageError(f"there is no baseline {file}, which is a folder: name the file of figures")
         if not os.path.isfile(file):
@@ -128,8 +129,8 @@ class Baseline:
 
 def write_baseline(
     model: str,
-    file: Path,
-    text: Text,
+    file: str | Path,
+    text: Text = TEXT,
     *,
     reference: str | None = None,
     runner: Runner = Runner(),  # noqa: B008 - it is frozen
@@ -148,6 +149,7 @@ def write_baseline(
             text has too few windows.
         SecateurError: see `evaluate`; or the perplexity is beyond a float.
     """
+    file = Path(file)
     check_whole("`baseline`", file)
     if file.exists() and not _looks_written(file):
         raise UsageError(f"{file} exists already and is no baseline, which would be lost: choose another name")

@@ -181,7 +181,7 @@ def try_family(family, folder, **options):
         try:
             report = secateur.compress(str(source), out, recipe)
         except SecateurError as error:
-            ignored = tuple(re.findall(r"--ignore '([^']+)'", str(error)))
+            ignored = tuple(re.findall(r"'([^']+)'", str(error).partition("`ignore=[")[2].partition("]`")[0]))
             if not ignored:
                 return Row(family, _plain(error, source))
             recipe = secateur.Recipe(prune="wanda", sparsity=0.5, calibration=calibration, ignore=ignored)

@@ -53,7 +53,8 @@ every_set = pytest.mark.usefixtures("instructions")
 def terms(weight):
     """The absolute values, added up, of what float32 arithmetic adds up to become each weight, in float64.
 
-    Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves.
+    Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves. Codes of less than eight bits are
+    read as 1 + code / 2^bits, and the ones are taken away with the zeros.
     """
     if isinstance(weight, SparseWeight):
         return weight.dense().double().abs()
@@ -62,11 +63,13 @@ def terms(weight):
     added = (full.dense() - bare.dense()).double().abs()
     if isinstance(bare.grid, TableGrid):
         return bare.dense().double().abs() + added
+    zeros, ones = (replace(bare, codes_S=torch.full_like(bare.codes_S, code)).dense().double() for code in (0, 1))
+    if bare.bits < 8:
+        added += 2 ** (bare.bits + 1) * (ones - zeros).abs()
     if isinstance(bare.grid, TwoLevelGrid):
         same_sign = bare.grid.second_TG4.abs() * torch.tensor([1, 1, -1, -1], dtype=bare.grid.second_TG4.dtype)
         return replace(bare, grid=replace(bare.grid, second_TG4=same_sign)).dense().double() + added
-    zeros = replace(bare, codes_S=torch.zeros_like(bare.codes_S)).dense().double().abs()
-    return bare.dense().double().abs() + 2 * zeros + added
+    return bare.dense().double().abs() + 2 * zeros.abs() + added
 
 
 def check(weight, W_OI, x, bias_O=None):

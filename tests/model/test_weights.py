@@ -18,7 +18,7 @@ from secateur.errors import CheckpointError, SecateurError
 from secateur.evaluation.quality import size_of
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.model.source import open_source
-from secateur.pipeline import run as run_module
+from secateur.pipeline import team
 from secateur.recipes.recipe import Recipe
 
 IDS_NS = torch.randint(2, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -316,7 +316,7 @@ def test_what_can_be_known_is_known_before_the_first_block(case, text, own_model
     folder = own_model("llama")
     ((name, how),) = spoil.items()
     change(folder, {name: how(load_file(folder / "model.safetensors")[name])})
-    monkeypatch.setattr(run_module, "solve", lambda *_: pytest.fail("a linear was solved"))
+    monkeypatch.setattr(team, "solve", lambda *_: pytest.fail("a linear was solved"))
     with pytest.raises(SecateurError, match=rf"{name}.*{message}.*; nothing is left behind"):
         secateur.compress(str(folder), tmp_path / "out", recipe(text_file if text else None, **options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own-llama"]

@@ -53,8 +53,8 @@ every_set = pytest.mark.usefixtures("instructions")
 def terms(weight):
     """The absolute values, added up, of what float32 arithmetic adds up to become each weight, in float64.
 
-    Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves. Codes of less than eight bits are
-    read as 1 + code / 2^bits, and the ones are taken away with the zeros.
+    Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves. Codes of less than eight bits
+    are read as 1 + code / 2^bits, and the ones are taken away with the zeros.
     """
     if isinstance(weight, SparseWeight):
         return weight.dense().double().abs()

@@ -76,7 +76,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stderr
     made = (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")
     assert [name for name in secateur.__all__ if not name.startswith("__") and f'.{name}"' not in made] == []
-    assert "--group-size" in (tmp_path / "site" / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert "--sparsity" in (tmp_path / "site" / "reference" / "commands.html").read_text(encoding="utf-8")
 
 
 def test_forms_and_workflows_parse():

@@ -53,19 +53,19 @@ every_set = pytest.mark.usefixtures("instructions")
 def terms(weight):
     """The absolute values, added up, of what float32 arithmetic adds up to become each weight, in float64.
 
-    Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves. Codes of less than eight bits
-    are read as 1 + code / 2^bits, and the ones are taken away with the zeros.
+    Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves. Where AVX-512 multiplies
+    codes of 2 to 4 bits where they stand, it reads them as 1 + code / 2^bits, and takes the ones away with the zeros.
     """
     if isinstance(weight, SparseWeight):
         return weight.dense().double().abs()
-    full = replace(weight, dtype=FP32)
-    bare = replace(full, outliers=None)
-    added = (full.dense() - bare.dense()).double().abs()
+    whole = replace(weight, dtype=FP32)
+    bare = replace(whole, outliers=None)
+    added = (whole.dense() - bare.dense()).double().abs()
     if isinstance(bare.grid, TableGrid):
         return bare.dense().double().abs() + added
-    zeros, ones = (replace(bare, codes_S=torch.full_like(bare.codes_S, code)).dense().double() for code in (0, 1))
-    if bare.bits < 8:
-        added += 2 ** (bare.bits + 1) * (ones - zeros).abs()
+    zeros, full = (replace(bare, codes_S=torch.full_like(bare.codes_S, bits)).dense().double() for bits in (0, 255))
+    if torch.ops.secateur.instructions() == NAMES["avx512"] and bare.bits in (2, 3, 4) and not bare.masked:
+        added += 2 * 2**bare.bits * (full - zeros).abs() / (2**bare.bits - 1)
     if isinstance(bare.grid, TwoLevelGrid):
         same_sign = bare.grid.second_TG4.abs() * torch.tensor([1, 1, -1, -1], dtype=bare.grid.second_TG4.dtype)
         return replace(bare, grid=replace(bare.grid, second_TG4=same_sign)).dense().double() + added

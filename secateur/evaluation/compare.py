@@ -5,17 +5,14 @@ K: windows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from secateur.errors import UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.quality import Evaluation, Runner, evaluate
-from secateur.evaluation.uncertainty import interval, p_of_rise
+from secateur.evaluation.uncertainty import Paired, p_of_rise
 
 CONFIDENCE = 0.95
 
@@ -85,21 +82,14 @@ def compare(
 
 
 def _against(first: Evaluation, found: Evaluation) -> Compared:
-    count_K = np.asarray(found.quality.scores.count_K, np.float64)
-    now_K, then_K = (np.array(each.quality.scores.windows()["loss"]) for each in (found, first))
-    rise_K = count_K * (now_K - then_K)
-    ends = interval(rise_K, count_K, CONFIDENCE)
+    now, then = (each.quality.scores for each in (found, first))
+    paired = Paired.of(now.windows()["loss"], then.windows()["loss"], now.count_K, CONFIDENCE)
     # Of both sides, since nobody has said which of them it would be.
-    p = min(1.0, 2 * min(p_of_rise(rise_K), p_of_rise(-rise_K)))
-    change = _risen(float(rise_K.sum() / count_K.sum()))
+    p = min(1.0, 2 * min(p_of_rise(paired.rise_K), p_of_rise(-paired.rise_K)))
+    change, ends = paired.of_perplexity()
     verdict = "unclear"
-    if not rise_K.any():
+    if not paired.rise_K.any():
         verdict = "the same"
     elif p <= 1 - CONFIDENCE:
         verdict = "worse" if change > 0 else "better"
-    return Compared(found, change, (_risen(ends[0]), _risen(ends[1])) if ends else None, p, verdict)
-
-
-def _risen(loss: float) -> float:
-    """What a difference of losses is as a change of perplexity."""
-    return math.expm1(min(loss, 700.0))
+    return Compared(found, change, ends, p, verdict)

@@ -215,6 +215,7 @@ class _Opened:
     text: Text
     tokenizer: Any
     cut: CutText
+    sha256: str
 
     @classmethod
     def of(
@@ -224,8 +225,10 @@ class _Opened:
         source = runner.open(model, verify)
         tokenizer = source.tokenizer()
         cut = text.cut(tokenizer)
-        accept(hash_of(cut.ids_KS))
-        return cls(runner, source, None if reference is None else runner.open(reference), text, tokenizer, cut)
+        sha256 = hash_of(cut.ids_KS)
+        accept(sha256)
+        other = None if reference is None else runner.open(reference)
+        return cls(runner, source, other, text, tokenizer, cut, sha256)
 
     def keep(
         self, cache: Path | None, tokens: int | None, progress: Callable[[int, int], None] | None
@@ -247,7 +250,7 @@ class _Opened:
         cut, other = self.cut, self.other
         quality = self.runner.measure(loaded, cut, dense if kept is None else kept, progress)
         size = scored_bytes(self.tokenizer, cut.ids_KS, cut.stride, cut.bos)
-        said = {"bos": bool(cut.bos), "sha256": hash_of(cut.ids_KS), "bytes": size}
+        said = {"bos": bool(cut.bos), "sha256": self.sha256, "bytes": size}
         return Evaluation(
             model=self.source.name,
             reference=None if other is None else other.name,

@@ -7,8 +7,11 @@ K: windows, R: resamples.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 _RESAMPLES = 10_000
 # Resamples of which the weights are held at a time.
@@ -66,6 +69,37 @@ def p_of_rise(difference_K: ArrayLike) -> float:
         signs_RK = draw.integers(0, 2, (_AT_A_TIME, len(differences)), dtype=np.int8) * 2 - 1
         found += int((signs_RK @ differences >= observed).sum())
     return (found + 1) / ((ways // _AT_A_TIME + 1) * _AT_A_TIME + 1)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How a figure differs between two measurements on the same windows.
+
+    Attributes:
+        rise_K: its change in each window, summed over the predictions.
+        change: in the mean over all predictions.
+        interval: of the change, over the choice of windows.
+    """
+
+    rise_K: NDArray[np.float64]
+    change: float
+    interval: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, now_K: ArrayLike, then_K: ArrayLike, count_K: ArrayLike, confidence: float) -> Paired:
+        """Compare the means of a figure over each window, of so many predictions."""
+        counts = np.asarray(count_K, np.float64)
+        rise_K = counts * (np.asarray(now_K, np.float64) - np.asarray(then_K, np.float64))
+        return cls(rise_K, float(rise_K.sum() / counts.sum()), interval(rise_K, counts, confidence))
+
+    def of_perplexity(self) -> tuple[float, tuple[float, float] | None]:
+        """The change of a loss and its interval, as shares of the perplexity."""
+        ends = None if self.interval is None else (_risen(self.interval[0]), _risen(self.interval[1]))
+        return _risen(self.change), ends
+
+
+def _risen(loss: float) -> float:
+    return math.expm1(min(loss, 700.0))  # beyond that is no float
 
 
 def fewest_windows(confidence: float) -> int:

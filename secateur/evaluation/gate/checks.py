@@ -5,15 +5,12 @@ K: windows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from secateur.evaluation.gate.baseline import Baseline
 from secateur.evaluation.gate.tolerances import Tolerances
 from secateur.evaluation.quality import Evaluation
-from secateur.evaluation.uncertainty import interval, p_of_rise
+from secateur.evaluation.uncertainty import Paired, p_of_rise
 
 OK, FAILED, UNCLEAR = "ok", "failed", "unclear"
 
@@ -53,46 +50,29 @@ def compare(found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> tu
     return tuple(checks)
 
 
-@dataclass(frozen=True)
-class _Paired:
-    """A figure's change over the same windows, for the worse where it is above zero."""
-
-    change: float
-    interval: tuple[float, float] | None
-    p: float
-
-
-def _paired(name: str, found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> _Paired | None:
+def _paired(name: str, found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> Paired | None:
     """How a figure has changed; None where the baseline has none to compare with."""
-    if name not in baseline.per_window:
+    then = baseline.per_window
+    if name not in then:
         return None
-    count_K = np.array(baseline.per_window["predictions"], np.float64)
-    now_K, then_K = (np.array(values[name]) for values in (found.quality.scores.windows(), baseline.per_window))
-    rise_K = count_K * (now_K - then_K)
-    worse_K = -rise_K if name == "agreement" else rise_K
-    ends = interval(rise_K, count_K, tolerances.confidence)
-    return _Paired(rise_K.sum() / count_K.sum(), ends, p_of_rise(worse_K))
+    now_K = found.quality.scores.windows()[name]
+    return Paired.of(now_K, then[name], then["predictions"], tolerances.confidence)
 
 
 def _perplexity(found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> Check:
     paired = _paired("loss", found, baseline, tolerances)
     assert paired is not None
-    rise = math.expm1(min(paired.change, 700.0))
-    ends = (
-        (math.expm1(min(paired.interval[0], 700)), math.expm1(min(paired.interval[1], 700)))
-        if paired.interval
-        else None
-    )
+    (rise, ends), p = paired.of_perplexity(), p_of_rise(paired.rise_K)
     verdict, limit = OK, tolerances.perplexity_rise
     if rise > limit:
-        verdict = FAILED if paired.p <= 1 - tolerances.confidence else UNCLEAR
+        verdict = FAILED if p <= 1 - tolerances.confidence else UNCLEAR
     words = {
         OK: f"{rise:+.2%}, within {limit:.2%}",
-        FAILED: f"{rise:+.2%}, more than {limit:.2%}, and not by chance (p = {paired.p:.2g})",
-        UNCLEAR: f"{rise:+.2%}, more than {limit:.2%}, but it may be chance (p = {paired.p:.2g}): more windows would tell",
+        FAILED: f"{rise:+.2%}, more than {limit:.2%}, and not by chance (p = {p:.2g})",
+        UNCLEAR: f"{rise:+.2%}, more than {limit:.2%}, but it may be chance (p = {p:.2g}): more windows would tell",
     }[verdict]
     then = baseline.content["metrics"]["perplexity"]["value"]
-    return Check("perplexity", found.quality.perplexity, then, rise, ends, paired.p, limit, verdict, words)
+    return Check("perplexity", found.quality.perplexity, then, rise, ends, p, limit, verdict, words)
 
 
 def _size(found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> Check:
@@ -116,4 +96,5 @@ def _limited(name: str, limit: float | None, found: Evaluation, baseline: Baseli
     if paired is None:
         return Check(name, value, None, None, None, None, limit, verdict, words)
     then = baseline.content["metrics"][name]["value"]
-    return Check(name, value, then, paired.change, paired.interval, paired.p, limit, verdict, words)
+    p = p_of_rise(-paired.rise_K if name == "agreement" else paired.rise_K)
+    return Check(name, value, then, paired.change, paired.interval, p, limit, verdict, words)

@@ -63,7 +63,7 @@ def _recipe_options() -> dict[str, _Given]:
 
 _CALIBRATION = {
     "calibration": _Given(
-        str, "Text: self, docs, .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split].", _TEXT, "source"
+        str, "Text: self, docs, a file of text or rows, wikitext2, c4, hub-id[:config][:split].", _TEXT, "source"
     ),
     "text_field": _Given(str, "Field of a row that holds its text.", _TEXT),
     "samples": _Given(int, "Number of calibration windows.", _TEXT),

@@ -39,7 +39,7 @@ def _recipe(given: dict[str, Any]) -> Any:
     return recipe_of(given)
 
 
-TEXT_HELP = "docs, a .txt/.jsonl/.parquet file, wikitext2, c4, hub-id[:config][:split]."
+TEXT_HELP = "docs, a file of text or rows, wikitext2, c4, hub-id[:config][:split]."
 
 Model = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, .gguf file, or 'demo'.")]
 OurFolder = Annotated[str, typer.Argument(help="Folder made by secateur.")]

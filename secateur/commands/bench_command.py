@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import counter, screen, show
 from secateur.commands.shared_options import Backend, Debug, Device, Dtype, JsonFile, OurFolder, Quiet, Trust
 from secateur.commands.tables import Column, print_table
@@ -53,7 +53,7 @@ class Bench:
             trust_remote_code=self.trust_remote_code,
             progress=counter(self.quiet, ""),
         )
-        if not self.quiet and str(self.json_file) != "-":
+        if not self.quiet and not takes_stdout(self.json_file):
             self._print(found)
         write_json(found.to_dict(), self.json_file)
         if self.plot is not None:

@@ -12,7 +12,7 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.figures import size
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import screen, show
 from secateur.commands.shared_options import Debug, JsonFile, Quiet
 from secateur.commands.tables import Column, print_table
@@ -48,7 +48,7 @@ class Cache:
         if self.clear:
             _delete(kept)
         total = sum(each.bytes for each in kept)
-        if not self.quiet and str(self.json_file) != "-":
+        if not self.quiet and not takes_stdout(self.json_file):
             if not self.clear and kept:
                 rows = [
                     [k.file.name, size(k.bytes), time.strftime("%Y-%m-%d", time.localtime(k.changed))] for k in kept

@@ -10,7 +10,7 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.figures import between, size
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import counter, say, screen
 from secateur.commands.shared_options import (
     Bos,
@@ -57,7 +57,7 @@ class Compare:
         text = Text(self.data, self.seq_len, self.windows, None, self.text_field, self.bos is not False)
         runner = Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code)
         found = compare(self.models, text, runner=runner, progress=counter(self.quiet))
-        if not self.quiet and str(self.json_file) != "-":
+        if not self.quiet and not takes_stdout(self.json_file):
             self._print(found)
         about = {"text": found[0].evaluation.text, "device": self.device, "dtype": self.dtype, "confidence": CONFIDENCE}
         write_json({**about, "models": [each.to_dict() for each in found]}, self.json_file)

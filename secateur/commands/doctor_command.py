@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from secateur._version import __version__
 from secateur.commands.command import command
 from secateur.commands.figures import size
-from secateur.commands.result_files import write_json
+from secateur.commands.result_files import takes_stdout, write_json
 from secateur.commands.screen import show
 from secateur.commands.shared_options import Debug, JsonFile
 from secateur.errors import one_line
@@ -42,7 +42,7 @@ class Doctor:
 
     def run(self) -> None:
         found = {name: _guarded(section) for name, section in _SECTIONS.items()}
-        if str(self.json_file) != "-":
+        if not takes_stdout(self.json_file):
             for name, rows in found.items():
                 show(f"{name}:")
                 for key, value in rows.items():

@@ -9,7 +9,7 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.eval_tables import print_evaluation
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import counter
 from secateur.commands.shared_options import (
     Bos,
@@ -86,7 +86,7 @@ class Eval:
             progress=counter(self.quiet),
             task_progress=counter(self.quiet, "task request "),
         )
-        if not self.quiet and str(self.json_file) != "-":
+        if not self.quiet and not takes_stdout(self.json_file):
             overlap = "" if self.stride is None else f", {self.stride} apart"
             text = f"{self.windows} windows of {self.seq_len} tokens of {self.data}{overlap}"
             print_evaluation(result, self.model, self.reference, text)

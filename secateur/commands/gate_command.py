@@ -11,7 +11,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.figures import between
 from secateur.commands.notes import tell_notes
-from secateur.commands.result_files import check_files, write_json, write_text
+from secateur.commands.result_files import check_files, takes_stdout, write_json, write_text
 from secateur.commands.screen import counter, say, screen
 from secateur.commands.shared_options import (
     TEXT_HELP,
@@ -124,7 +124,7 @@ class Gate:
         kept = Baseline.read(self.baseline)
         tolerances = Tolerances.of(**self._given(_LIMITS))
         result = gate(self.model, kept, tolerances, text=self._given(_TEXT), **self._options(self.dtype or kept.dtype))
-        if not self.quiet and str(self.json_file) != "-":
+        if not self.quiet and not takes_stdout(self.json_file):
             self._print(result)
         write_json(result.to_dict(), self.json_file)
         if self.junit_file is not None:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from secateur.commands.command import command
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import screen
 from secateur.commands.shared_options import Debug, JsonFile, Model, Trust
 from secateur.commands.tables import Column, print_table
@@ -28,7 +28,7 @@ class Inspect:
 
         check_files({"--json": self.json_file})
         found = inspect(self.model, self.trust_remote_code)
-        if str(self.json_file) != "-":
+        if not takes_stdout(self.json_file):
             _print(found)
         totals = {name: getattr(found, name) for name in ("sparsity", "linear_weights", "linear_bytes")}
         write_json({**dataclasses.asdict(found), **totals}, self.json_file)

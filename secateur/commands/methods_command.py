@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.result_files import check_files, check_names_no_file, write_json
+from secateur.commands.result_files import check_files, check_names_no_file, takes_stdout, write_json
 from secateur.commands.screen import screen, show
 from secateur.commands.shared_options import Debug, JsonFile
 from secateur.commands.tables import Column, print_table
@@ -39,7 +39,7 @@ class Methods:
         check_files({"--json": self.json_file})
         told = {each: _about(role, method) for each, (role, method) in found.items() if name in (None, each)}
         write_json(told if name is None else told[name], self.json_file)
-        if str(self.json_file) == "-":
+        if takes_stdout(self.json_file):
             return
         if name is None:
             columns = [Column("method", right=False), Column("as", right=False), Column("needs", right=False, spare=2)]

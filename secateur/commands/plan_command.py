@@ -11,7 +11,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.display import Display
 from secateur.commands.figures import duration, size
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import screen
 from secateur.commands.shared_options import (
     BatchTokens,
@@ -63,7 +63,7 @@ class Plan:
                 trust_remote_code=self.trust_remote_code,
                 progress=display,
             )
-        if str(self.json_file) != "-":
+        if not takes_stdout(self.json_file):
             self._print(found)
         write_json({**dataclasses.asdict(found), "total_seconds": found.total_seconds}, self.json_file)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.result_files import check_files, check_names_no_file, write_json
+from secateur.commands.result_files import check_files, check_names_no_file, takes_stdout, write_json
 from secateur.commands.screen import screen
 from secateur.commands.shared_options import Debug, JsonFile
 from secateur.commands.tables import Column, print_table
@@ -34,7 +34,7 @@ class Recipes:
             for each in found
         ]
         write_json(about if self.name is None else about[0], self.json_file)
-        if str(self.json_file) == "-":
+        if takes_stdout(self.json_file):
             return
         if self.name is not None:
             print(found[0].text, end="")

@@ -40,11 +40,16 @@ def check_names_no_file(name: str | None, file: Path | None, names: Iterable[str
         raise UsageError(f"{JSON_TAKES_A_FILE}: write `{file} --json -`")
 
 
+def takes_stdout(file: Path | None) -> bool:
+    """Whether `--json` has standard output for itself, so that nothing else may go there."""
+    return str(file) == "-"
+
+
 def write_json(value: Any, file: Path | None) -> None:
     """Write a value to the file that `--json` names, if it names one; `-`: to standard output."""
     if file is None:
         return
-    if str(file) == "-":
+    if takes_stdout(file):
         print(_plain_json(value))
     else:
         write_text("--json", _plain_json(value) + "\n", file)

@@ -11,7 +11,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.display import Display
 from secateur.commands.figures import size
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import say, screen
 from secateur.commands.shared_options import (
     TEXT_HELP,
@@ -98,7 +98,7 @@ class Sweep:
         with Display(self.quiet) as display:
             result = sweep(asked, self.out, resume=self.resume, overwrite=self.overwrite, progress=display)
         failed = [point for point in result.points if point.failure is not None]
-        if not self.quiet and str(self.json_file) != "-":
+        if not self.quiet and not takes_stdout(self.json_file):
             _print(result)
         for point in failed:
             say(as_flags(f"failed: {point.name}: {point.failure}", "sweep"))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.result_files import check_files, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import say
 from secateur.commands.shared_options import Debug, Quiet, Trust
 
@@ -32,7 +32,7 @@ class Verify:
 
         check_files({"--json": self.json_file})
         found = examine(self.out, trust_remote_code=self.trust_remote_code)
-        if str(self.json_file) != "-":
+        if not takes_stdout(self.json_file):
             for problem in found.problems:
                 say(f"{problem}")
             if not found.problems and not self.quiet:

@@ -55,9 +55,8 @@ class Team:
         choices = self.prepared.recipe.linears
         for stack in [[name] for name in mine] if stats is None else self._alike(mine):
             problems = [self.prepared.problem(name, fishers.get(name)) for name in stack]
-            if stats is None:
-                inputs = InputStats.empty(problems[0].W_OI.shape[1], Level.NONE, self.prepared.device)
-            found, said = solve(self.prepared.plan.of(choices.get(stack[0])), problems, stats or inputs)
+            inputs = stats or InputStats.empty(problems[0].W_OI.shape[1], Level.NONE, self.prepared.device)
+            found, said = solve(self.prepared.plan.of(choices.get(stack[0])), problems, inputs)
             solutions.update((solution.name, solution) for solution in found)
             notes += said
         return solutions, notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar, Protocol, TypeVar
 
 import secateur.search.goals
@@ -60,14 +61,20 @@ def goal(cls: _G) -> _G:
     return cls
 
 
+@cache
+def _import_goals() -> None:
+    # Not with this file: goals import it.
+    import_all(secateur.search.goals.__name__, secateur.search.goals.__path__)
+    import_others(GROUP, "goals")
+
+
 def goal_of(recipe: Recipe) -> Goal | None:
     """The goal of a recipe; None where it says itself what becomes of each linear.
 
     Raises:
         UsageError: there is none of that name, there are two, or one makes no sense with the rest.
     """
-    import_all(secateur.search.goals.__name__, secateur.search.goals.__path__)
-    import_others(GROUP, "goals")
+    _import_goals()
     fields = [name for name in GOALS if getattr(recipe, name, None) is not None]
     if len(fields) > 1:
         raise UsageError(f"`{fields[0]}` and `{fields[1]}` each say how small: give one of them")

@@ -14,14 +14,11 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.folder.reader import StoredTensors, weight_files
 from secateur.formats.foreign import FOREIGN
-from secateur.formats.layouts.layout import LAYOUT_VERSION, Layout, dtype_name, layout_from_config, part_names
+from secateur.formats.layouts.layout import LAYOUT_VERSION, Layout, layout_from_config, part_names
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 
 #: What the `quantization_config` of a folder of ours calls it.
 QUANT_METHOD = "secateur"
-#: Where configs say the dtype of a model: as transformers 5 does, and as those before it did.
-DTYPE_KEYS = ("dtype", "torch_dtype")
-_FLOATS = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
 def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -105,8 +102,9 @@ def check_no_codes(weights: DecodedWeights) -> None:
         tensor = weights[name]
         if tensor.is_floating_point() and tensor.element_size() == 1:
             raise CheckpointError(
-                f"{name} is {tensor.dtype}, the codes of a quantizer that secateur does not read: make the weights "
-                "bfloat16 with what quantized them"
+                f"{name} is {tensor.dtype}, the codes of a quantizer, and nothing says how they are decoded: secateur reads "
+                f"those of quant_method 'fp8' in config.json with {name}_scale_inv beside them; make others bfloat16 with "
+                "what quantized them"
             )
 
 
@@ -115,23 +113,17 @@ def is_rounded(weights: DecodedWeights) -> bool:
     return any(weight.layout.rounded for weight in weights.packed.values())
 
 
-def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that a `config.json` says its model has, at the top or for the text part; None where it says no usable one."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in DTYPE_KEYS:
-            found = _FLOATS.get(str(part.get(key)))
-            if found is not None:
-                return found
-    return None
-
-
 def stored_dtype(weights: DecodedWeights) -> torch.dtype:
     """The dtype of most bytes of a checkpoint's matrices: of those in blocks, which are numbered, where there are any.
+
+    Codes that are made one dtype, whatever lies beside them, are most of them.
 
     Raises:
         CheckpointError: there are no matrices.
     """
+    for weight in weights.packed.values():
+        if weight.layout.made is not None:
+            return weight.layout.made
     sizes: dict[bool, dict[torch.dtype, int]] = {True: {}, False: {}}
     for name, dtype, shape in weights.stored.headers():
         if name in weights and dtype is not None and len(shape) == 2:

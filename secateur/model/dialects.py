@@ -10,7 +10,7 @@ import torch
 
 from secateur.folder.reader import read_json
 from secateur.folder.writer import write_json
-from secateur.formats.stored_weights import DTYPE_KEYS, config_dtype
+from secateur.formats.dtypes import DTYPE_KEYS, config_dtype
 
 #: Names under which transformers 4.51 knows settings of rotary embeddings by the kind of layers that they are for.
 _FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -30,11 +30,11 @@ from secateur.folder.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.folder.paths import check_named
 from secateur.folder.reader import LoadedTensors, read_json, weight_files
 from secateur.folder.writer import write_json
+from secateur.formats.dtypes import config_dtype
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.formats.stored_weights import (
     QUANT_METHOD,
     check_no_codes,
-    config_dtype,
     is_rounded,
     open_weights,
     stored_dtype,

@@ -59,15 +59,21 @@ class Decoder(ABC):
         rounded: whether weights are codes, of which a zero is one like any other, and not just without their zeros.
         parts: the names of the tensors; in a file each stands behind the name of the weight, as in
             `model.layers.0.mlp.up_proj.weight.bitmask`.
+        made: the dtype that weights are decoded to where their tensors do not tell it; None where they do.
     """
 
     name: ClassVar[str]
     rounded: ClassVar[bool]
     parts: ClassVar[tuple[str, ...]]
+    made: torch.dtype | None = None
 
     @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight `[O, I]`. Everything is checked before it is used: raises ValueError, saying what is wrong."""
+
+    def unpack_expert(self, tensors: Mapping[str, Tensor], expert: int) -> Tensor:
+        """The matrix of one expert, of those that `unpack` gives as one tensor, with strides of any kind. Checked as by it."""
+        return self.unpack(tensors)[expert]
 
     def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
         """What the tensors tell. Everything is checked as by `unpack`."""

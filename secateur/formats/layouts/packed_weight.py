@@ -68,6 +68,13 @@ class PackedWeight(Generic[D]):
             raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
         return W_OI.T.contiguous() if self.transposed else W_OI
 
+    def decode_expert(self, name: str, stored: Mapping[str, Tensor], expert: int) -> Tensor:
+        """`decode(name, stored)[expert]`, with strides of any kind, without decoding the others. Raises as it does."""
+        try:
+            return self.layout.unpack_expert(self.tensors(stored), expert)
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
+
     def describe(self, name: str, stored: Mapping[str, Tensor]) -> Stored:
         """What its parts tell, all of which is checked. Raises CheckpointError as `decode` does."""
         try:
@@ -106,6 +113,11 @@ class DecodedWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         weight = self.packed.get(name)
         return self.stored[name] if weight is None else weight.decode(name, self.stored)
+
+    def expert(self, name: str, expert: int) -> Tensor:
+        """`self[name][expert]` of a weight that holds the matrices of several experts, of which no other is decoded."""
+        weight = self.packed.get(name)
+        return self.stored[name][expert] if weight is None else weight.decode_expert(name, self.stored, expert)
 
     def __contains__(self, name: object) -> bool:
         # Not Mapping's own, which would decode the weight to find out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class ModelWeights:
         self._twins: set[str] = set()  # untied ones that the files hold as one tensor: each is written for itself
         self._stored, missing = stored_names(source.weights, model)
         if missing:
-            self._load_whole(source, missing)
+            self._load_whole(source, model, missing)
         used = set(self._stored.values())
         self.unused = [name for name in self._weights if name not in used]
         if source.quantization is not None or not self._weights.packed:
@@ -66,20 +67,25 @@ class ModelWeights:
         if self.untied:
             self._untie(model)
 
-    def _load_whole(self, source: Source, missing: list[str]) -> None:
+    def _load_whole(self, source: Source, model: nn.Module, missing: list[str]) -> None:
         problem = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0]}"
         if source.folder is None:
             raise CheckpointError(problem)
         try:
             with backend("dense"):
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    source.folder,
-                    dtype=source.dtype,
-                    output_loading_info=True,
-                    use_safetensors=True,
-                    local_files_only=not source.from_hub,
-                    trust_remote_code=source.trust_remote_code,
-                )
+                if self._weights.packed and source.quantization is None:
+                    model, found = _converted(model, source)
+                else:
+                    model, found = AutoModelForCausalLM.from_pretrained(
+                        source.folder,
+                        dtype=source.dtype,
+                        output_loading_info=True,
+                        use_safetensors=True,
+                        local_files_only=not source.from_hub,
+                        trust_remote_code=source.trust_remote_code,
+                    )
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{problem}; transformers cannot load it either: {one_line(error)}") from error
         if found["missing_keys"]:
@@ -206,6 +212,21 @@ class ModelWeights:
             self._kinds[name] = tensor.numel(), tensor.dtype
         count, own = self._kinds[name]
         return count * (dtype if dtype is not None and own.is_floating_point else own).itemsize
+
+
+def _converted(model: Any, source: Source) -> Any:
+    """What transformers makes of decoded weights, a model like the one that is given, and what it tells of them.
+
+    It never sees the codes of others: it would keep FP8 ones where there is a GPU, and decode those otherwise whose weights
+    blocks do not divide.
+    """
+    return type(model).from_pretrained(
+        None,
+        config=deepcopy(model.config),
+        state_dict=dict(source.weights),
+        dtype=source.dtype,
+        output_loading_info=True,
+    )
 
 
 def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:

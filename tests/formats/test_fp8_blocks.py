@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from block_codes import FP8, change, decode_fp8, fp8_blocks, set_config, to_fp8
 from conftest import config_of
 from hostile import Worker, mutate
@@ -253,7 +254,7 @@ def section(folder):
 
 def test_it_is_loaded_as_transformers_loads_it(build, tmp_path):
     """Where blocks divide all weights."""
-    quantization = pytest.importorskip("transformers").FineGrainedFP8Config
+    quantization = transformers.FineGrainedFP8Config
     folder = to_fp8(build(tmp_path / "model", config_of("llama"), torch.bfloat16), (16, 16))
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", quantization_config=quantization(dequantize=True)
@@ -262,6 +263,31 @@ def test_it_is_loaded_as_transformers_loads_it(build, tmp_path):
     for name, parameter in theirs.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, ours[name]), name
+
+
+def test_experts_that_transformers_fuses_are_decoded_first(build, tmp_path):
+    """It would take the 48 rows of a matrix for two blocks of 24."""
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 48, "vocab_size": 320}
+    config = transformers.MixtralConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, **options
+    )
+    folder, stored = build(tmp_path / "model", config, torch.bfloat16), {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".experts." in name:
+            stored[name], stored[f"{name}_scale_inv"] = fp8_blocks(tensor, (32, 32))
+    assert len(stored) == 12
+    change(folder, stored)
+    set_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
+    expected = dense_of(folder, (32, 32))
+    export(str(folder), tmp_path / "dense", "dense")
+    written = load_file(tmp_path / "dense" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    assert torch.equal(logits(stock), logits(secateur.load(folder)))
+    change(folder, {next(iter(stored)): with_nan(next(iter(stored.values())))})
+    with pytest.raises(CheckpointError, match=f"^{next(iter(stored))} cannot be decoded from layout 'fp8': .* NaN$"):
+        secateur.load(folder)
 
 
 def test_inspect_tells_what_is_stored(fp8_of):

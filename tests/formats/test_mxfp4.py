@@ -1,16 +1,20 @@
 """MXFP4 experts: as transformers makes them dense, all of them or one alone."""
 
+import json
 import shutil
 from functools import partial
 
 import pytest
 import torch
+import transformers
 from block_codes import LEVELS, change, mxfp4, set_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import secateur
+from secateur.checkpoint.export import export
 from secateur.errors import CheckpointError
 from secateur.formats.foreign.mxfp4 import MXFP4, MXFP4Experts
 from secateur.formats.layouts.packed_weight import DecodedWeights
@@ -110,7 +114,6 @@ def test_an_expert_is_decoded_without_the_others():
 @pytest.fixture(scope="module")
 def gpt_oss(build, tmp_path_factory):
     """A tiny gpt-oss in MXFP4. Not to be written to."""
-    transformers = pytest.importorskip("transformers", "5.0")
     config = transformers.GptOssConfig(
         vocab_size=320,
         hidden_size=64,
@@ -150,13 +153,25 @@ def test_a_model_is_opened(gpt_oss):
 
 
 def test_its_weights_are_those_of_the_model_that_transformers_loads(gpt_oss):
-    quantization = pytest.importorskip("transformers").Mxfp4Config(dequantize=True)
+    quantization = transformers.Mxfp4Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gpt_oss, dtype="auto", quantization_config=quantization)
     weights = open_source(str(gpt_oss)).weights
     expected = dict(model.state_dict())
     assert set(weights) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name
+
+
+def test_it_runs_and_is_exported(gpt_oss, tmp_path):
+    weights, ids_NS = open_source(str(gpt_oss)).weights, torch.arange(2, 26).view(2, 12)
+    export(str(gpt_oss), tmp_path / "dense", "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    written = load_file(tmp_path / "dense" / "model.safetensors")
+    assert set(written) == set(weights)
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(stock(ids_NS).logits, secateur.load(gpt_oss)(ids_NS).logits)
 
 
 # --- what is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -207,9 +208,9 @@ class ModelWeights:
 
     def bytes_as(self, name: str, dtype: torch.dtype | None) -> int:
         """The bytes of what is stored under a name once it is dense, its floating values as `dtype` (None: as they are)."""
-        if name not in self._kinds:  # a packed one has to be decoded to tell
-            tensor = self._weights[self._stored[name] if name in self._twins else name]
-            self._kinds[name] = tensor.numel(), tensor.dtype
+        if name not in self._kinds:  # most packed ones have to be decoded to tell
+            shape, found = self._weights.form(self._stored[name] if name in self._twins else name)
+            self._kinds[name] = math.prod(shape), found
         count, own = self._kinds[name]
         return count * (dtype if dtype is not None and own.is_floating_point else own).itemsize
 

@@ -61,6 +61,9 @@ class Stacked(Decoder):
             raise ValueError(f"it is {list(shape)}, which has no expert {expert}")
         return self.matrix(tensors, expert)
 
+    def form(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        return self.shape(tensors), self.made
+
     def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
         shape = self.shape(tensors)
         experts = range(shape[0] if len(shape) == 3 else 1)

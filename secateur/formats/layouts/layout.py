@@ -75,6 +75,11 @@ class Decoder(ABC):
         """The matrix of one expert, of those that `unpack` gives as one tensor, with strides of any kind. Checked as by it."""
         return self.unpack(tensors)[expert]
 
+    def form(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what `unpack` gives."""
+        dense = self.unpack(tensors)
+        return tuple(dense.shape), dense.dtype
+
     def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
         """What the tensors tell. Everything is checked as by `unpack`."""
         dense = describe_dense(self.unpack(tensors))

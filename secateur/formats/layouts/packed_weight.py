@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -62,25 +63,33 @@ class PackedWeight(Generic[D]):
 
     def decode(self, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         """The dense weight as its module keeps it. Raises CheckpointError, naming it, when its parts are damaged."""
-        try:
+        with self._named(name, "decoded"):
             W_OI = self.layout.unpack(self.tensors(stored))
-        except ValueError as error:
-            raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
         return W_OI.T.contiguous() if self.transposed else W_OI
 
     def decode_expert(self, name: str, stored: Mapping[str, Tensor], expert: int) -> Tensor:
         """`decode(name, stored)[expert]`, with strides of any kind, without decoding the others. Raises as it does."""
-        try:
+        with self._named(name, "decoded"):
             return self.layout.unpack_expert(self.tensors(stored), expert)
-        except ValueError as error:
-            raise CheckpointError(f"{name} cannot be decoded from layout {self.layout.name!r}: {error}") from error
+
+    def form(self, name: str, stored: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the dense weight, without decoding it where that can be told. Raises as `decode` does."""
+        with self._named(name, "decoded"):
+            shape, dtype = self.layout.form(self.tensors(stored))
+        return shape[::-1] if self.transposed else shape, dtype
 
     def describe(self, name: str, stored: Mapping[str, Tensor]) -> Stored:
         """What its parts tell, all of which is checked. Raises CheckpointError as `decode` does."""
-        try:
+        with self._named(name, "read"):
             return self.layout.describe(self.tensors(stored))
+
+    @contextmanager
+    def _named(self, name: str, what: str) -> Iterator[None]:
+        """Within the context, what is wrong with its parts is a CheckpointError that names it."""
+        try:
+            yield
         except ValueError as error:
-            raise CheckpointError(f"{name} cannot be read from layout {self.layout.name!r}: {error}") from error
+            raise CheckpointError(f"{name} cannot be {what} from layout {self.layout.name!r}: {error}") from error
 
     def load(self: PackedWeight[Layout], name: str, stored: Mapping[str, Tensor]) -> Packed:
         """The weight as kernels compute on it, `[O, I]`. Raises CheckpointError as `decode` does."""
@@ -90,10 +99,8 @@ class PackedWeight(Generic[D]):
         """The same, and how it is stored."""
         tensors = self.tensors(stored)
         form = StoredForm(self.layout, {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()})
-        try:
+        with self._named(name, "read"):
             return self.layout.load(tensors), form
-        except ValueError as error:
-            raise CheckpointError(f"{name} cannot be read from layout {self.layout.name!r}: {error}") from error
 
 
 class DecodedWeights(Mapping[str, Tensor]):
@@ -118,6 +125,14 @@ class DecodedWeights(Mapping[str, Tensor]):
         """`self[name][expert]` of a weight that holds the matrices of several experts, of which no other is decoded."""
         weight = self.packed.get(name)
         return self.stored[name][expert] if weight is None else weight.decode_expert(name, self.stored, expert)
+
+    def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `self[name]`, without decoding it where that can be told."""
+        weight = self.packed.get(name)
+        if weight is not None:
+            return weight.form(name, self.stored)
+        plain = self.stored[name]
+        return tuple(plain.shape), plain.dtype
 
     def __contains__(self, name: object) -> bool:
         # Not Mapping's own, which would decode the weight to find out.

@@ -22,8 +22,8 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
 
 # A process for each core, of one thread each: what is tested is small, and threads would wait for each other. Tests of a file share
-# their fixtures, and so their process.
-PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# their fixtures, and so their process; which file comes when, tests/conftest.py says.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST)

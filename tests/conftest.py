@@ -1,5 +1,6 @@
 """What many tests share: tiny random models of many families, a tokenizer and text for them, and a cache of their own."""
 
+import gc
 import os
 import random
 import shutil
@@ -8,11 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import hypothesis
 import pytest
 import smollm2
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -178,9 +182,34 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 
 
+# The files that take longest, the longest first.
+LONGEST = (
+    "test_smollm2", "test_walk", "test_quantize_pipeline", "test_memory", "test_resume", "test_ranks", "test_verify",
+    "test_gate_smollm2", "test_triton", "test_saving", "test_hostile", "test_gradients",
+)  # fmt: skip
+# How long an example takes is the machine's to say, which may be busy.
+hypothesis.settings.register_profile("secateur", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("secateur")
+
+
 def pytest_configure() -> None:
     """One thread per operation: more only get in each other's way at these sizes."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays, and is not looked through for garbage again and again."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: where several processes share the tests, none is then left alone with one of them."""
+    turn = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -207,17 +236,30 @@ def repository() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def compressed(tmp_path_factory: pytest.TempPathFactory) -> smollm2.Compressed:
-    """`compressed("wanda")`: SmolLM2 by that recipe of `smollm2.py`, and the report. Made once; not to be written to."""
-    made: dict[str, tuple[Path, secateur.Report]] = {}
+def shared(tmp_path_factory: pytest.TempPathFactory) -> smollm2.Shared:
+    """`shared("name", make)`: what the first process of the test run that needs it makes, for all. Not to be written to."""
+    base = tmp_path_factory.getbasetemp()
+    # Each process of xdist has a folder in that of the run.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
 
-    def make(method: str) -> tuple[Path, secateur.Report]:
-        if method not in made:
-            out = tmp_path_factory.mktemp("smollm2") / method
-            made[method] = out, smollm2.compress(out, smollm2.RECIPES[method])
-        return made[method]
+    def find(name: str, make: Callable[[Path], object]) -> Path:
+        found = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not found.exists():
+                unfinished = root / f"{name}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(found)
+        return found
 
-    return make
+    return find
+
+
+@pytest.fixture(scope="session")
+def compressed(shared: smollm2.Shared) -> smollm2.Compressed:
+    """`compressed("wanda")`: SmolLM2 by that recipe of `smollm2.py`, and the report. Not to be written to."""
+    return lambda method: smollm2.compressed(shared, method)
 
 
 @pytest.fixture
@@ -258,11 +300,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(shared: smollm2.Shared) -> Path:
     """Calibration text of a good ten thousand tokens."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(prose(6000, seed=1), encoding="utf-8")
-    return path
+    return shared("text.txt", lambda path: path.write_text(prose(6000, seed=1), encoding="utf-8"))
 
 
 def config_of(family: str, **options: Any) -> Any:
@@ -296,15 +336,12 @@ def build(tokenizer: PreTrainedTokenizerFast) -> MakeModel:
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory: pytest.TempPathFactory, build: MakeModel) -> MakeModel:
+def model_of(shared: smollm2.Shared, build: MakeModel) -> MakeModel:
     """`model_of("llama")`: the folder of that family's tiny model. Shared by all tests: not to be written to."""
-    made: dict[Any, Path] = {}
 
     def make(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        key = (family, dtype, tuple(sorted(options.items())))
-        if key not in made:
-            made[key] = build(tmp_path_factory.mktemp(family) / "model", config_of(family, **options), dtype)
-        return made[key]
+        name = f"{family}-{crc32(repr((dtype, sorted(options.items()))).encode()):08x}"
+        return shared(name, lambda folder: build(folder / "model", config_of(family, **options), dtype)) / "model"
 
     return make
 
@@ -326,23 +363,21 @@ def family() -> dict[str, Family]:
 
 
 @pytest.fixture(scope="session")
-def packed_of(model_of: MakeModel, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+def packed_of(shared: smollm2.Shared, model_of: MakeModel, text_file: Path) -> MakeModel:
     """`packed_of("llama", "bitmap", torch.bfloat16)`: that family's tiny model, compressed. Not to be written to."""
-    made: dict[Any, Path] = {}
 
     def make(family: str, layout: str, dtype: torch.dtype = torch.float32) -> Path:
-        key = (family, layout, dtype)
-        if key not in made:
-            options = dict(PACKED[layout])
-            quantize = {k: options.pop(k) for k in list(options) if k in ("bits", "group_size", "outlier_share")}
-            recipe = secateur.Recipe(
-                **options,
-                quantization={**quantize},
-                calibration=secateur.Calibration(source=str(text_file), samples=8, seq_len=32),
-            )
-            out = tmp_path_factory.mktemp(family) / "packed"
-            secateur.compress(str(model_of(family, dtype=dtype)), out, recipe)
-            made[key] = out
-        return made[key]
+        options = dict(PACKED[layout])
+        quantize = {k: options.pop(k) for k in list(options) if k in ("bits", "group_size", "outlier_share")}
+        recipe = secateur.Recipe(
+            **options,
+            quantization={**quantize},
+            calibration=secateur.Calibration(source=str(text_file), samples=8, seq_len=32),
+        )
+        model = str(model_of(family, dtype=dtype))
+        folder = shared(
+            f"{family}-{layout}-{dtype}", lambda folder: secateur.compress(model, folder / "packed", recipe)
+        )
+        return folder / "packed"
 
     return make

@@ -4,6 +4,7 @@ Text lies in the repository. `docs` would not do: it comes with Python, and each
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import secateur
+from secateur.checkpoint.export import export
 from secateur.evaluation.eval_text import Text
 
 # Both come with `make test`; where somebody else runs the suite without them, there is no model to test.
@@ -25,6 +27,8 @@ TEXT = Text(str(_TEXTS / "evaluation.txt"), seq_len=256, windows=8)
 _FEW = secateur.Calibration(str(_TEXTS / "calibration.txt"), samples=4, seq_len=256)
 _MORE = secateur.Calibration(str(_TEXTS / "calibration.txt"), samples=16, seq_len=256)
 
+#: Every sixth of the 30 blocks.
+SOME = tuple(f"model.layers.{i}.*" for i in range(0, 30, 6))
 R = secateur.Recipe
 RECIPES = {
     "magnitude": R(prune="magnitude", sparsity=0.5),
@@ -35,16 +39,35 @@ RECIPES = {
     "rtn": R(quantize="rtn", quantization={"bits": 4}),
     "gptq": R(quantize="gptq", quantization={"bits": 4, "group_size": 128}, calibration=_FEW),
     "spqr": R(quantize="spqr", quantization={"outlier_threshold": 0.5}, calibration=_FEW),
+    "spqr-some": R(quantize="spqr", quantization={"outlier_threshold": 0.5}, calibration=_FEW, targets=SOME),
     "squeezellm": R(quantize="squeezellm", quantization={"sensitivity": "hessian"}, calibration=_FEW),
     "sparsegpt+gptq": R(prune="sparsegpt", pattern="2:4", quantize="gptq", quantization={"bits": 8}, calibration=_FEW),
 }
 #: Minutes each, on a thread.
-SLOW = {"magnitude", "sparsegpt", "alps", "wanda+dsnot", "squeezellm", "sparsegpt+gptq"}
+SLOW = {"magnitude", "sparsegpt", "alps", "wanda+dsnot", "spqr", "squeezellm", "sparsegpt+gptq"}
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
 Compressed = Callable[[str], tuple[Path, secateur.Report]]
 
 
-def compress(folder: Path, recipe: secateur.Recipe) -> secateur.Report:
+def dense(shared: Shared) -> Path:
+    """SmolLM2 as a folder of its own. As the GGUF file that it comes in, it takes half a minute to open, with its tokenizer."""
+    return shared("smollm2", lambda folder: export("demo", folder, "dense"))
+
+
+def compress(shared: Shared, folder: Path, recipe: secateur.Recipe) -> secateur.Report:
     """Compress SmolLM2 into a folder. Run at the root of the repository, below which the calibration text is named."""
     assert Path.cwd() == ROOT, f"run in {ROOT}, not in {os.getcwd()}"
-    return secateur.compress("demo", folder, recipe)
+    return secateur.compress(str(dense(shared)), folder, recipe)
+
+
+def compressed(shared: Shared, method: str) -> tuple[Path, secateur.Report]:
+    """SmolLM2 by that recipe, and the report."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        report = compress(shared, folder / "out", RECIPES[method])
+        (folder / "report").write_bytes(pickle.dumps(report))
+
+    found = shared(f"smollm2-{method}", make)
+    return found / "out", pickle.loads((found / "report").read_bytes())

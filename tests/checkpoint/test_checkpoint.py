@@ -5,10 +5,8 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 
+import processes
 import pytest
 import torch
 import transformers
@@ -625,10 +623,7 @@ def test_a_file_that_may_not_grow(single, tmp_path):
         except SecateurError as error:
             print("said:", error)
     """
-    found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(single), str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
-    )  # fmt: skip
+    found = processes.script(program, single, tmp_path / "out")
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith(f"said: {tmp_path / 'out'} could not be written: ")
     assert len(found.stdout.splitlines()) == 1

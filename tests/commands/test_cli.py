@@ -5,8 +5,8 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 
+import processes
 import pytest
 import torch
 import yaml
@@ -632,20 +632,13 @@ _SLOW = """
 def test_an_interrupted_run_can_be_resumed(sent, says, fails, model_of, text_options, tmp_path):
     source = model_of("llama", num_hidden_layers=20)
     args = ["compress", source, tmp_path / "out", "--prune", "slow", "--sparsity", 0.5, *text_options]
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(_SLOW), *map(str, args)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        for line in process.stderr:
-            if line.startswith("block 2 of 20"):
-                break
-        process.send_signal(sent)
-        _, rest = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130, rest
-    assert "Traceback" not in rest
-    left = rest.splitlines()[-1]
+    process = processes.Process.of_code(_SLOW, *args)
+    process.wait_for("\nblock 2 of 20")
+    process.send_signal(sent)
+    done = process.end(timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    left = done.stderr.splitlines()[-1]
     partial = tmp_path / "out.partial"
     assert re.fullmatch(
         rf"interrupted: [2-4] blocks are kept in {re.escape(str(partial))}: run again with --resume to go on", left

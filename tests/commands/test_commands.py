@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import typer
 
@@ -166,10 +167,7 @@ def test_a_package_of_somebody_else_adds_a_command(with_a_command, model_of):
     """One file outside the package: it is in the help, has options, and its errors name them."""
 
     def call(*args):
-        path = os.pathsep.join([str(ROOT), str(with_a_command)])
-        command = [sys.executable, "-m", "secateur", *map(str, args)]
-        env = {**os.environ, "PYTHONPATH": path}
-        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        return processes.command(*args, path=[with_a_command])
 
     listed = call("--help")
     assert listed.returncode == 0

@@ -3,10 +3,9 @@
 import io
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from rich.console import Console
 
@@ -124,14 +123,9 @@ with Display(False) as shown:
     shown.bar.refresh()
 """
     for no_color, coloured in (("", True), ("1", False)):
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "FORCE_COLOR": "1",
-            "TERM": "xterm-256color",
-            "NO_COLOR": no_color,
-        }
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+        env = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": no_color}
+        found = processes.script(code, env=env)
+        assert found.returncode == 0, found.stderr
         assert "computing gradients: 1 of 8 windows" in found.stderr
         assert bool(re.search(r"\x1b\[[\d;]*(3[0-7]|38;)[\d;]*m", found.stderr)) == coloured
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import secateur
@@ -137,9 +138,7 @@ def test_what_cannot_be_compared(says, model_of):
 def test_the_help_fits_two_screens(name, says, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERMINAL_WIDTH", "100")
-    command = [sys.executable, "-m", "secateur", name, "--help"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    out = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+    out = processes.command(name, "--help").stdout
     assert len(out.splitlines()) <= 80
     assert max(map(len, out.splitlines())) <= 100
     assert out.index("--recipe") < out.index("--device") < out.index("─ Pruning ")

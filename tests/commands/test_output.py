@@ -3,10 +3,10 @@
 import io
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -43,18 +43,17 @@ def test_tables_and_messages(model_of, tmp_path):
     """Of the command itself, in a process of its own."""
 
     def run(*args):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LANG": "C", "LC_ALL": "C"}
-        command = [sys.executable, "-m", "secateur", *map(str, args)]
-        return subprocess.run(command, capture_output=True, env=env, check=False)
+        env = {**os.environ, "PYTHONIOENCODING": "ascii", "LANG": "C", "LC_ALL": "C"}
+        return processes.command(*args, env=env)
 
     out = tmp_path / "café"
     found = run("compress", model_of("llama"), out, "--quantize", "rtn")
-    assert (found.returncode, found.stdout) == (0, b"")
-    assert rb"caf\xe9" in found.stderr
-    assert b"| bits per weight, 14 compressed linears |" in found.stderr
+    assert (found.returncode, found.stdout) == (0, "")
+    assert r"caf\xe9" in found.stderr
+    assert "| bits per weight, 14 compressed linears |" in found.stderr
     found = run("inspect", out)
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert b"| model.layers.0.self_attn.q_proj | 32x32 |" in found.stdout
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "| model.layers.0.self_attn.q_proj | 32x32 |" in found.stdout
 
 
 def test_a_name_that_is_no_text(says, tmp_path):

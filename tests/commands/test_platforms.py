@@ -1,9 +1,9 @@
 """Where there is no POSIX: what only Linux and macOS have is taken away, in a process of its own."""
 
-import subprocess
 import sys
 import textwrap
 
+import processes
 import pytest
 
 # Others' libraries look for these, too, and do without where they are not: what they have imported is left to them.
@@ -62,12 +62,7 @@ _WORK = """
 @pytest.fixture
 def elsewhere():
     def run(code, *args):
-        return subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(_WITHOUT) + textwrap.dedent(code), *map(str, args)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return processes.script(textwrap.dedent(_WITHOUT) + textwrap.dedent(code), *args)
 
     return run
 

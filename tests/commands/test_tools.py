@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import processes
 import pytest
 from transformers.utils import logging
 
@@ -151,13 +152,12 @@ def test_signals_do_what_they_do_to_a_tool(tmp_path):
     script.write_text("import time\nprint('ready', flush=True)\ntime.sleep(600)\n")
     # What a shell starts in the background does not heed SIGINT.
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{start}; from secateur.cli import main; main()", "run", str(script)]
-    wanted = {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}
-    running = {number: subprocess.Popen(command, stdout=subprocess.PIPE) for number in wanted}
-    for number, process in running.items():
-        assert process.stdout.readline() == b"ready\n"
+    for number, code in {signal.SIGINT: 130, signal.SIGTERM: -signal.SIGTERM}.items():
+        process = processes.Process.of_code(f"{start}; from secateur.cli import main; main()", "run", script)
+        process.wait_for("ready\n", "stdout")
         process.send_signal(number)
-        assert process.wait(60) == wanted[number]
+        done = process.end(timeout=60)
+        assert (done.returncode, done.stdout) == (code, "ready\n"), done.stderr
 
 
 @pytest.mark.slow

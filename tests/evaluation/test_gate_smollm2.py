@@ -122,10 +122,10 @@ def test_spqrs_scale_codes_rounded_down(check_planted):
     assert check_planted("spqr", scale_codes_floored).verdict == "failed"
 
 
-def test_a_block_that_was_left_dense(tmp_path):
+def test_a_block_that_was_left_dense(shared, tmp_path):
     """Perplexity is better for it; the size tells."""
     recipe = dataclasses.replace(smollm2.RECIPES["rtn"], ignore=("model.layers.3.*",))
-    smollm2.compress(tmp_path / "out", recipe)
+    smollm2.compress(shared, tmp_path / "out", recipe)
     result = gate(str(tmp_path / "out"), baseline_of("rtn"))
     assert {check.name: check.verdict for check in result.checks} == {"perplexity": "ok", "size": "failed"}
     assert not result.passed

@@ -42,14 +42,19 @@ def worker(folders):
     found.stop()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-@given(data=st.data())
-def test_whatever_is_changed_there_is_an_error_or_a_model(data, folders, worker, tmp_path_factory):
+def changed(data, folders, worker, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(folders[data.draw(st.integers(0, len(folders) - 1))], folder)
     mutate(folder, Draw(data))
     assert worker.attempt(folder) == []
+
+
+@pytest.mark.parametrize("times", [120, pytest.param(1000, marks=pytest.mark.slow)])
+def test_whatever_is_changed_there_is_an_error_or_a_model(times, folders, worker, tmp_path_factory):
+    """Those that had found something before come first. What each test below changes can come up here, too."""
+    some = settings(max_examples=times, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+    some(given(data=st.data())(changed))(folders=folders, worker=worker, tmp_path_factory=tmp_path_factory)
 
 
 HUGE = [2**31, 10**9, 2**40, 2**62]

@@ -1,11 +1,9 @@
 """A layout of a new family of codes, a foreign format and a backend, each one file of another package, work like ours."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -31,12 +29,9 @@ def run(tmp_path):
     told.mkdir(parents=True)
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1\n")
     (told / "entry_points.txt").write_text(ENTRY_POINTS)
-    path = os.pathsep.join(map(str, (ROOT, TOYS, told.parent)))
 
     def run(code, *arguments):
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        env = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+        done = processes.script(code, *arguments, cwd=tmp_path, path=[TOYS, told.parent])
         assert done.returncode == 0, done.stderr
         assert "the formats of no_such_module cannot be loaded" in done.stderr
         return json.loads(done.stdout.splitlines()[-1])

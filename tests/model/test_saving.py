@@ -2,10 +2,10 @@
 
 import copy
 import io
-import multiprocessing
 import pickle
 import shutil
 
+import processes
 import pytest
 import torch
 from conftest import PACKED
@@ -150,9 +150,8 @@ def test_copies(own, tmp_path, layout, backend):
 def test_another_process(own, tmp_path):
     folder, before = own("llama", "packed-int")
     models = {backend: secateur.load(folder, backend) for backend in ("auto", "dense")}
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=in_another_process, args=(models, tmp_path, there))
+    here, there = processes.CONTEXT.Pipe()
+    process = processes.CONTEXT.Process(target=in_another_process, args=(models, tmp_path, there))
     process.start()
     found = here.recv()
     process.join()

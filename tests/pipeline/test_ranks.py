@@ -4,10 +4,9 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from hypothesis import given
@@ -138,11 +137,6 @@ def contents(folder):
 # --- torchrun itself
 
 
-def torchrun(*args):
-    # Not by the name of the script, which may not be on the path.
-    return [sys.executable, "-m", "torch.distributed.run", *args]
-
-
 def test_two_machines_on_one(model, text_file, tmp_path):
     """Two launches, as on two machines, that meet at a port."""
     with socket.socket() as free:
@@ -161,19 +155,14 @@ def test_two_machines_on_one(model, text_file, tmp_path):
             f"--master-port={port}",
         ]
         launches.append(
-            subprocess.Popen(
-                torchrun(*meet, *command),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-                cwd=Path(__file__).parents[2],
+            processes.Process.of_module(
+                "torch.distributed.run", *meet, *command, env=environment, cwd=Path(__file__).parents[2]
             )
         )
-    said = [launch.communicate(timeout=120)[0] for launch in launches]
-    assert [launch.returncode for launch in launches] == [0, 0], said
-    assert "block 4 of 4" in said[0]
-    assert "block 4 of 4" not in said[1], "one process tells"
+    done = [launch.end() for launch in launches]
+    assert [launch.returncode for launch in done] == [0, 0], done
+    assert "block 4 of 4" in done[0].stderr
+    assert "block 4 of 4" not in done[1].stderr + done[1].stdout, "one process tells"
     assert len(linears(tmp_path / "out")) == 7 * BLOCKS
 
 

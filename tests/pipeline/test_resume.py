@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import config_of
@@ -305,8 +306,7 @@ def kill(sharded, text_file, folder, times):
 
 def in_a_process(*jobs):
     """What jobs of `forked.py` found, after the lines that their processes printed."""
-    script = Path(__file__).parents[1] / "forked.py"
-    done = subprocess.run([sys.executable, script, json.dumps(jobs)], capture_output=True, text=True, check=False)
+    done = processes.file(Path(__file__).parents[1] / "forked.py", json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     *said, found = done.stdout.splitlines()
     return said, json.loads(found)

@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import pytest
+import smollm2
 import torch
-from smollm2 import BASELINES, RECIPES, SLOW, TEXT, needs_demo
+from smollm2 import BASELINES, RECIPES, SLOW, SOME, TEXT, needs_demo
 from transformers import AutoModelForCausalLM
 
 import secateur
@@ -67,9 +68,9 @@ def test_the_files_are_no_larger_than_they_must_be(wanda):
     assert report.bytes == (out / "model.safetensors").stat().st_size
 
 
-def test_it_loads_and_still_predicts_english(wanda):
+def test_it_loads_and_still_predicts_english(wanda, shared):
     """Whatever its baseline says: a model that has lost its English is in the tens of thousands."""
-    found = evaluate(str(wanda[0]), "demo", Text("docs", 256, 2))
+    found = evaluate(str(wanda[0]), str(smollm2.dense(shared)), Text("docs", 256, 2))
     assert found.quality.reference_perplexity < found.quality.perplexity < 8 * found.quality.reference_perplexity
     assert found.quality.agreement > 0.3
     assert found.size.bits_per_weight < 0.7 * 16
@@ -83,12 +84,12 @@ def test_transformers_and_we_load_the_same(wanda):
         assert torch.equal(ours_w, theirs_w)
 
 
-def packed_differs(out):
+def packed_differs(out, linears=LINEARS):
     """How far the logits with packed weights are from those with dense ones: relative, in float32, for a prompt and a token."""
     ids = torch.arange(1000, 1013)[None]
     differences = []
     found = [secateur.load(out, backend, dtype=torch.float32) for backend in ("cpu", "dense")]
-    assert len(list(packed_linears(found[0]))) == LINEARS
+    assert len(list(packed_linears(found[0]))) == linears
     with torch.no_grad():
         prompts = [model(ids[:, :-1], use_cache=True) for model in found]
         tokens = [
@@ -110,7 +111,7 @@ def methods(*names):
 
 PRUNED = ("magnitude", "wanda", "sparsegpt", "wanda+dsnot", "alps")
 # How many bits the linears may take.
-QUANTIZED = {"rtn": 4.32, "gptq": 4.2, "spqr": 3.9, "squeezellm": 4.7, "sparsegpt+gptq": 5.3}
+QUANTIZED = {"rtn": 4.32, "gptq": 4.2, "spqr": 3.9, "spqr-some": 3.9, "squeezellm": 4.7, "sparsegpt+gptq": 5.3}
 
 
 @pytest.mark.parametrize("method", methods(*PRUNED))
@@ -122,15 +123,16 @@ def test_it_is_pruned_as_well_as_before(method, compressed, as_good_as_before):
 def test_it_is_quantized_loads_and_predicts_as_well_as_before(method, compressed, as_good_as_before):
     out, report = compressed(method)
     bits = QUANTIZED[method]
-    assert len(report.linears) == LINEARS
+    share = len(SOME) / 30 if method == "spqr-some" else 1
+    assert len(report.linears) == share * LINEARS
     assert bits - 0.3 < report.bits < bits
     linears = sum(linear.bytes for linear in report.linears)
-    assert report.bits == pytest.approx(8 * linears / WEIGHTS)
-    assert report.bytes < 1.01 * linears + 2 * (report.parameters - WEIGHTS)
+    assert report.bits == pytest.approx(8 * linears / (share * WEIGHTS))
+    assert report.bytes < 1.01 * linears + 2 * (report.parameters - share * WEIGHTS)
     as_good_as_before(method, out)
     if cpu_backend.missing() is None:
         # Dense weights are rounded to bfloat16 once more, to eight bits.
-        assert packed_differs(out) < 0.02
+        assert packed_differs(out, len(report.linears)) < 0.02
 
 
 # Perplexity of the dense model on `TEXT`, and how many times worse each method may be at most.
@@ -143,10 +145,14 @@ LIMITS = {
 
 def test_baselines_are_not_of_something_broken():
     """Such a baseline would let it pass for ever. Known are these limits, and which method is better than which."""
-    assert {file.stem for file in BASELINES.iterdir()} == set(RECIPES) == set(LIMITS) == {*PRUNED, *QUANTIZED}
+    assert (
+        {file.stem for file in BASELINES.iterdir()} == set(RECIPES) == {*LIMITS, "spqr-some"} == {*PRUNED, *QUANTIZED}
+    )
     kept = {method: Baseline.read(BASELINES / f"{method}.json") for method in RECIPES}
     found = {method: baseline.content["metrics"]["perplexity"]["value"] for method, baseline in kept.items()}
-    assert all(DENSE < found[method] < limit * DENSE for method, limit in LIMITS.items()), found
+    # Of some blocks alone, nothing is lost that could be told from chance.
+    assert found.pop("spqr-some") == pytest.approx(DENSE, rel=0.01)
+    assert all(DENSE < value < LIMITS[method] * DENSE for method, value in found.items()), found
     assert found["alps"] < found["sparsegpt"] < found["wanda+dsnot"] < found["wanda"] < found["magnitude"]
     assert max(found["gptq"], found["spqr"], found["squeezellm"]) < found["rtn"]
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import secateur
@@ -157,11 +157,9 @@ def test_a_package_of_somebody_else_adds_a_method(model_of, text_file, tmp_path)
     for file in ("pyproject.toml", "custom_pruner.py"):
         (source / file).write_bytes((example / file).read_bytes())
     subprocess.run([*install, "--target", str(site), str(source)], check=True, cwd=tmp_path)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "secateur", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+        return processes.command(*arguments, cwd=tmp_path, path=[site])
 
     calibration = ["--calibration", text_file, "--samples", 8, "--seq-len", 32]
     made = run("compress", model_of("llama"), "out", "--prune", "blend", "--sparsity", 0.5, "--power", 0, *calibration)

@@ -1,15 +1,11 @@
 """A goal is one file, ours or that of another package."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import processes
 
 from secateur.recipes.recipe import Recipe
 from secateur.search.goal import GOALS, UNIFORM, goal_of
 from secateur.search.goals.target_size import TargetSize
 
-ROOT = Path(__file__).parents[2]
 TOY = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -58,11 +54,9 @@ def test_a_goal_of_another_package(model_of, text_file, tmp_path):
     (site / "toy-1.dist-info" / "entry_points.txt").write_text("[secateur.goals]\ntoy = toy\n")
     options = ["--prune", "wanda", "--sparsity", "0.5", "--allocation", "first-half", "--calibration", str(text_file)]
     options += ["--samples", "4", "--seq-len", "16"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     model = str(model_of("llama"))
     for command in (["compress", model, str(tmp_path / "out"), "-q"], ["plan", model]):
-        args = [sys.executable, "-m", "secateur", *command, *options]
-        done = subprocess.run(args, env=environment, capture_output=True, text=True, check=False)
+        done = processes.command(*command, *options, path=[site])
         assert done.returncode == 0, done.stderr
     linears = Recipe.read(tmp_path / "out" / "secateur.json").linears
     assert [choice.sparsity for choice in linears.values()] == [0.5] * 7 + [None] * 7

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Model, Trust, Verify
+from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Model, Revision, Trust, Verify
 
 
 @command("generate")
@@ -28,6 +28,7 @@ class Generate:
     device: Device = "auto"
     backend: Backend = "auto"
     verify: Verify = False
+    revision: Revision = None
     trust_remote_code: Trust = False
     debug: Debug = False
 
@@ -45,6 +46,7 @@ class Generate:
             device=self.device,
             backend=self.backend,
             verify=self.verify,
+            revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
         print(text)

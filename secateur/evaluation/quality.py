@@ -23,7 +23,7 @@ from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_refer
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.model.load import load_source, open_device, parse_dtype
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton
 from secateur.model.weights import conflicts, stored_names
 
@@ -167,6 +167,7 @@ def evaluate(  # noqa: PLR0913 - users name them
     few_shot: int | None = None,
     limit: int | None = None,
     verify: bool = False,
+    revision: str | None = None,
     accept: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
     task_progress: Callable[[int, int], None] | None = None,
@@ -183,6 +184,7 @@ def evaluate(  # noqa: PLR0913 - users name them
         by_block: also compare the two models block by block.
         tasks, few_shot, limit: what is measured besides, see `run_tasks`.
         verify: whether the model's files (not the reference's) have to be those that its manifest names.
+        revision: of `model`, see `compress`; that of the reference stands in its name.
         accept: called with the hash of the text's tokens before any model is run; what it raises ends the evaluation.
         progress: called with (windows done, windows in total).
         task_progress: as `progress` of `run_tasks`.
@@ -191,6 +193,7 @@ def evaluate(  # noqa: PLR0913 - users name them
         SecateurError: a model, the text or a task cannot be had, or something measured is not finite.
     """
     began = time.monotonic()
+    model = with_revision(model, revision)
     check_tasks(tasks, few_shot, limit)
     if reference is None and (by_block or cache is not None):
         raise UsageError(f"`{'by_block' if by_block else 'cache'}` needs a `reference` to compare with")
@@ -289,10 +292,11 @@ def generate(  # noqa: PLR0913 - users name them
     dtype: str = "auto",
     device: str = "cpu",
     backend: str = AUTO,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
 ) -> str:
-    """What a model writes after a prompt, without the prompt. `verify` is as in `evaluate`.
+    """What a model writes after a prompt, without the prompt. `verify` and `revision` are as in `evaluate`.
 
     Raises:
         SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
@@ -301,7 +305,7 @@ def generate(  # noqa: PLR0913 - users name them
     if not 0 <= temperature < math.inf:
         raise UsageError(f"`temperature` {temperature:g} is not possible: give 0 or more, such as 0.7")
     target = open_device(device)
-    source = open_source(model, trust_remote_code, verify, parse_dtype(dtype))
+    source = open_source(with_revision(model, revision), trust_remote_code, verify, parse_dtype(dtype))
     tokenizer = source.tokenizer()
     loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
     if chat:

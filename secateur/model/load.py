@@ -17,7 +17,7 @@ from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.model.dispatch import Placement, dispatch
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton
 from secateur.model.transformers.quantizer import SecateurConfig, SecateurQuantizer, current_backend
 from secateur.model.transformers.quantizer import backend as for_backend
@@ -74,6 +74,7 @@ def load(  # noqa: PLR0913 - users name them
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
@@ -89,6 +90,7 @@ def load(  # noqa: PLR0913 - users name them
             installed for the device; for the others see docs/backends.md. None: what `secateur.backend` says, else `auto`.
         dtype: of the loaded weights; None keeps that of the files.
         device: where they go.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         verify: compare the SHA-256 of every file with the folder's manifest before any is opened. What they hold is checked
             in any case.
@@ -111,7 +113,7 @@ def load(  # noqa: PLR0913 - users name them
         placement = Placement(device_map, max_memory, offload_folder)
     elif max_memory is not None or offload_folder is not None:
         raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
-    source = open_source(str(model), trust_remote_code, verify, dtype)
+    source = open_source(with_revision(str(model), revision), trust_remote_code, verify, dtype)
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 

@@ -168,6 +168,23 @@ def open_source(
     return open_folder(model, folder, trust_remote_code, from_hub)
 
 
+def with_revision(model: str, revision: str | None) -> str:
+    """The name of a model of the hub, `id@revision`, with a branch, tag or commit that was given beside it.
+
+    Raises:
+        UsageError: the name has another revision already, or is not that of a model of the hub.
+    """
+    if revision is None:
+        return model
+    check_named(revision, "`revision`")
+    if model == DEMO or model.endswith(".gguf") or os.path.exists(Path(model).expanduser()):
+        raise UsageError(f"`revision` is for a model of the hub, and {model} is on this machine: leave it out")
+    name, _, named = model.partition("@")
+    if named not in ("", revision):
+        raise UsageError(f"{model} and `revision` {revision} name two revisions: leave one of them out")
+    return f"{name}@{revision}"
+
+
 def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False) -> Source:
     """Open a Hugging Face folder as `open_source` does, whose errors it raises."""
     check_entries(folder)

@@ -21,7 +21,7 @@ from secateur.formats.stored_weights import quantization_config
 from secateur.memory.peak import peak_memory
 from secateur.memory.room import limit_memory
 from secateur.model.load import open_device
-from secateur.model.source import Source, open_source, save_config, save_untied
+from secateur.model.source import Source, open_source, save_config, save_untied, with_revision
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.outcome import Progress, Report
@@ -46,6 +46,7 @@ def compress(  # noqa: PLR0913 - users name them
     resume: bool = False,
     verify: bool = True,
     overwrite: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
     shared: Shared | None = None,
@@ -66,6 +67,7 @@ def compress(  # noqa: PLR0913 - users name them
         resume: whether to go on with a run that was interrupted, if there is one. The result has the same bytes.
         verify: whether to check the new checkpoint before it gets its name.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, and an unfinished run be begun again.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: told of every step, in the first process.
         shared: what other runs on the same model have found, the open model included.
@@ -74,7 +76,7 @@ def compress(  # noqa: PLR0913 - users name them
         SecateurError: with one line for the user; `UsageError` where the request itself cannot be met.
     """
     started = time.monotonic()
-    recipe = as_recipe(recipe)
+    model, recipe = with_revision(model, revision), as_recipe(recipe)
     inputs = {"MODEL": model, **inputs_of("the calibration text", recipe.calibration.source)}
     resolved, goal = plan(recipe), goal_of(recipe)
     limit = limit_memory(max_memory)

@@ -42,7 +42,7 @@ from secateur.folder.writer import put_in_place, write_whole
 from secateur.memory.peak import forget_peak
 from secateur.memory.room import limit_memory
 from secateur.model.load import open_device
-from secateur.model.source import open_source
+from secateur.model.source import open_source, with_revision
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
@@ -71,6 +71,7 @@ class Sweep:
         cache_tokens: of the dense model's predictions, see `keep_reference`.
         max_memory: of each compression, see `compress`.
         keep_models: whether the checkpoints stay, in `OUT/models`.
+        revision: of the model, see `compress`.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Sweep:
     cache_tokens: int | None = KEPT_TOKENS
     max_memory: str | int | None = None
     keep_models: bool = False
+    revision: str | None = None
 
 
 def sweep(
@@ -117,7 +119,8 @@ def sweep(
             goal_of(recipe)
         except UsageError as error:
             raise UsageError(f"recipe {name!r}: {error}") from error
-    asked = dataclasses.replace(asked, max_memory=limit_memory(asked.max_memory))
+    named = with_revision(asked.model, asked.revision)
+    asked = dataclasses.replace(asked, model=named, max_memory=limit_memory(asked.max_memory))
     out, inputs = place_of(out), _inputs(asked)
     check_free(out, overwrite, inputs)
     with _partial(out, resume, overwrite, inputs) as (folder, lock):

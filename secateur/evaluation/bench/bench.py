@@ -31,7 +31,7 @@ from secateur.evaluation.bench.timing import COLD, cache_bytes, free_bytes, larg
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.load import open_device, parse_dtype
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source, open_source, with_revision
 
 # Copies of a weight at most: more of one so small would take longer to make than to measure.
 _MOST_COPIES = 4096
@@ -179,6 +179,7 @@ def bench(  # noqa: PLR0913 - users name them
     tokens: Sequence[int] = (1,),
     threads: int | None = None,
     seconds: float = 2.0,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
@@ -195,6 +196,7 @@ def bench(  # noqa: PLR0913 - users name them
         tokens: how many inputs a call takes; one row of figures for each.
         threads: of the CPU; None leaves that to torch.
         seconds: to spend on each row of figures, about.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: called with (rows done, rows in total).
 
@@ -209,7 +211,7 @@ def bench(  # noqa: PLR0913 - users name them
             f"`tokens` {','.join(map(str, tokens))}: there must be at least one number, and all at least 1"
         )
     target = open_device(device)
-    source = open_source(model, trust_remote_code, dtype=wanted)
+    source = open_source(with_revision(model, revision), trust_remote_code, dtype=wanted)
     computed = wanted or source.dtype
     with _threads(threads), torch.inference_mode():
         groups, fallback = _group(source, backend, target, computed)
@@ -228,7 +230,7 @@ def bench(  # noqa: PLR0913 - users name them
                     progress(len(cases), total)
         used = torch.get_num_threads()
     name = str(computed).removeprefix("torch.")
-    return Bench(model, backend, str(target), name, used, copied / copy_seconds, tuple(cases), fallback)
+    return Bench(source.name, backend, str(target), name, used, copied / copy_seconds, tuple(cases), fallback)
 
 
 @contextmanager

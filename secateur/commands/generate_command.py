@@ -33,7 +33,7 @@ class Generate:
     debug: Debug = False
 
     def run(self) -> None:
-        from secateur.evaluation.quality import generate
+        from secateur.runs.generate import generate
 
         text = generate(
             self.model,

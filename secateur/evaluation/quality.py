@@ -53,7 +53,8 @@ class Evaluation:
     Attributes:
         text: what was measured on, with `sha256` of the tokens, and `bytes` that the scored ones stand for. `bos` is whether
             windows did begin with it.
-        bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be compared.
+        bits_per_byte, reference_bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be
+            compared.
         blocks: where the error is made, if that was asked for.
         seconds: it took.
         tasks: scores in tasks, if that was asked for.
@@ -71,6 +72,7 @@ class Evaluation:
     seconds: float
     tasks: tuple[TaskScore, ...] = ()
     cache_tokens: int | None = None
+    reference_bits_per_byte: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, the means over each window and at each position included, as JSON holds it."""
@@ -267,6 +269,7 @@ class _Opened:
         """The figures of the text alone, by what is kept of the reference if there is anything."""
         cut, other = self.cut, self.other
         quality = self.runner.measure(loaded, cut, dense if kept is None else kept, progress)
+        loss = quality.reference_loss
         size = scored_bytes(self.tokenizer, cut.ids_KS, cut.stride, cut.bos)
         said = {"bos": bool(cut.bos), "sha256": self.sha256, "bytes": size}
         return Evaluation(
@@ -274,18 +277,19 @@ class _Opened:
             reference=None if other is None else other.name,
             text={**dataclasses.asdict(self.text), **said},
             quality=quality,
-            bits_per_byte=bits_per_byte(quality, size),
+            bits_per_byte=bits_per_byte(quality.loss, quality.tokens, size),
             size=size_of(self.source),
             reference_size=None if other is None else size_of(other),
             blocks=None,
             seconds=0.0,
             cache_tokens=None if kept is None else kept.tokens,
+            reference_bits_per_byte=None if loss is None else bits_per_byte(loss, quality.tokens, size),
         )
 
 
-def bits_per_byte(quality: Quality, size: int) -> float:
-    """The loss in bits for each of the `size` bytes that the scored tokens stand for; NaN where they stand for none."""
-    return quality.loss * quality.tokens / math.log(2) / size if size > 0 else math.nan
+def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+    """A loss in bits for each of the `size` bytes that the scored tokens stand for; NaN where they stand for none."""
+    return loss * tokens / math.log(2) / size if size > 0 else math.nan
 
 
 def size_of(source: Source) -> Size:

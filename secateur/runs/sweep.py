@@ -314,7 +314,7 @@ class _SweepRun:
             bits_per_weight=size.bits_per_weight,
             perplexity=quality.perplexity,
             perplexity_interval=quality.perplexity_interval,
-            bits_per_byte=bits_per_byte(quality, self.bytes),
+            bits_per_byte=bits_per_byte(quality.loss, quality.tokens, self.bytes),
             seconds=seconds,
             kl=quality.kl,
             kl_interval=quality.kl_interval,

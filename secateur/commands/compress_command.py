@@ -91,4 +91,4 @@ class Compress:
         totals = {"out": str(report.out), "sparsity": report.sparsity, "bits": report.bits}
         write_json({**dataclasses.asdict(report), **totals}, self.json_file)
         if self.plot is not None:
-            plot_choices(report.linears, self.plot)
+            plot_choices(report.linears, self.plot, self.out.name)

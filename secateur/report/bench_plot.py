@@ -42,8 +42,10 @@ def plot(bench: Bench, file: Path) -> None:
     rows = len(bench.cases) // len(panels)
     figure = Figure(figsize=(9, 1.5 + len(panels) * (1 + 0.6 * rows)), layout="constrained")
     figure.suptitle(
-        f"{bench.model}: {bench.dtype}, {bench.device}, threads: {bench.threads}, "
-        f"copy bandwidth {bench.copy_bandwidth / 1e9:.1f} GB/s",
+        f"Time of the packed linears of {bench.model} against dense ones\n"
+        f"{bench.dtype} on {bench.device}, {bench.threads} thread{'' if bench.threads == 1 else 's'}; "
+        f"a copy of memory moves {bench.copy_bandwidth / 1e9:.1f} GB/s",
+        fontsize="medium",
         parse_math=False,  # of a path
     )
     for T, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
@@ -62,12 +64,15 @@ def plot(bench: Bench, file: Path) -> None:
             color=_DENSE_COLOUR,
             label="dense",
         )
-        notes = [f" {case.speed_up:.2f}×, {bench.utilization(case):.0%} of copy" for case in cases]
+        notes = [
+            f" {case.speed_up:.2f}× as fast, {bench.utilization(case):.0%} of a copy's bandwidth" for case in cases
+        ]
         axes.bar_label(packed, notes, fontsize="small")
         axes.set_yticks(range(rows), [f"{describe(case.layout)}\n{case.shape[0]}×{case.shape[1]}" for case in cases])
         axes.invert_yaxis()
-        axes.margins(x=0.25)  # room for the notes
-        axes.set_xlabel(f"milliseconds of a call with {T} token{'' if T == 1 else 's'}")
+        axes.margins(x=0.4)  # room for the notes
+        axes.set_xlabel(f"time of a call with {T} token{'' if T == 1 else 's'}, ms")
+        axes.set_ylabel("layout and shape of the linears")
         axes.legend()
     save_plot(figure, file)
 

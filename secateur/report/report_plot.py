@@ -25,7 +25,7 @@ _STYLES = {
 # Perplexities further apart than this are drawn on a log scale.
 _WIDE = 4
 # Letters that fit above the plot.
-_TITLE = 70
+_TITLE = 50
 # Where a label may stand: pixels from its point to its nearer end. Not further, where it would seem another point's.
 _OFFSETS = tuple((side * right, up) for right, up in ((14, 16), (20, 0), (14, -18)) for side in (1, -1))
 
@@ -58,9 +58,9 @@ def draw(result: SweepResult, file: Path) -> None:
     model = result.model.encode(errors="replace").decode()  # a path may hold bytes that are no text
     # The end of a path tells more than its beginning.
     title = model if len(model) <= _TITLE else "…" + model[-_TITLE:]
-    axes.set_title(title, loc="left", fontweight="bold", pad=14, parse_math=False)
+    axes.set_title(f"Size and perplexity of {title}", loc="left", fontweight="bold", pad=14, parse_math=False)
     axes.set_xlabel(f"size on disk, {unit}")
-    axes.set_ylabel(f"perplexity{', log scale' if log else ''} (bars: 95 % intervals)")
+    axes.set_ylabel(f"perplexity{', log scale' if log else ''} (lower is better; bars: 95 % intervals)")
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")

@@ -212,8 +212,10 @@ def test_describe():
     assert describe({"layout": "bitmap"}) == "bitmap"
     assert describe({"layout": "nm", "n": 2, "m": 4}) == "nm 2:4"
     codes = {"layout": "packed-int", "bits": 4, "group_size": 64, "dtype": "bfloat16"}
-    assert describe(codes) == "packed-int bits=4 group_size=64"
-    assert describe({"layout": "sparse-int", "codes": codes}) == "sparse-int packed-int bits=4 group_size=64"
+    assert describe(codes) == "packed-int, 4 bits, groups of 64"
+    assert describe({"layout": "sparse-int", "codes": codes}) == "sparse-int, codes: packed-int, 4 bits, groups of 64"
+    assert describe({**codes, "symmetric": True, "tile_rows": 16}).endswith("groups of 64, symmetric, tile rows 16")
+    assert describe({**codes, "symmetric": False}) == describe(codes)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")

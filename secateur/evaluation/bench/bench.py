@@ -165,13 +165,21 @@ class Bench:
 
 
 def describe(layout: Mapping[str, Any]) -> str:
-    """A layout's config in a few words: `nm 2:4`, `packed-int bits=4 group_size=64 symmetric=False`."""
+    """A layout's config in a few words: `nm 2:4`, `packed-int, 4 bits, groups of 64`."""
     rest = {key: value for key, value in layout.items() if key not in ("layout", "dtype")}
-    words = [str(layout["layout"])]
+    name = str(layout["layout"])
     if rest.keys() >= {"n", "m"}:
-        words.append(f"{rest.pop('n')}:{rest.pop('m')}")
-    words += [describe(value) if isinstance(value, Mapping) else f"{key}={value}" for key, value in rest.items()]
-    return " ".join(words)
+        name += f" {rest.pop('n')}:{rest.pop('m')}"
+    words = [name]
+    for key, value in rest.items():
+        plain = key.replace("_", " ")
+        if isinstance(value, Mapping):
+            words.append(f"{plain}: {describe(value)}")
+        elif key in ("bits", "group_size"):
+            words.append(f"{value} bits" if key == "bits" else f"groups of {value}")
+        elif value is not False and value is not None:
+            words.append(plain if value is True else f"{plain} {value}")
+    return ", ".join(words)
 
 
 def bench(  # noqa: PLR0913 - users name them

@@ -14,10 +14,10 @@ _SUFFIXES = (".png", ".svg")
 _DENSE_COLOUR, _PACKED_COLOUR = "#b0b0b0", "#3a7d44"
 
 
-def check_matplotlib(what: str) -> None:
-    """Raise UsageError when `what` cannot be drawn, since matplotlib is missing."""
+def check_matplotlib(what: str, extra: str) -> None:
+    """Raise UsageError when `what` cannot be drawn, since matplotlib is missing, which an extra of the package brings."""
     if find_spec("matplotlib") is None:
-        raise UsageError(f"{what} needs matplotlib, which is not installed: pip install 'secateur[bench]'")
+        raise UsageError(f"{what} needs matplotlib, which is not installed: pip install 'secateur[{extra}]'")
 
 
 def check_plot(file: Path, out: Path | None = None) -> None:
@@ -25,7 +25,7 @@ def check_plot(file: Path, out: Path | None = None) -> None:
     if file.suffix not in _SUFFIXES:
         raise UsageError(f"`plot` {file}: the file must end in {' or '.join(_SUFFIXES)}")
     check_file("`plot`", file, out)
-    check_matplotlib("`plot`")
+    check_matplotlib("`plot`", "plots")
 
 
 def plot(bench: Bench, file: Path) -> None:
@@ -70,7 +70,7 @@ def plot(bench: Bench, file: Path) -> None:
         axes.bar_label(packed, notes, fontsize="small")
         axes.set_yticks(range(rows), [f"{describe(case.layout)}\n{case.shape[0]}×{case.shape[1]}" for case in cases])
         axes.invert_yaxis()
-        axes.margins(x=0.4)  # room for the notes
+        axes.margins(x=0.6)  # room for the notes
         axes.set_xlabel(f"time of a call with {T} token{'' if T == 1 else 's'}, ms")
         axes.set_ylabel("layout and shape of the linears")
         axes.legend()

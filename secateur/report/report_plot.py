@@ -37,7 +37,7 @@ def draw(result: SweepResult, file: Path) -> None:
         UsageError: matplotlib is missing.
         OSError: the file cannot be written.
     """
-    check_matplotlib("frontier.png")
+    check_matplotlib("frontier.png", "sweep")
     # Not pyplot, which would keep figures for the whole process and may look for a screen.
     from matplotlib.figure import Figure
 

@@ -112,7 +112,7 @@ def sweep(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep runs in one process: leave torchrun out")
-    check_matplotlib("the report of a sweep")
+    check_matplotlib("the report of a sweep", "sweep")
     for name, recipe in asked.recipes:
         plan(recipe)
         try:

@@ -377,7 +377,7 @@ def test_options_that_make_no_sense(options, message, folder, fails):
 def test_a_plot_without_matplotlib(folder, fails, monkeypatch, tmp_path):
     monkeypatch.setattr("secateur.report.bench_plot.find_spec", lambda name: None)
     line = fails(2, "bench", folder("bitmap"), "--plot", tmp_path / "a.png")
-    assert line == "--plot needs matplotlib, which is not installed: pip install 'secateur[bench]'"
+    assert line == "--plot needs matplotlib, which is not installed: pip install 'secateur[plots]'"
 
 
 def test_models_that_have_nothing_to_measure(model_of, fails):

@@ -87,7 +87,7 @@ def draw(result: SweepResult, file: Path) -> None:
     axes.legend(frameon=False, fontsize="small")
     order = dict.fromkeys([*line, *drawn])  # those on the frontier have the first choice
     labels = [(x[i], y[i], _label(found[i], drawn[i].perplexity, edge)) for i in order]
-    _write_labels(figure, axes, labels, [(x[i], *bars[i]) for i in drawn])
+    write_labels(figure, axes, labels, [(x[i], *bars[i]) for i in drawn])
     figure.savefig(file, format="png")
 
 
@@ -114,11 +114,13 @@ def _label(entry: Entry, perplexity: float, edge: float) -> str:
     return f"{entry.name} ({perplexity:,.0f} ↑)" if math.isfinite(perplexity) else f"{entry.name} (∞)"
 
 
-def _write_labels(
+def write_labels(
     figure: Figure,
     axes: Axes,
     labels: Sequence[tuple[float, float, str]],
-    bars: Sequence[tuple[float, ...]],
+    bars: Sequence[tuple[float, ...]] = (),
+    ink: str = "black",
+    ground: str | None = "white",
 ) -> None:
     """Write labels beside their points. One that would cover a point, a bar or a label wherever it stood is left out.
 
@@ -126,6 +128,7 @@ def _write_labels(
         figure, axes: everything else is drawn.
         labels: x and y of the point, and the text.
         bars: (x, low, high).
+        ink, ground: colours of the letters, and of what is drawn around them, if anything is.
     """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
@@ -140,9 +143,17 @@ def _write_labels(
     taken += [legend.get_window_extent()] if legend else []
     for label, (x, y) in zip(labels, points, strict=True):
         note = axes.annotate(
-            label[2], label[:2], (0, 0), textcoords="offset pixels", fontsize=7.5, va="center", parse_math=False
+            label[2],
+            label[:2],
+            (0, 0),
+            textcoords="offset pixels",
+            fontsize=7.5,
+            va="center",
+            parse_math=False,
+            color=ink,
         )
-        note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        if ground is not None:
+            note.set_path_effects([withStroke(linewidth=2.5, foreground=ground)])
         size = note.get_window_extent()
         for right, up in _OFFSETS:
             left = x + right - (size.width if right < 0 else 0)

@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from test_rooms import FILES
+
+import secateur
 
 ROOT = Path(__file__).parent.parent
 ALIASES = {"data": "hub", "bench": "plots"}
@@ -34,3 +37,17 @@ def test_who_is_told_to_install_an_extra_is_told_one_that_there_is(project):
     }
     assert {"hub", "plots", "sweep", "tasks"} <= named
     assert named <= project["optional-dependencies"].keys() - ALIASES.keys()
+
+
+def test_the_version_stands_in_one_place(project):
+    assert "version" in project["dynamic"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    changes = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert str(cited) == secateur.__version__
+    assert changes[0] in ("Unreleased", secateur.__version__)
+
+
+def test_metadata(project):
+    assert "Operating System :: POSIX" in project["classifiers"]
+    assert "quantization" in project["keywords"]
+    assert project["requires-python"] == ">=3.10"

@@ -1,7 +1,7 @@
 """The wheel in a bare virtual environment: no compiler, no sources, and maybe another torch than the one it was built with.
 
-`make release` has the files that it made tried here (SECATEUR_DIST names their folder); otherwise they are made first. The release of torch
-is that of this environment, or the one that OTHER_TORCH names, such as 2.14.1. The environment is kept in pytest's cache.
+`make release` has the files that it made tried here (SECATEUR_DIST names their folder); otherwise they are made first. The release
+of torch is that of this environment, or the one that OTHER_TORCH names, such as 2.14.1. The environment is kept in pytest's cache.
 """
 
 import os
@@ -79,7 +79,8 @@ def test_the_wheel_has_kernels_and_no_sources(wheel):
 
 def test_the_sdist_has_sources_tests_and_docs(dist):
     (sdist,) = dist.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
         "README.md",
         "CHANGELOG.md",

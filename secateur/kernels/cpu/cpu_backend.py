@@ -28,7 +28,7 @@ def missing() -> str | None:
         return f"its compiled kernels need torch 2.10 or later, and this is {_VERSION}: pip install -U torch"
     found = [file for ending in ("so", "pyd") for file in sorted(Path(__file__).parents[1].glob(f"_cpu.*{ending}"))]
     if not found:
-        how = "install a wheel of secateur, or, with a C++ compiler, by pip install --no-build-isolation"
+        how = "install a wheel, or build one with a C++ compiler, by pip install --no-build-isolation"
         return f"its compiled kernels are not installed: {how}"
     try:
         torch.ops.load_library(str(found[0]))

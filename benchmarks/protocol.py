@@ -187,7 +187,7 @@ def prune_options(method: str, pattern: str) -> list[str]:
 
 
 def compress_command(
-    model: Path | str, out: Path, options: list[str], calibration: Path, samples: int = SAMPLES
+    model: Path | str, out: Path, options: list[str], calibration: Path | str, samples: int = SAMPLES
 ) -> list[str]:
     """The command line of a run by the protocol."""
     command = [sys.executable, "-m", "secateur", "compress", str(model), str(out), *options, "--overwrite"]
@@ -195,7 +195,7 @@ def compress_command(
     return [*command, "--quiet", "--json"]
 
 
-def compress(model: Path | str, out: Path, options: list[str], calibration: Path, threads: int) -> dict[str, Any]:
+def compress(model: Path | str, out: Path, options: list[str], calibration: Path | str, threads: int) -> dict[str, Any]:
     """Run `secateur compress` in a process of its own; its report."""
     command = compress_command(model, out, options, calibration)
     env = {"OMP_NUM_THREADS": str(threads)}

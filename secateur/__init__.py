@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.gate.baseline import Baseline, write_baseline
     from secateur.evaluation.gate.gate import GateResult, gate
     from secateur.evaluation.gate.tolerances import Tolerances
-    from secateur.evaluation.quality import Evaluation, Runner, evaluate, generate
+    from secateur.evaluation.quality import Evaluation, Runner, evaluate
     from secateur.folder.manifest import Problem
     from secateur.model.load import load
     from secateur.model.transformers.quantizer import backend
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from secateur.report.sweep_result import SweepResult
     from secateur.runs.compress import compress
     from secateur.runs.forecast import Forecast, forecast
+    from secateur.runs.generate import generate
     from secateur.runs.sweep import Sweep, sweep
 
 __all__ = [
@@ -82,7 +83,7 @@ _HOMES = {
     "evaluation.gate.baseline": ["Baseline", "write_baseline"],
     "evaluation.gate.gate": ["GateResult", "gate"],
     "evaluation.gate.tolerances": ["Tolerances"],
-    "evaluation.quality": ["Evaluation", "Runner", "evaluate", "generate"],
+    "evaluation.quality": ["Evaluation", "Runner", "evaluate"],
     "folder.manifest": ["Problem"],
     "model.load": ["load"],
     "model.transformers.quantizer": ["backend"],
@@ -93,6 +94,7 @@ _HOMES = {
     "report.sweep_result": ["SweepResult"],
     "runs.compress": ["compress"],
     "runs.forecast": ["Forecast", "forecast"],
+    "runs.generate": ["generate"],
     "runs.sweep": ["Sweep", "sweep"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,5 +1,6 @@
 """The examples run, on tiny models; those that are packages are tried where methods and commands are."""
 
+import json
 import runpy
 import sys
 
@@ -75,3 +76,24 @@ def test_the_workflow_is_the_one_of_the_page():
     workflow = (EXAMPLES / "github-actions.yml").read_text(encoding="utf-8")
     assert workflow.partition("\n")[2] in (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
     assert "gate" in yaml.safe_load(workflow)["jobs"]
+
+
+def test_the_cells_of_the_notebook_run_in_turn(model_of, text_file, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    cells = json.loads((EXAMPLES / "sweep.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(cell.get("outputs", []) == [] for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    # On a tiny model, a short text and short windows.
+    for there, here in (
+        ('"demo"', repr(str(model_of("llama")))),
+        ('"docs", seq_len=512, windows=8', f"{str(text_file)!r}, seq_len=16, windows=2"),
+    ):
+        assert code.count(there) == 1
+        code = code.replace(there, here)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "sweep.ipynb", "exec"), {})
+    said = capsys.readouterr().out
+    assert "rtn:4" in said
+    assert "bits a weight, in best" in said
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert secateur.verify("best") == []

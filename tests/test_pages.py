@@ -84,3 +84,12 @@ def test_forms_and_workflows_parse():
     assert len(files) > 4
     assert all(isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict) for file in files)
     assert yaml.safe_load(text_of("CITATION.cff"))["cff-version"] == "1.2.0"
+
+
+def test_what_a_newcomer_needs_stands_on_the_first_screen():
+    """The three tasks of CONTRIBUTING, each by the command that it names."""
+    section = text_of("CONTRIBUTING.md").partition("## What a newcomer has to find")[2].partition("\n## ")[0]
+    tasks = re.findall(r"^\| ([^|]+) \| `(secateur [^`]+)` \| the first screen \|$", section, re.MULTILINE)
+    assert len(tasks) == 3
+    first_screen = "\n".join(text_of("README.md").splitlines()[:40])
+    assert [task for task, command in tasks if command not in first_screen] == []

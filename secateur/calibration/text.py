@@ -152,7 +152,7 @@ def _rows(name: str, config: str | None, split: str) -> Iterator[Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise UsageError(
-            f'{name} is a data set, which needs the package datasets: pip install "secateur[data]", '
+            f'{name} is a data set, which needs the package datasets: pip install "secateur[hub]", '
             f"or give a {_or(KINDS)} file"
         ) from error
     # The hub's client reports every try; what comes of them is reported below, once.

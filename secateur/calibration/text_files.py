@@ -158,7 +158,7 @@ def _read_parquet(path: Path, text_field: str, template: Template | None) -> Ite
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError(f'{path} needs the package pyarrow to be read: pip install "secateur[data]"') from error
+        raise UsageError(f'{path} needs the package pyarrow to be read: pip install "secateur[hub]"') from error
     try:
         with _open(path) as stream, parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names

@@ -16,7 +16,7 @@ from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
 from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
 from secateur.formats.card import write_card
-from secateur.model.source import Source, open_source, save_config, save_untied
+from secateur.model.source import Source, open_source, save_config, save_untied, with_revision
 from secateur.model.structure import Linear, build_skeleton, find_blocks
 from secateur.model.weights import ModelWeights, converted
 
@@ -27,6 +27,7 @@ def export(
     to: str,
     *,
     overwrite: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
@@ -39,6 +40,7 @@ def export(
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
             codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `spqr`: for the package spqr_quant.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: told the name of each packed linear.
 
@@ -50,7 +52,7 @@ def export(
     """
     if to not in FORMS:
         raise UsageError(f"`to` {to!r} is not known: it can be {', '.join(FORMS)}")
-    form: Form = FORMS[to]()
+    model, form = with_revision(model, revision), FORMS[to]()
     with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
         source = open_source(model, trust_remote_code, dtype=form.dtype)
         skeleton = build_skeleton(source, source.dtype)

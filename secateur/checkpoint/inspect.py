@@ -10,7 +10,7 @@ import torch
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
 from secateur.formats.layouts.layout import describe_dense
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton, find_blocks, weight_matrix
 from secateur.model.weights import ModelWeights
 from secateur.pipeline.outcome import LinearReport
@@ -44,18 +44,20 @@ class Inspection:
         return zeros / self.linear_weights
 
 
-def inspect(model: str | Path | Source, trust_remote_code: bool = False) -> Inspection:
+def inspect(model: str | Path | Source, trust_remote_code: bool = False, *, revision: str | None = None) -> Inspection:
     """Read every linear of a checkpoint once and report on it.
 
     Args:
         model: whatever `compress` takes as MODEL, or one that is open already.
         trust_remote_code: whether code that comes with the model may run.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
 
     Raises:
         CheckpointError: files are damaged.
     """
-    source = model if isinstance(model, Source) else open_source(str(model), trust_remote_code)
-    return _inspect(source)
+    if isinstance(model, Source):
+        return _inspect(model)
+    return _inspect(open_source(with_revision(model, revision), trust_remote_code))
 
 
 def _inspect(source: Source) -> Inspection:

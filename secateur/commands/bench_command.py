@@ -11,7 +11,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import counter, screen, show
-from secateur.commands.shared_options import Backend, Debug, Device, Dtype, JsonFile, OurFolder, Quiet, Trust
+from secateur.commands.shared_options import Backend, Debug, Device, Dtype, JsonFile, OurFolder, Quiet, Revision, Trust
 from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
 
@@ -29,6 +29,7 @@ class Bench:
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: as torch chooses).", min=1)] = None
     json_file: JsonFile = None
     plot: Annotated[Path | None, typer.Option(help="Bar chart, a .png or .svg file.")] = None
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False
@@ -50,6 +51,7 @@ class Bench:
             dtype=self.dtype,
             tokens=[int(count) for count in counts],
             threads=self.threads,
+            revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             progress=counter(self.quiet, ""),
         )
@@ -60,7 +62,7 @@ class Bench:
             plot(found, self.plot)
 
     def _print(self, found: Any) -> None:
-        show(f"{self.model} in {found.dtype} on {found.device}")
+        show(f"{found.model} in {found.dtype} on {found.device}")
         _print_tables(found)
         screen.print()
         for line in _lines(found):

@@ -24,6 +24,7 @@ from secateur.commands.shared_options import (
     Overwrite,
     Quiet,
     RecipeOptions,
+    Revision,
     Trust,
 )
 
@@ -50,12 +51,14 @@ class Compress:
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check of the new folder at the end.")] = True
     plot: Annotated[Path | None, typer.Option(help="Picture of every linear's sparsity and bits, .png or .svg.")] = None
     overwrite: Overwrite = False
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     json_file: JsonFile = None
     debug: Debug = False
 
     def run(self) -> None:
+        from secateur.model.source import with_revision
         from secateur.recipes.goals import is_open
         from secateur.report.bench_plot import check_plot
         from secateur.report.choice_plot import plot_choices
@@ -77,14 +80,15 @@ class Compress:
                 resume=self.resume,
                 verify=self.verify,
                 overwrite=self.overwrite,
+                revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 progress=display,
             )
         if not first:
             return
         if not self.quiet:
-            tell_summary(report, self.model, self.trust_remote_code, is_open(self.recipe))
+            tell_summary(report, with_revision(self.model, self.revision), self.trust_remote_code, is_open(self.recipe))
         totals = {"out": str(report.out), "sparsity": report.sparsity, "bits": report.bits}
         write_json({**dataclasses.asdict(report), **totals}, self.json_file)
         if self.plot is not None:
-            plot_choices(report.linears, self.plot)
+            plot_choices(report.linears, self.plot, self.out.name)

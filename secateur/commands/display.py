@@ -11,12 +11,10 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from secateur.commands.figures import clock, size
-from secateur.commands.screen import err, say
+from secateur.commands.screen import TELL_AFTER, err, say
 
 # Lines on blocks of a run, at most, where there is no terminal.
 _MOST_LINES = 20
-# A stage that counts up is told again after so many seconds, if it has come on by a tenth.
-_TELL_AFTER = 10
 _COUNTED = re.compile(r"(?:block )?(\d+) of (\d+)(?: (\w+))?")
 
 
@@ -99,7 +97,7 @@ class Display:
         share = int(counted[1]) / max(int(counted[2]), 1) if counted else 1.0
         if name != self.stage:
             self.told = 0.0
-        elif now - self.said <= _TELL_AFTER or share < self.told + 0.1:
+        elif now - self.said <= TELL_AFTER or share < self.told + 0.1:
             return
         say(stage)
         self.stage, self.said, self.told = name, now, share

@@ -23,6 +23,7 @@ from secateur.commands.shared_options import (
     Model,
     Quiet,
     Reference,
+    Revision,
     SeqLen,
     TextField,
     Trust,
@@ -62,6 +63,7 @@ class Eval:
     device: Device = "cpu"
     json_file: JsonFile = None
     verify: Verify = False
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False
@@ -83,11 +85,12 @@ class Eval:
             few_shot=self.few_shot,
             limit=self.limit,
             verify=self.verify,
+            revision=self.revision,
             progress=counter(self.quiet),
             task_progress=counter(self.quiet, "task request "),
         )
         if not self.quiet and not takes_stdout(self.json_file):
             overlap = "" if self.stride is None else f", {self.stride} apart"
             text = f"{self.windows} windows of {self.seq_len} tokens of {self.data}{overlap}"
-            print_evaluation(result, self.model, self.reference, text)
+            print_evaluation(result, result.model, self.reference, text)
         write_json(result.to_dict(), self.json_file)

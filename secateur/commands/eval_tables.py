@@ -21,9 +21,9 @@ def print_evaluation(result: Any, model: str, reference: str | None, text: str) 
         (
             "perplexity",
             f"{quality.perplexity:.3f}{between(quality.perplexity_interval, '.2f')}",
-            f"{quality.reference_perplexity or math.nan:.3f}",
+            f"{quality.reference_perplexity or math.nan:.3f}{between(quality.reference_perplexity_interval, '.2f')}",
         ),
-        ("bits per byte of text", f"{result.bits_per_byte:.4f}", ""),
+        ("bits per byte of text", f"{result.bits_per_byte:.4f}", f"{result.reference_bits_per_byte or math.nan:.4f}"),
         ("size on disk", size(own.bytes), size(dense.bytes) if dense else ""),
         ("bits per weight", f"{own.bits_per_weight:.2f}", f"{dense.bits_per_weight:.2f}" if dense else ""),
     ]

@@ -10,7 +10,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.notes import tell_notes
 from secateur.commands.screen import say
-from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Trust
+from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Revision, Trust
 
 
 @command("export")
@@ -22,6 +22,7 @@ class Export:
     out: Out
     to: Annotated[str, typer.Option(help="Form: dense (every tool reads it), secateur, compressed-tensors or spqr.")]
     overwrite: Overwrite = False
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False
@@ -30,7 +31,12 @@ class Export:
         from secateur.checkpoint.export import export
 
         notes = export(
-            self.model, self.out, self.to, overwrite=self.overwrite, trust_remote_code=self.trust_remote_code
+            self.model,
+            self.out,
+            self.to,
+            overwrite=self.overwrite,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
         )
         if not self.quiet:
             tell_notes(notes, "export")

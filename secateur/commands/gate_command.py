@@ -21,6 +21,7 @@ from secateur.commands.shared_options import (
     JsonFile,
     Quiet,
     Reference,
+    Revision,
     Trust,
     WindowTokens,
 )
@@ -78,6 +79,7 @@ class Gate:
         typer.Option("--markdown", help="File to append a Markdown summary to, e.g. $GITHUB_STEP_SUMMARY."),
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replacement of the baseline, with --write.")] = False
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False
@@ -101,7 +103,13 @@ class Gate:
         from secateur.evaluation.quality import Runner
 
         runner = Runner(dtype, self.device, self.batch_tokens, self.trust_remote_code)
-        return {"reference": self.reference, "runner": runner, "cache": self.cache, "progress": counter(self.quiet)}
+        return {
+            "reference": self.reference,
+            "runner": runner,
+            "cache": self.cache,
+            "revision": self.revision,
+            "progress": counter(self.quiet),
+        }
 
     def _write(self) -> None:
         from secateur.evaluation.eval_text import with_bos

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Model, Trust, Verify
+from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Model, Revision, Trust, Verify
 
 
 @command("generate")
@@ -28,11 +28,12 @@ class Generate:
     device: Device = "auto"
     backend: Backend = "auto"
     verify: Verify = False
+    revision: Revision = None
     trust_remote_code: Trust = False
     debug: Debug = False
 
     def run(self) -> None:
-        from secateur.evaluation.quality import generate
+        from secateur.runs.generate import generate
 
         text = generate(
             self.model,
@@ -45,6 +46,7 @@ class Generate:
             device=self.device,
             backend=self.backend,
             verify=self.verify,
+            revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
         print(text)

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import screen
-from secateur.commands.shared_options import Debug, JsonFile, Model, Trust
+from secateur.commands.shared_options import Debug, JsonFile, Model, Revision, Trust
 from secateur.commands.tables import Column, print_table
 
 
@@ -20,6 +20,7 @@ class Inspect:
 
     model: Model
     json_file: JsonFile = None
+    revision: Revision = None
     trust_remote_code: Trust = False
     debug: Debug = False
 
@@ -27,7 +28,7 @@ class Inspect:
         from secateur.checkpoint.inspect import inspect
 
         check_files({"--json": self.json_file})
-        found = inspect(self.model, self.trust_remote_code)
+        found = inspect(self.model, self.trust_remote_code, revision=self.revision)
         if not takes_stdout(self.json_file):
             _print(found)
         totals = {name: getattr(found, name) for name in ("sparsity", "linear_weights", "linear_bytes")}

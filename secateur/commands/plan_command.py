@@ -22,6 +22,7 @@ from secateur.commands.shared_options import (
     Model,
     Quiet,
     RecipeOptions,
+    Revision,
     Trust,
 )
 from secateur.commands.tables import Column, print_table
@@ -43,6 +44,7 @@ class Plan:
     device: Device = "cpu"
     batch_tokens: BatchTokens = None
     max_memory: MaxMemory = None
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     json_file: JsonFile = None
@@ -60,6 +62,7 @@ class Plan:
                 device=self.device,
                 batch_tokens=self.batch_tokens,
                 max_memory=self.max_memory,
+                revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 progress=display,
             )

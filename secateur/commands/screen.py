@@ -12,6 +12,8 @@ from rich.markup import escape
 
 from secateur.commands.figures import clock
 
+#: Seconds after which it is told again how far something has come, if by a tenth, where there is no terminal.
+TELL_AFTER = 10
 # No emoji: `:M:` in a message is not to become a picture.
 err = Console(stderr=True, highlight=False, emoji=False)
 screen = Console(highlight=False, emoji=False)
@@ -42,21 +44,28 @@ def show_log() -> None:
 def counter(quiet: bool, what: str = "window ") -> Callable[[int, int], None]:
     """Shows on a terminal how many are done, a bar, the rate and the time left, in one line that goes when all are.
 
-    It draws no longer than a call takes, so that an error finds the terminal as it was.
+    It draws no longer than a call takes, so that an error finds the terminal as it was. Elsewhere it prints lines, where it
+    takes long.
     """
-    began, first = 0.0, 0
+    began, first, said, told = 0.0, 0, 0.0, 0
 
     def tell(done: int, total: int) -> None:
-        nonlocal began, first
-        if quiet or not err.is_terminal:
+        nonlocal began, first, said, told
+        if quiet:
             return
+        now = time.monotonic()
         if began == 0.0 or done <= first:
-            began, first = time.monotonic(), done
+            began, first, said, told = now, done, now, done
         text = f"{what}{done} of {total}"
-        spent = time.monotonic() - began
+        spent = now - began
         if done > first and spent > 0:
             rate = (done - first) / spent
             text += f", {rate:.3g}/s, {clock((total - done) / rate)} left"
+        if not err.is_terminal:
+            if now - said > TELL_AFTER and told + total / 10 <= done < total:
+                said, told = now, done
+                say(text)
+            return
         wide = max(err.width - 1, 0)
         room = min(wide - len(text) - 1, 40)
         if room >= 8:

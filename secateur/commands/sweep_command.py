@@ -25,6 +25,7 @@ from secateur.commands.shared_options import (
     Model,
     Overwrite,
     Quiet,
+    Revision,
     SeqLen,
     TextField,
     Trust,
@@ -75,6 +76,7 @@ class Sweep:
     ] = False
     overwrite: Overwrite = False
     json_file: JsonFile = None
+    revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
     debug: Debug = False
@@ -94,6 +96,7 @@ class Sweep:
             self.cache_tokens or None,
             self.max_memory,
             self.keep_models,
+            self.revision,
         )
         with Display(self.quiet) as display:
             result = sweep(asked, self.out, resume=self.resume, overwrite=self.overwrite, progress=display)

@@ -106,8 +106,9 @@ class Quality:
         windows, seq_len: the text.
         kl: mean KL(reference ‖ model) of the next-token distributions, in nats a token.
         agreement: share of predictions whose most likely token is the reference's.
-        reference_perplexity: the reference's on the same predictions.
-        perplexity_interval, kl_interval, agreement_interval: None of a single window, and of windows that overlap.
+        reference_perplexity, reference_loss: the reference's on the same predictions.
+        perplexity_interval, kl_interval, agreement_interval, reference_perplexity_interval: None of a single window, and where
+            windows overlap.
         scores: prediction by prediction.
     """
 
@@ -119,9 +120,11 @@ class Quality:
     kl: float | None = None
     agreement: float | None = None
     reference_perplexity: float | None = None
+    reference_loss: float | None = None
     perplexity_interval: tuple[float, float] | None = None
     kl_interval: tuple[float, float] | None = None
     agreement_interval: tuple[float, float] | None = None
+    reference_perplexity_interval: tuple[float, float] | None = None
     scores: Scores = field(kw_only=True, repr=False, compare=False)
 
     @classmethod
@@ -133,9 +136,8 @@ class Quality:
         ends = {
             name: None if scores.overlap else interval(values_KP.double().nansum(1), count_K)
             for name, values_KP in scores.given().items()
-            if name != "reference_loss"
         }
-        around = ends["loss"]
+        around, reference_around = ends["loss"], ends.get("reference_loss")
         # Rounding can leave a mean just below zero, where no divergence is.
         kl_around = ends.get("kl")
         return cls(
@@ -147,9 +149,13 @@ class Quality:
             kl=max(mean["kl"], 0.0) if "kl" in mean else None,
             agreement=mean.get("agreement"),
             reference_perplexity=_exp(mean["reference_loss"]) if "reference_loss" in mean else None,
+            reference_loss=mean.get("reference_loss"),
             perplexity_interval=(_exp(around[0]), _exp(around[1])) if around else None,
             kl_interval=(max(kl_around[0], 0.0), max(kl_around[1], 0.0)) if kl_around else None,
             agreement_interval=ends.get("agreement"),
+            reference_perplexity_interval=(_exp(reference_around[0]), _exp(reference_around[1]))
+            if reference_around
+            else None,
             scores=scores,
         )
 

@@ -1,4 +1,4 @@
-"""`eval` and `generate`: open a model by name, run it, say what came out."""
+"""`eval`: open a model by name, run it, say what came out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from secateur._version import __version__
 from secateur.calibration.tokens import hash_of
@@ -21,10 +22,12 @@ from secateur.evaluation.eval_text import Text, scored_bytes
 from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
-from secateur.kernels.backends import AUTO, check_backend
+from secateur.model.in_memory import open_model
 from secateur.model.load import load_source, open_device, parse_dtype
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source
 from secateur.model.structure import build_skeleton
+from secateur.model.transformers.packed_modules import packed_linears
+from secateur.model.transformers.quantizer import memory_footprint
 from secateur.model.weights import conflicts, stored_names
 
 
@@ -50,7 +53,8 @@ class Evaluation:
     Attributes:
         text: what was measured on, with `sha256` of the tokens, and `bytes` that the scored ones stand for. `bos` is whether
             windows did begin with it.
-        bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be compared.
+        bits_per_byte, reference_bits_per_byte: of text: the loss in bits, by which models with different tokenizers can be
+            compared.
         blocks: where the error is made, if that was asked for.
         seconds: it took.
         tasks: scores in tasks, if that was asked for.
@@ -68,6 +72,7 @@ class Evaluation:
     seconds: float
     tasks: tuple[TaskScore, ...] = ()
     cache_tokens: int | None = None
+    reference_bits_per_byte: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, the means over each window and at each position included, as JSON holds it."""
@@ -102,9 +107,10 @@ class Runner:
     batch_tokens: int | None = None
     trust_remote_code: bool = False
 
-    def open(self, model: str, verify: bool = False) -> Source:
-        """Open whatever `compress` takes as MODEL."""
-        return open_source(model, self.trust_remote_code, verify, parse_dtype(self.dtype))
+    def open(self, model: str | PreTrainedModel, tokenizer: Any = None, **options: Any) -> Source:
+        """Open whatever `compress` takes as MODEL; `options` are those of `open_model`."""
+        dtype = parse_dtype(self.dtype)
+        return open_model(model, tokenizer, trust_remote_code=self.trust_remote_code, dtype=dtype, **options)
 
     def load(self, source: Source) -> Any:
         """The model of an open source, its weights unpacked, ready to run."""
@@ -155,10 +161,11 @@ class Runner:
 
 
 def evaluate(  # noqa: PLR0913 - users name them
-    model: str,
-    reference: str | None = None,
+    model: str | PreTrainedModel,
+    reference: str | PreTrainedModel | None = None,
     text: Text = Text(),  # noqa: B008 - it is frozen
     *,
+    tokenizer: Any = None,
     runner: Runner = Runner(),
     cache: Path | None = None,
     cache_tokens: int | None = KEPT_TOKENS,
@@ -167,6 +174,7 @@ def evaluate(  # noqa: PLR0913 - users name them
     few_shot: int | None = None,
     limit: int | None = None,
     verify: bool = False,
+    revision: str | None = None,
     accept: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
     task_progress: Callable[[int, int], None] | None = None,
@@ -174,15 +182,18 @@ def evaluate(  # noqa: PLR0913 - users name them
     """Measure a model on the first windows of a text, and its distance from a reference if one is given.
 
     Args:
-        model, reference: whatever `compress` takes as MODEL.
+        model, reference: whatever `compress` takes as MODEL, or a model of transformers in memory, which runs as it is, in
+            evaluation mode; its size is then that of its weights in memory.
         text: which windows of which text.
-        runner: how models are run.
+        tokenizer: of a model in memory.
+        runner: how models are run that are opened here.
         cache: a folder where the reference's predictions are kept, and taken from if they are there. Divergences are then of
             the `cache_tokens` likeliest tokens and all others as one.
         cache_tokens: see `keep_reference`.
         by_block: also compare the two models block by block.
         tasks, few_shot, limit: what is measured besides, see `run_tasks`.
         verify: whether the model's files (not the reference's) have to be those that its manifest names.
+        revision: of `model`, see `compress`; that of the reference stands in its name.
         accept: called with the hash of the text's tokens before any model is run; what it raises ends the evaluation.
         progress: called with (windows done, windows in total).
         task_progress: as `progress` of `run_tasks`.
@@ -194,7 +205,12 @@ def evaluate(  # noqa: PLR0913 - users name them
     check_tasks(tasks, few_shot, limit)
     if reference is None and (by_block or cache is not None):
         raise UsageError(f"`{'by_block' if by_block else 'cache'}` needs a `reference` to compare with")
-    opened = _Opened.of(runner, model, reference, text, verify, accept)
+    if cache is not None and isinstance(reference, PreTrainedModel):
+        raise UsageError(
+            "`cache` keeps what a model in files predicts, and `reference` is in memory: leave one of them out"
+        )
+    source = runner.open(model, tokenizer, verify=verify, revision=revision)
+    opened = _Opened.of(runner, source, reference, text, accept)
     kept = opened.keep(cache, cache_tokens, progress)
     loaded, dense = opened.load(dense=kept is None or by_block or bool(tasks))
     # Before the text is measured, so that a task that is not known is found soon.
@@ -219,10 +235,14 @@ class _Opened:
 
     @classmethod
     def of(
-        cls, runner: Runner, model: str, reference: str | None, text: Text, verify: bool, accept: Callable[[str], None]
+        cls,
+        runner: Runner,
+        source: Source,
+        reference: str | PreTrainedModel | None,
+        text: Text,
+        accept: Callable[[str], None],
     ) -> _Opened:
-        """Open both, see `evaluate`."""
-        source = runner.open(model, verify)
+        """Cut the text for a model that is open, and open the reference, see `evaluate`."""
         tokenizer = source.tokenizer()
         cut = text.cut(tokenizer)
         sha256 = hash_of(cut.ids_KS)
@@ -249,6 +269,7 @@ class _Opened:
         """The figures of the text alone, by what is kept of the reference if there is anything."""
         cut, other = self.cut, self.other
         quality = self.runner.measure(loaded, cut, dense if kept is None else kept, progress)
+        loss = quality.reference_loss
         size = scored_bytes(self.tokenizer, cut.ids_KS, cut.stride, cut.bos)
         said = {"bos": bool(cut.bos), "sha256": self.sha256, "bytes": size}
         return Evaluation(
@@ -256,73 +277,28 @@ class _Opened:
             reference=None if other is None else other.name,
             text={**dataclasses.asdict(self.text), **said},
             quality=quality,
-            bits_per_byte=bits_per_byte(quality, size),
+            bits_per_byte=bits_per_byte(quality.loss, quality.tokens, size),
             size=size_of(self.source),
             reference_size=None if other is None else size_of(other),
             blocks=None,
             seconds=0.0,
             cache_tokens=None if kept is None else kept.tokens,
+            reference_bits_per_byte=None if loss is None else bits_per_byte(loss, quality.tokens, size),
         )
 
 
-def bits_per_byte(quality: Quality, size: int) -> float:
-    """The loss in bits for each of the `size` bytes that the scored tokens stand for; NaN where they stand for none."""
-    return quality.loss * quality.tokens / math.log(2) / size if size > 0 else math.nan
+def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+    """A loss in bits for each of the `size` bytes that the scored tokens stand for; NaN where they stand for none."""
+    return loss * tokens / math.log(2) / size if size > 0 else math.nan
 
 
 def size_of(source: Source) -> Size:
-    """What an open model takes on disk."""
+    """What an open model takes on disk, or, where it has no files, its weights in memory."""
+    if source.loaded is not None:
+        packed = sum(linear.out_features * linear.in_features for _, linear in packed_linears(source.loaded))
+        counted = sum(p.numel() for p in source.loaded.parameters())
+        return Size(memory_footprint(source.loaded, return_buffers=False), counted + packed)
     model = build_skeleton(source, source.dtype)
     untied = conflicts(source.weights, stored_names(source.weights, model)[0], model)
     parameters = sum(p.numel() for p in [*model.parameters(), *map(model.get_parameter, untied)])
     return Size(sum(file.stat().st_size for file in source.files), parameters)
-
-
-def generate(  # noqa: PLR0913 - users name them
-    model: str,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-    dtype: str = "auto",
-    device: str = "cpu",
-    backend: str = AUTO,
-    trust_remote_code: bool = False,
-    verify: bool = False,
-) -> str:
-    """What a model writes after a prompt, without the prompt. `verify` is as in `evaluate`.
-
-    Raises:
-        SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
-    """
-    check_backend(backend)
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"`temperature` {temperature:g} is not possible: give 0 or more, such as 0.7")
-    target = open_device(device)
-    source = open_source(model, trust_remote_code, verify, parse_dtype(dtype))
-    tokenizer = source.tokenizer()
-    loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
-    if chat:
-        if not tokenizer.chat_template:
-            raise UsageError(f"{model} has no chat template: leave `chat=True` out")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
-    if batch["input_ids"].shape[1] == 0:
-        raise UsageError("the prompt is empty: give at least one word")
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    with torch.no_grad():
-        out = loaded.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
-    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -17,7 +17,7 @@ from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.model.dispatch import Placement, dispatch
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton
 from secateur.model.transformers.quantizer import SecateurConfig, SecateurQuantizer, current_backend
 from secateur.model.transformers.quantizer import backend as for_backend
@@ -74,6 +74,7 @@ def load(  # noqa: PLR0913 - users name them
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
@@ -89,6 +90,7 @@ def load(  # noqa: PLR0913 - users name them
             installed for the device; for the others see docs/backends.md. None: what `secateur.backend` says, else `auto`.
         dtype: of the loaded weights; None keeps that of the files.
         device: where they go.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         verify: compare the SHA-256 of every file with the folder's manifest before any is opened. What they hold is checked
             in any case.
@@ -111,7 +113,7 @@ def load(  # noqa: PLR0913 - users name them
         placement = Placement(device_map, max_memory, offload_folder)
     elif max_memory is not None or offload_folder is not None:
         raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
-    source = open_source(str(model), trust_remote_code, verify, dtype)
+    source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype)
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 
@@ -132,6 +134,8 @@ def load_source(
         CheckpointError: a tensor is missing or damaged, has another shape than the model's, or, if that is to be checked,
             holds a value that is not finite.
     """
+    if source.loaded is not None:
+        return _as_it_is(source, dtype, device, backend)
     if backend not in (AUTO, "dense") and source.quantization is None:
         raise UsageError(
             f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave `backend` out"
@@ -163,6 +167,24 @@ def load_source(
         if not quantizer.older_names(model):
             model._weight_conversions = []  # else transformers saves it under the names of older releases
     _set_generation(source, model)
+    return model
+
+
+def _as_it_is(source: Source, dtype: torch.dtype, device: torch.device, backend: str) -> Any:
+    """A model that is in memory. Raises UsageError where something else is asked for than what it is."""
+    model = source.loaded
+    # What evaluation takes where nothing is said counts as nothing said.
+    asked = {
+        "dtype": dtype not in (torch.float32, model.dtype),
+        "device": device.type not in ("cpu", model.device.type),
+        "backend": backend not in (AUTO, "dense"),
+    }
+    wrong = next((name for name, differs in asked.items() if differs), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{source.name} is in memory, in {str(model.dtype).removeprefix('torch.')} on {model.device}, and runs as it is: "
+            f"leave `{wrong}` out"
+        )
     return model
 
 

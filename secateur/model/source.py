@@ -65,6 +65,8 @@ class Source:
         sound: the dtypes (None: those they have) that all values were found to be finite in.
         own_config: what its `config.json` says, or None for a GGUF file.
         rounded: whether its weights are those of a grid or table, on which somebody has quantized them.
+        loaded, own_tokenizer: a model that is in memory, as the user made it, and its tokenizer, if one was given. It has no
+            files, and no `weights`.
     """
 
     name: str
@@ -80,9 +82,15 @@ class Source:
     sound: set[torch.dtype | None] = field(default_factory=set, compare=False)
     own_config: dict[str, Any] | None = None
     rounded: bool = False
+    loaded: Any = None
+    own_tokenizer: Any = None
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
+        if self.loaded is not None:
+            if self.own_tokenizer is None:
+                raise UsageError(f"{self.name} is in memory, and has no tokenizer with it: give it as `tokenizer`")
+            return self.own_tokenizer
         where = {"gguf_file": self.files[0].name} if self.folder is None else {}
         return open_tokenizer(
             self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where
@@ -166,6 +174,26 @@ def open_source(
     if verify:
         require_files(folder)
     return open_folder(model, folder, trust_remote_code, from_hub)
+
+
+def with_revision(model: str | Path, revision: str | None) -> str:
+    """The name of a model, of one of the hub `id@revision`, with a branch, tag or commit that was given beside it.
+
+    Raises:
+        UsageError: it is no name; it has another revision already, or is not that of a model of the hub.
+    """
+    if not isinstance(model, str | Path):
+        raise UsageError(f"`model` is a {type(model).__name__}: give the name of the folder that it is saved in")
+    model = str(model)
+    if revision is None:
+        return model
+    check_named(revision, "`revision`")
+    if model == DEMO or model.endswith(".gguf") or os.path.exists(Path(model).expanduser()):
+        raise UsageError(f"`revision` is for a model of the hub, and {model} is on this machine: leave it out")
+    name, _, named = model.partition("@")
+    if named not in ("", revision):
+        raise UsageError(f"{model} and `revision` {revision} name two revisions: leave one of them out")
+    return f"{name}@{revision}"
 
 
 def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False) -> Source:

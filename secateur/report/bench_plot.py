@@ -14,10 +14,10 @@ _SUFFIXES = (".png", ".svg")
 _DENSE_COLOUR, _PACKED_COLOUR = "#b0b0b0", "#3a7d44"
 
 
-def check_matplotlib(what: str) -> None:
-    """Raise UsageError when `what` cannot be drawn, since matplotlib is missing."""
+def check_matplotlib(what: str, extra: str) -> None:
+    """Raise UsageError when `what` cannot be drawn, since matplotlib is missing, which an extra of the package brings."""
     if find_spec("matplotlib") is None:
-        raise UsageError(f"{what} needs matplotlib, which is not installed: pip install 'secateur[bench]'")
+        raise UsageError(f"{what} needs matplotlib, which is not installed: pip install 'secateur[{extra}]'")
 
 
 def check_plot(file: Path, out: Path | None = None) -> None:
@@ -25,7 +25,7 @@ def check_plot(file: Path, out: Path | None = None) -> None:
     if file.suffix not in _SUFFIXES:
         raise UsageError(f"`plot` {file}: the file must end in {' or '.join(_SUFFIXES)}")
     check_file("`plot`", file, out)
-    check_matplotlib("`plot`")
+    check_matplotlib("`plot`", "plots")
 
 
 def plot(bench: Bench, file: Path) -> None:
@@ -42,8 +42,10 @@ def plot(bench: Bench, file: Path) -> None:
     rows = len(bench.cases) // len(panels)
     figure = Figure(figsize=(9, 1.5 + len(panels) * (1 + 0.6 * rows)), layout="constrained")
     figure.suptitle(
-        f"{bench.model}: {bench.dtype}, {bench.device}, threads: {bench.threads}, "
-        f"copy bandwidth {bench.copy_bandwidth / 1e9:.1f} GB/s",
+        f"Time of the packed linears of {bench.model} against dense ones\n"
+        f"{bench.dtype} on {bench.device}, {bench.threads} thread{'' if bench.threads == 1 else 's'}; "
+        f"a copy of memory moves {bench.copy_bandwidth / 1e9:.1f} GB/s",
+        fontsize="medium",
         parse_math=False,  # of a path
     )
     for T, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
@@ -62,12 +64,15 @@ def plot(bench: Bench, file: Path) -> None:
             color=_DENSE_COLOUR,
             label="dense",
         )
-        notes = [f" {case.speed_up:.2f}×, {bench.utilization(case):.0%} of copy" for case in cases]
+        notes = [
+            f" {case.speed_up:.2f}× as fast, {bench.utilization(case):.0%} of a copy's bandwidth" for case in cases
+        ]
         axes.bar_label(packed, notes, fontsize="small")
         axes.set_yticks(range(rows), [f"{describe(case.layout)}\n{case.shape[0]}×{case.shape[1]}" for case in cases])
         axes.invert_yaxis()
-        axes.margins(x=0.25)  # room for the notes
-        axes.set_xlabel(f"milliseconds of a call with {T} token{'' if T == 1 else 's'}")
+        axes.margins(x=0.6)  # room for the notes
+        axes.set_xlabel(f"time of a call with {T} token{'' if T == 1 else 's'}, ms")
+        axes.set_ylabel("layout and shape of the linears")
         axes.legend()
     save_plot(figure, file)
 

@@ -14,8 +14,8 @@ _COLOURS = "viridis_r"
 _MOST_LABELLED = 40
 
 
-def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
-    """Write a heat map of the sparsity and one of the bits per weight of every linear.
+def plot_choices(linears: Sequence[LinearReport], file: Path, model: str) -> None:
+    """Write a heat map of the sparsity and one of the bits per weight of every linear of a model, which the title names.
 
     Raises:
         UsageError: the file has another ending than .png or .svg, cannot be written, or matplotlib is missing.
@@ -26,18 +26,24 @@ def plot_choices(linears: Sequence[LinearReport], file: Path) -> None:
 
     rows, columns, cells = by_block(linears)
     figure = Figure(figsize=(2 + 1.7 * len(columns), 2.2 + 0.28 * len(rows)), layout="constrained", dpi=130)
+    figure.suptitle(f"What is left of the linears of {model}", parse_math=False)
     panels = figure.subplots(1, 2)
     for axes, (title, value, digits) in zip(
         panels,
-        (("sparsity", lambda linear: linear.sparsity, 2), ("bits per weight", lambda linear: linear.bits, 1)),
+        (
+            ("share of weights removed", lambda linear: linear.sparsity, 2),
+            ("bits per weight", lambda linear: linear.bits, 1),
+        ),
         strict=True,
     ):
         values = [[value(cells[r, c]) if (r, c) in cells else float("nan") for c in columns] for r in rows]
-        image = axes.imshow(values, aspect="auto", cmap=_COLOURS if title == "sparsity" else "viridis")
+        image = axes.imshow(values, aspect="auto", cmap=_COLOURS if title.startswith("share") else "viridis")
         figure.colorbar(image, ax=axes, label=title)
         axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small", parse_math=False)
         axes.set_yticks(range(len(rows)), rows, fontsize="small", parse_math=False)
-        axes.set_ylabel("block")
+        axes.set_title(title[0].upper() + title[1:], fontsize="medium")
+        axes.set_xlabel("linear of a block")
+        axes.set_ylabel("number of the block")
         if len(rows) > _MOST_LABELLED:
             continue
         for y, r in enumerate(rows):

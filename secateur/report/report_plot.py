@@ -25,7 +25,7 @@ _STYLES = {
 # Perplexities further apart than this are drawn on a log scale.
 _WIDE = 4
 # Letters that fit above the plot.
-_TITLE = 70
+_TITLE = 50
 # Where a label may stand: pixels from its point to its nearer end. Not further, where it would seem another point's.
 _OFFSETS = tuple((side * right, up) for right, up in ((14, 16), (20, 0), (14, -18)) for side in (1, -1))
 
@@ -37,7 +37,7 @@ def draw(result: SweepResult, file: Path) -> None:
         UsageError: matplotlib is missing.
         OSError: the file cannot be written.
     """
-    check_matplotlib("frontier.png")
+    check_matplotlib("frontier.png", "sweep")
     # Not pyplot, which would keep figures for the whole process and may look for a screen.
     from matplotlib.figure import Figure
 
@@ -58,9 +58,9 @@ def draw(result: SweepResult, file: Path) -> None:
     model = result.model.encode(errors="replace").decode()  # a path may hold bytes that are no text
     # The end of a path tells more than its beginning.
     title = model if len(model) <= _TITLE else "…" + model[-_TITLE:]
-    axes.set_title(title, loc="left", fontweight="bold", pad=14, parse_math=False)
+    axes.set_title(f"Size and perplexity of {title}", loc="left", fontweight="bold", pad=14, parse_math=False)
     axes.set_xlabel(f"size on disk, {unit}")
-    axes.set_ylabel(f"perplexity{', log scale' if log else ''} (bars: 95 % intervals)")
+    axes.set_ylabel(f"perplexity{', log scale' if log else ''} (lower is better; bars: 95 % intervals)")
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -87,7 +87,7 @@ def draw(result: SweepResult, file: Path) -> None:
     axes.legend(frameon=False, fontsize="small")
     order = dict.fromkeys([*line, *drawn])  # those on the frontier have the first choice
     labels = [(x[i], y[i], _label(found[i], drawn[i].perplexity, edge)) for i in order]
-    _write_labels(figure, axes, labels, [(x[i], *bars[i]) for i in drawn])
+    write_labels(figure, axes, labels, [(x[i], *bars[i]) for i in drawn])
     figure.savefig(file, format="png")
 
 
@@ -114,11 +114,13 @@ def _label(entry: Entry, perplexity: float, edge: float) -> str:
     return f"{entry.name} ({perplexity:,.0f} ↑)" if math.isfinite(perplexity) else f"{entry.name} (∞)"
 
 
-def _write_labels(
+def write_labels(
     figure: Figure,
     axes: Axes,
     labels: Sequence[tuple[float, float, str]],
-    bars: Sequence[tuple[float, ...]],
+    bars: Sequence[tuple[float, ...]] = (),
+    ink: str = "black",
+    ground: str | None = "white",
 ) -> None:
     """Write labels beside their points. One that would cover a point, a bar or a label wherever it stood is left out.
 
@@ -126,6 +128,7 @@ def _write_labels(
         figure, axes: everything else is drawn.
         labels: x and y of the point, and the text.
         bars: (x, low, high).
+        ink, ground: colours of the letters, and of what is drawn around them, if anything is.
     """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
@@ -140,9 +143,17 @@ def _write_labels(
     taken += [legend.get_window_extent()] if legend else []
     for label, (x, y) in zip(labels, points, strict=True):
         note = axes.annotate(
-            label[2], label[:2], (0, 0), textcoords="offset pixels", fontsize=7.5, va="center", parse_math=False
+            label[2],
+            label[:2],
+            (0, 0),
+            textcoords="offset pixels",
+            fontsize=7.5,
+            va="center",
+            parse_math=False,
+            color=ink,
         )
-        note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        if ground is not None:
+            note.set_path_effects([withStroke(linewidth=2.5, foreground=ground)])
         size = note.get_window_extent()
         for right, up in _OFFSETS:
             left = x + right - (size.width if right < 0 else 0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur._version import __version__
 from secateur.calibration.text import inputs_of
@@ -20,8 +22,9 @@ from secateur.formats.card import write_card
 from secateur.formats.stored_weights import quantization_config
 from secateur.memory.peak import peak_memory
 from secateur.memory.room import limit_memory
+from secateur.model.in_memory import open_files
 from secateur.model.load import open_device
-from secateur.model.source import Source, open_source, save_config, save_untied
+from secateur.model.source import Source, save_config, save_untied
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.outcome import Progress, Report
@@ -36,16 +39,18 @@ from secateur.search.search import search
 
 
 def compress(  # noqa: PLR0913 - users name them
-    model: str,
+    model: str | PreTrainedModel,
     out: str | Path,
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
+    tokenizer: Any = None,
     device: str = "cpu",
     batch_tokens: int | None = None,
     max_memory: str | int | None = None,
     resume: bool = False,
     verify: bool = True,
     overwrite: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
     shared: Shared | None = None,
@@ -55,10 +60,13 @@ def compress(  # noqa: PLR0913 - users name them
     Under torchrun all processes call it with the same arguments; they share the work, and the first writes.
 
     Args:
-        model: a Hugging Face folder, a hub id (`id@revision` for a branch, tag or commit), a `.gguf` file or `demo`.
+        model: a Hugging Face folder, a hub id (`id@revision` for a branch, tag or commit), a `.gguf` file or `demo`; or a
+            model of transformers in memory, which is saved first to a folder beside `out`, of the size of its weights, that is
+            removed at the end.
         out: the folder to make. Nothing stands under this name until the run has ended well; until then `OUT.partial` has
             what is done.
         recipe: what to do: a recipe, a dict as a recipe file would hold it, the name of a built-in recipe, or a recipe file.
+        tokenizer: of a model in memory, which comes along, and is needed where text is.
         device: where blocks are run and solved.
         batch_tokens: how many tokens are run at a time; None chooses by the memory that is free, or `max_memory`.
         max_memory: the most memory of the host that each process may have in use, in bytes or in words such as `8GiB`. The C
@@ -66,6 +74,7 @@ def compress(  # noqa: PLR0913 - users name them
         resume: whether to go on with a run that was interrupted, if there is one. The result has the same bytes.
         verify: whether to check the new checkpoint before it gets its name.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, and an unfinished run be begun again.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: told of every step, in the first process.
         shared: what other runs on the same model have found, the open model included.
@@ -75,17 +84,22 @@ def compress(  # noqa: PLR0913 - users name them
     """
     started = time.monotonic()
     recipe = as_recipe(recipe)
-    inputs = {"MODEL": model, **inputs_of("the calibration text", recipe.calibration.source)}
+    inputs = {"MODEL": model if isinstance(model, str | Path) else None}
+    inputs |= inputs_of("the calibration text", recipe.calibration.source)
     resolved, goal = plan(recipe), goal_of(recipe)
     limit = limit_memory(max_memory)
+    more: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": resolved.dtype}
     with (
         open_ranks(open_device, device) as ranks,
         partial_folder(out, overwrite, resume, ranks, inputs) as partial,
         torch.no_grad(),
+        ExitStack() as opened,
     ):
         progress = progress if ranks.first else lambda _: None
         progress(Progress("opening the model"))
-        source = shared.source if shared is not None else open_source(model, trust_remote_code, dtype=resolved.dtype)
+        source = (
+            shared.source if shared is not None else opened.enter_context(open_files(model, tokenizer, out, **more))
+        )
         job = Job(source, recipe, resolved, ranks, batch_tokens, limit, progress, shared)
         clock = Clock(ranks.device)
         if goal is not None:

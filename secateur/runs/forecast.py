@@ -27,7 +27,7 @@ from secateur.memory.footprint import Footprint, Settings
 from secateur.memory.room import limit_memory
 from secateur.model.free_memory import free_memory
 from secateur.model.load import open_device
-from secateur.model.source import open_source
+from secateur.model.source import open_source, with_revision
 from secateur.model.structure import weight_matrix
 from secateur.pipeline.calibrate import whole_memory, windows_of
 from secateur.pipeline.capture import BodyCalls
@@ -86,7 +86,7 @@ class Forecast:
         return sum(self.seconds.values())
 
 
-def forecast(
+def forecast(  # noqa: PLR0913 - users name them
     model: str,
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
@@ -94,19 +94,20 @@ def forecast(
     device: str = "cpu",
     batch_tokens: int | None = None,
     max_memory: str | int | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Forecast:
     """Tell what `compress` would take in one process, by compressing the first block on a part of the text.
 
     Args:
-        model, recipe, device, batch_tokens, max_memory, trust_remote_code, progress: see `compress`.
+        model, recipe, device, batch_tokens, max_memory, revision, trust_remote_code, progress: see `compress`.
         out: a folder on the disk that the checkpoint would be written to; what is measured is written there, and removed.
 
     Raises:
         SecateurError: as `compress`; `UsageError` where nothing keeps to `max_memory`, too.
     """
-    recipe = as_recipe(recipe)
+    model, recipe = with_revision(model, revision), as_recipe(recipe)
     resolved, goal = plan(recipe), goal_of(recipe)
     limit = limit_memory(max_memory)
     check_named(out, "`out`")

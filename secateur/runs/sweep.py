@@ -42,7 +42,7 @@ from secateur.folder.writer import put_in_place, write_whole
 from secateur.memory.peak import forget_peak
 from secateur.memory.room import limit_memory
 from secateur.model.load import open_device
-from secateur.model.source import open_source
+from secateur.model.source import open_source, with_revision
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
@@ -71,6 +71,7 @@ class Sweep:
         cache_tokens: of the dense model's predictions, see `keep_reference`.
         max_memory: of each compression, see `compress`.
         keep_models: whether the checkpoints stay, in `OUT/models`.
+        revision: of the model, see `compress`.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Sweep:
     cache_tokens: int | None = KEPT_TOKENS
     max_memory: str | int | None = None
     keep_models: bool = False
+    revision: str | None = None
 
 
 def sweep(
@@ -110,14 +112,15 @@ def sweep(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a sweep runs in one process: leave torchrun out")
-    check_matplotlib("the report of a sweep")
+    check_matplotlib("the report of a sweep", "sweep")
     for name, recipe in asked.recipes:
         plan(recipe)
         try:
             goal_of(recipe)
         except UsageError as error:
             raise UsageError(f"recipe {name!r}: {error}") from error
-    asked = dataclasses.replace(asked, max_memory=limit_memory(asked.max_memory))
+    named = with_revision(asked.model, asked.revision)
+    asked = dataclasses.replace(asked, model=named, max_memory=limit_memory(asked.max_memory))
     out, inputs = place_of(out), _inputs(asked)
     check_free(out, overwrite, inputs)
     with _partial(out, resume, overwrite, inputs) as (folder, lock):
@@ -311,7 +314,7 @@ class _SweepRun:
             bits_per_weight=size.bits_per_weight,
             perplexity=quality.perplexity,
             perplexity_interval=quality.perplexity_interval,
-            bits_per_byte=bits_per_byte(quality, self.bytes),
+            bits_per_byte=bits_per_byte(quality.loss, quality.tokens, self.bytes),
             seconds=seconds,
             kl=quality.kl,
             kl_interval=quality.kl_interval,

@@ -239,7 +239,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "a.parquet").write_bytes(b"")
     spec = {"datasets": "wikitext2", "pyarrow": str(tmp_path / "a.parquet")}[package]
-    with pytest.raises(UsageError, match=rf'{package}.*pip install "secateur\[data\]"'):
+    with pytest.raises(UsageError, match=rf'{package}.*pip install "secateur\[hub\]"'):
         read_text(spec)
 
 

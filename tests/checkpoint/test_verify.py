@@ -751,7 +751,7 @@ def test_no_socket_is_opened_for_a_local_folder(made, tmp_path):
         socket.socket.connect = socket.socket.connect_ex = refuse
         socket.getaddrinfo = socket.create_connection = refuse
         import secateur
-        from secateur.evaluation.quality import generate
+        from secateur.runs.generate import generate
         from secateur.checkpoint.export import export
         folder, out, text = sys.argv[1:]
         assert secateur.verify(folder) == []

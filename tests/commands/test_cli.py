@@ -513,7 +513,7 @@ def test_the_best_device_is_found(says, pruned, tmp_path, monkeypatch):
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert secateur.model.load.open_device("auto").type == expected
     seen = []
-    monkeypatch.setattr("secateur.evaluation.quality.generate", lambda *_, **given: seen.append(given["device"]) or "")
+    monkeypatch.setattr("secateur.runs.generate.generate", lambda *_, **given: seen.append(given["device"]) or "")
     for more in ([], ["--device", "auto"], ["--device", "cpu"]):
         assert says("generate", pruned, "bon", *more)[0] == 0
     assert seen == [expected, expected, "cpu"]

@@ -113,6 +113,20 @@ def test_windows_are_counted_in_one_line(width, told):
         assert re.match(r"━+─+ window 2 of 4, [\d.e+]+/s, 0:00 left", lines[1])
 
 
+def test_where_there_is_no_terminal_windows_are_told_seldom(told, monkeypatch):
+    """None of what is done soon; of what takes long at most ten lines, each with the time left."""
+    for seconds, lines in ((0.05, 0), (1.0, 9), (60.0, 9)):
+        text, clock = told(False), iter(seconds * i for i in range(1, 101))
+        with monkeypatch.context() as patch:
+            patch.setattr(screen.time, "monotonic", lambda clock=clock: next(clock))
+            tell = screen.counter(False)
+            for done in range(1, 101):
+                tell(done, 100)
+        said = text.getvalue().splitlines()
+        assert len(said) in (lines, lines - 1)
+        assert all(re.fullmatch(r"window \d+ of 100, [\d.e+-]+/s, [\d:]+ left", line) for line in said)
+
+
 def test_colours_are_left_out_where_nobody_wants_them():
     code = """
 from secateur.commands.display import Display

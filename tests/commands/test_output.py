@@ -29,7 +29,7 @@ TEXT = "Crème × 日本 → ✓ \N{GRINNING FACE}"
     ],
 )
 def test_what_a_model_says(encoding, said, monkeypatch):
-    monkeypatch.setattr("secateur.evaluation.quality.generate", lambda *args, **options: TEXT)
+    monkeypatch.setattr("secateur.runs.generate.generate", lambda *args, **options: TEXT)
     monkeypatch.setattr(sys, "argv", ["secateur", "generate", "any", "prompt"])
     pipe = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", pipe)

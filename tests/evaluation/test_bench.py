@@ -212,8 +212,10 @@ def test_describe():
     assert describe({"layout": "bitmap"}) == "bitmap"
     assert describe({"layout": "nm", "n": 2, "m": 4}) == "nm 2:4"
     codes = {"layout": "packed-int", "bits": 4, "group_size": 64, "dtype": "bfloat16"}
-    assert describe(codes) == "packed-int bits=4 group_size=64"
-    assert describe({"layout": "sparse-int", "codes": codes}) == "sparse-int packed-int bits=4 group_size=64"
+    assert describe(codes) == "packed-int, 4 bits, groups of 64"
+    assert describe({"layout": "sparse-int", "codes": codes}) == "sparse-int, codes: packed-int, 4 bits, groups of 64"
+    assert describe({**codes, "symmetric": True, "tile_rows": 16}).endswith("groups of 64, symmetric, tile rows 16")
+    assert describe({**codes, "symmetric": False}) == describe(codes)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
@@ -375,7 +377,7 @@ def test_options_that_make_no_sense(options, message, folder, fails):
 def test_a_plot_without_matplotlib(folder, fails, monkeypatch, tmp_path):
     monkeypatch.setattr("secateur.report.bench_plot.find_spec", lambda name: None)
     line = fails(2, "bench", folder("bitmap"), "--plot", tmp_path / "a.png")
-    assert line == "--plot needs matplotlib, which is not installed: pip install 'secateur[bench]'"
+    assert line == "--plot needs matplotlib, which is not installed: pip install 'secateur[plots]'"
 
 
 def test_models_that_have_nothing_to_measure(model_of, fails):

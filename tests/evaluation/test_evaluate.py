@@ -162,6 +162,7 @@ def test_bits_per_byte_by_hand(model_of, tmp_path, tokenizer):
     assert found.text["bytes"] == size == 20
     bits = found.quality.loss / math.log(2) * (S - 1)
     assert found.bits_per_byte == pytest.approx(bits / size, rel=1e-12)
+    assert found.reference_bits_per_byte is None
 
 
 def test_the_bytes_of_windows_are_those_of_their_scored_tokens(tokenizer, text_file):
@@ -188,7 +189,25 @@ def test_text_that_stands_for_no_bytes(says, model_of, tokenizer, tmp_path):
     assert json.loads(out)["bits_per_byte"] is None
     assert says(*args)[0] == 0
     quality = evaluate(str(model_of("llama")), text=Text(str(tmp_path / "text.txt"), 8, 1)).quality
-    assert math.isnan(bits_per_byte(quality, 0))
+    assert math.isnan(bits_per_byte(quality.loss, quality.tokens, 0))
+
+
+def test_the_reference_has_the_figures_that_it_has_alone(says, model_of, text_file, tmp_path):
+    """Its bits per byte and interval too, be it run or kept; and the table shows them."""
+    model, dense = str(model_of("gpt2")), str(model_of("llama"))
+    text = Text(str(text_file), 16, 6)
+    alone = evaluate(dense, text=text)
+    for cache in (None, tmp_path / "kept"):
+        found = evaluate(model, dense, text, cache=cache)
+        assert found.reference_bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
+        assert found.quality.reference_perplexity_interval == pytest.approx(alone.quality.perplexity_interval, rel=1e-6)
+    code, out, _ = says("eval", model, "--reference", dense, "--data", text_file, "--seq-len", 16, "--windows", 6)
+    assert code == 0
+    low, high = alone.quality.perplexity_interval
+    assert f"{alone.quality.perplexity:.3f} ({low:.2f} to {high:.2f})" in " ".join(out.split())
+    assert f"{alone.bits_per_byte:.4f}" in out
+    overlapping = evaluate(model, dense, Text(str(text_file), 16, 6, 4))
+    assert overlapping.quality.reference_perplexity_interval is None
 
 
 # --- block by block

@@ -498,7 +498,7 @@ def test_parents_are_gone_when_a_run_fails(name, model_of, tmp_path, monkeypatch
         begun.append((tmp_path / "a" / "b").exists())
         raise secateur.CheckpointError("no such luck")
 
-    for place in ("runs.compress.open_source", "checkpoint.export.open_source", "evaluation.quality.open_source"):
+    for place in ("model.in_memory.open_source", "checkpoint.export.open_source"):
         monkeypatch.setattr(f"secateur.{place}", fail)
     with pytest.raises(secateur.SecateurError, match="no such luck"):
         each_command(model_of("llama"), out)[name]()

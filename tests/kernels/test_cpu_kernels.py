@@ -4,8 +4,12 @@ make them read elsewhere.
 O: output features, I: input features, T: tokens, K: stored weights of a row, G: groups of a row.
 """
 
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from random_weights import load_coded, load_sparse, make
 from torch import nn
 
+from secateur import kernels
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.codebook import TableGrid
@@ -341,9 +346,23 @@ def test_instructions_that_there_are_not():
     assert torch.ops.secateur.instructions() == before
 
 
-def test_a_library_for_another_torch_is_not_loaded(monkeypatch):
-    monkeypatch.setattr(cpu_backend, "_VERSION", "1_0")
-    assert "there are some for another release of torch" in cpu_backend.missing.__wrapped__()
+def test_the_library_is_not_loaded_by_a_torch_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(cpu_backend, "_VERSION", "2.9.1+cpu")
+    assert "need torch 2.10 or later, and this is 2.9.1+cpu: pip install -U torch" in cpu_backend.missing.__wrapped__()
+
+
+def test_the_library_needs_nothing_of_torch_but_its_stable_abi():
+    """Its symbols are those of C functions that torch promises to keep, and none of C++ classes of torch's."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    library = next(Path(kernels.__file__).parent.glob("_cpu.*so"))
+    listed = subprocess.run([nm, "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    wanted = {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
+    assert any(name.startswith("aoti_torch_") for name in wanted)
+    assert [
+        name for name in wanted if re.search("at6Tensor|c10|torch", name) and not re.match("(aoti_)?torch_", name)
+    ] == []
 
 
 # --- what strangers write

@@ -8,8 +8,8 @@ import secateur
 from secateur.errors import UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.gate.tolerances import Tolerances
-from secateur.evaluation.quality import generate
 from secateur.recipes.recipe import Calibration, Choice, Recipe
+from secateur.runs.generate import generate
 from secateur.shares import exact_share, parse_share
 
 

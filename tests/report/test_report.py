@@ -273,7 +273,7 @@ def test_long_names_leave_room_for_the_plot(tmp_path, recwarn):
 
 def test_without_matplotlib_the_other_files_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.report.bench_plot.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"frontier.png needs matplotlib.*: pip install 'secateur\[bench\]'"):
+    with pytest.raises(UsageError, match=r"frontier.png needs matplotlib.*: pip install 'secateur\[sweep\]'"):
         write_report(plausible(2, 2), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["index.html", "points.csv"]
 

@@ -487,11 +487,11 @@ def test_the_heat_map_is_drawn(suffix, base, model_of, tmp_path):
     from secateur.report.choice_plot import plot_choices
 
     report = secateur.compress(str(model_of("llama")), tmp_path / "out", replace(base, allocation="owl"))
-    plot_choices(report.linears, tmp_path / f"map{suffix}")
+    plot_choices(report.linears, tmp_path / f"map{suffix}", "out")
     content = (tmp_path / f"map{suffix}").read_bytes()
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     with pytest.raises(UsageError, match=r"must end in \.png or .svg"):
-        plot_choices(report.linears, tmp_path / "map.pdf")
+        plot_choices(report.linears, tmp_path / "map.pdf", "out")
 
 
 def test_figures_in_the_heat_map_can_be_read(model_of, monkeypatch, tmp_path):
@@ -518,5 +518,5 @@ def test_figures_in_the_heat_map_can_be_read(model_of, monkeypatch, tmp_path):
     report = secateur.compress(str(model_of("llama")), tmp_path / "out", Recipe("magnitude", 0.5))
     monkeypatch.setattr(Axes, "text", note)
     linears = [replace(linear, sparsity=i / 20, bits=2 + i / 2) for i, linear in enumerate(report.linears)]
-    plot_choices(linears, tmp_path / "map.png")
+    plot_choices(linears, tmp_path / "map.png", "out")
     assert set(inks) == {"black", "white"}

@@ -24,14 +24,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from secateur import kernels
 from secateur.errors import UsageError
 from secateur.evaluation.bench.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
+from secateur.formats.layouts.layout import Layout
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
 from secateur.kernels.packed import Packed, map_tensors, nbytes
+from secateur.model.in_memory import open_model
 from secateur.model.load import open_device, parse_dtype
-from secateur.model.source import Source, open_source
+from secateur.model.source import Source
+from secateur.model.transformers.packed_modules import packed_linears
 
 # Copies of a weight at most: more of one so small would take longer to make than to measure.
 _MOST_COPIES = 4096
@@ -161,17 +165,25 @@ class Bench:
 
 
 def describe(layout: Mapping[str, Any]) -> str:
-    """A layout's config in a few words: `nm 2:4`, `packed-int bits=4 group_size=64 symmetric=False`."""
+    """A layout's config in a few words: `nm 2:4`, `packed-int, 4 bits, groups of 64`."""
     rest = {key: value for key, value in layout.items() if key not in ("layout", "dtype")}
-    words = [str(layout["layout"])]
+    name = str(layout["layout"])
     if rest.keys() >= {"n", "m"}:
-        words.append(f"{rest.pop('n')}:{rest.pop('m')}")
-    words += [describe(value) if isinstance(value, Mapping) else f"{key}={value}" for key, value in rest.items()]
-    return " ".join(words)
+        name += f" {rest.pop('n')}:{rest.pop('m')}"
+    words = [name]
+    for key, value in rest.items():
+        plain = key.replace("_", " ")
+        if isinstance(value, Mapping):
+            words.append(f"{plain}: {describe(value)}")
+        elif key in ("bits", "group_size"):
+            words.append(f"{value} bits" if key == "bits" else f"groups of {value}")
+        elif value is not False and value is not None:
+            words.append(plain if value is True else f"{plain} {value}")
+    return ", ".join(words)
 
 
 def bench(  # noqa: PLR0913 - users name them
-    model: str,
+    model: str | PreTrainedModel,
     backend: str = AUTO,
     *,
     device: str = "cpu",
@@ -179,6 +191,7 @@ def bench(  # noqa: PLR0913 - users name them
     tokens: Sequence[int] = (1,),
     threads: int | None = None,
     seconds: float = 2.0,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
@@ -188,13 +201,14 @@ def bench(  # noqa: PLR0913 - users name them
     cache. Biases are left out. On a GPU the time is that of calls from Python, not of a CUDA graph.
 
     Args:
-        model: a folder made by secateur.
+        model: a folder made by secateur, or one that was loaded, as an object.
         backend: `auto`, or the name of one.
         device: where to compute.
         dtype: to compute in; `auto` is that of the files.
         tokens: how many inputs a call takes; one row of figures for each.
         threads: of the CPU; None leaves that to torch.
         seconds: to spend on each row of figures, about.
+        revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: called with (rows done, rows in total).
 
@@ -209,7 +223,7 @@ def bench(  # noqa: PLR0913 - users name them
             f"`tokens` {','.join(map(str, tokens))}: there must be at least one number, and all at least 1"
         )
     target = open_device(device)
-    source = open_source(model, trust_remote_code, dtype=wanted)
+    source = open_model(model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted)
     computed = wanted or source.dtype
     with _threads(threads), torch.inference_mode():
         groups, fallback = _group(source, backend, target, computed)
@@ -228,7 +242,7 @@ def bench(  # noqa: PLR0913 - users name them
                     progress(len(cases), total)
         used = torch.get_num_threads()
     name = str(computed).removeprefix("torch.")
-    return Bench(model, backend, str(target), name, used, copied / copy_seconds, tuple(cases), fallback)
+    return Bench(source.name, backend, str(target), name, used, copied / copy_seconds, tuple(cases), fallback)
 
 
 @contextmanager
@@ -258,9 +272,8 @@ def _group(
     Raises:
         UsageError: there are none, or the backend cannot compute with one of them.
     """
-    weights = source.weights
-    # Other libraries' packed checkpoints are made dense as they are loaded.
-    if source.quantization is None or not weights.packed:
+    packed_weights = list(_packed_weights(source))
+    if not packed_weights:
         raise UsageError(
             f"{source.name} has no linears packed by secateur to measure: make them by `secateur compress`, or, of weights "
             "with zeros, by `secateur export --to secateur`"
@@ -269,15 +282,27 @@ def _group(
     fallback = None
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Reading is checking, which other threads do while this one waits for the first.
-        loaded = pool.map(lambda name: weights.packed[name].load(name, weights.stored), weights.packed)
-        for packed, weight in zip(weights.packed.values(), loaded, strict=True):
+        loaded = pool.map(lambda each: each[1](), packed_weights)
+        for (layout, _), weight in zip(packed_weights, loaded, strict=True):
             chosen = choose(weight, backend, device, dtype).name
             if backend == AUTO and chosen == "dense" and fallback is None and device.type in _WANTED:
                 wanted = _WANTED[device.type]
                 fallback = f"backend {wanted!r} cannot be used: {BACKENDS[wanted].why_not(weight, device, dtype)}"
-            key = _Key(json.dumps(packed.layout.to_config()), weight.shape, chosen)
+            key = _Key(json.dumps(layout.to_config()), weight.shape, chosen)
             groups.setdefault(key, []).append(weight)
     return groups, fallback
+
+
+def _packed_weights(source: Source) -> Iterator[tuple[Layout, Callable[[], Packed]]]:
+    """The layout of each packed weight of a model, and what has it in the CPU's memory."""
+    if source.loaded is not None:
+        for _, linear in packed_linears(source.loaded):
+            form: Any = linear.store  # of what was read, which is told with its layout
+            yield form.layout, partial(map_tensors, linear.packed(), Tensor.cpu)
+    # Other libraries' packed checkpoints are made dense as they are loaded.
+    elif source.quantization is not None:
+        for name, packed in source.weights.packed.items():
+            yield packed.layout, partial(packed.load, name, source.weights.stored)
 
 
 class _Rotation:

@@ -127,7 +127,7 @@ class Baseline:
         return self.content["versions"]
 
 
-def write_baseline(
+def write_baseline(  # noqa: PLR0913 - users name them
     model: str,
     file: str | Path,
     text: Text = TEXT,
@@ -135,6 +135,7 @@ def write_baseline(
     reference: str | None = None,
     runner: Runner = Runner(),  # noqa: B008 - it is frozen
     cache: Path | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -164,7 +165,7 @@ def write_baseline(
         raise UsageError(
             f"{text.windows} windows cannot tell a change from chance: give `windows` {fewest} at least, better 16"
         )
-    found = evaluate(model, reference, text, runner=runner, cache=cache, progress=progress)
+    found = evaluate(model, reference, text, runner=runner, cache=cache, revision=revision, progress=progress)
     content = figures_of(found, runner)
     text_of_file = json.dumps(content, indent=1) + "\n"
     try:

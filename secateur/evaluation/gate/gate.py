@@ -46,7 +46,7 @@ class GateResult:
         return {**content, "passed": self.passed, "checks": checks, "evaluation": self.evaluation.to_dict()}
 
 
-def gate(
+def gate(  # noqa: PLR0913 - users name them
     model: str,
     baseline: Baseline,
     tolerances: Tolerances = Tolerances(),  # noqa: B008 - it is frozen
@@ -55,6 +55,7 @@ def gate(
     text: dict[str, Any] | None = None,
     runner: Runner | None = None,
     cache: Path | None = None,
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GateResult:
     """Measure a checkpoint as a baseline was measured, and compare.
@@ -66,7 +67,7 @@ def gate(
         reference: the dense model, where divergence from it is to be measured too.
         text: what the user said of the text, by the names of `Text`: it must be what the baseline was measured on.
         runner: how models are run; None: as the baseline's, on the CPU.
-        cache: see `evaluate`.
+        cache, revision: see `evaluate`.
         progress: called with (windows done, windows in total).
 
     Raises:
@@ -93,7 +94,8 @@ def gate(
     def accept(sha256: str) -> None:
         _check_same_text(sha256, wanted, baseline)
 
-    found = evaluate(model, reference, wanted, runner=runner, cache=cache, accept=accept, progress=progress)
+    more: dict[str, Any] = {"cache": cache, "revision": revision, "accept": accept, "progress": progress}
+    found = evaluate(model, reference, wanted, runner=runner, **more)
     checks = compare(found, baseline, tolerances)
     notes = tuple(_notes(baseline, runner, found))
     return GateResult(model, str(baseline.file), checks, notes, tolerances.confidence, found)

@@ -16,24 +16,22 @@ from secateur.kernels.backends import backend
 from secateur.kernels.packed import Packed, map_tensors
 from secateur.kernels.torch_backend import times_rows
 
-_VERSION = "_".join(torch.__version__.split("+")[0].split(".")[:2])
+# What the library is compiled for: see setup.py.
+_OLDEST_TORCH = (2, 10)
+_VERSION = torch.__version__
 
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
-    """Why the compiled kernels cannot be used; None if they are loaded.
-
-    The library is named after the release of torch that it was compiled for, since it works with no other.
-    """
-    folder = Path(__file__).parents[1]
-    found = sorted(folder.glob("_cpu_torch*.so"))
-    mine = [file for file in found if file.name.startswith(f"_cpu_torch{_VERSION}.")]
-    if not mine:
-        other = f" (there are some for another release of torch: {found[0].name})" if found else ""
-        how = "reinstall secateur with a C++ compiler, by pip install --no-build-isolation"
-        return f"its compiled kernels are not installed{other}: {how}"
+    """Why the compiled kernels cannot be used; None if they are loaded."""
+    if tuple(map(int, _VERSION.split(".")[:2])) < _OLDEST_TORCH:
+        return f"its compiled kernels need torch 2.10 or later, and this is {_VERSION}: pip install -U torch"
+    found = [file for ending in ("so", "pyd") for file in sorted(Path(__file__).parents[1].glob(f"_cpu.*{ending}"))]
+    if not found:
+        how = "install a wheel, or build one with a C++ compiler, by pip install --no-build-isolation"
+        return f"its compiled kernels are not installed: {how}"
     try:
-        torch.ops.load_library(str(mine[0]))
+        torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"its compiled kernels cannot be loaded ({str(error).splitlines()[0]}): reinstall secateur"
     _register_fakes()

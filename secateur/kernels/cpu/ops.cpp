@@ -1,16 +1,20 @@
 // The operators: what is checked, how inputs are laid out, how rows are dealt out to threads.
 //
+// Nothing but torch's stable ABI is used: what is compiled once works with every torch from TORCH_TARGET_VERSION on, in every Python.
+//
 // O: output features, I: input features, T: tokens, G: groups of a row.
 
-#include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
-#include <torch/library.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -18,7 +22,8 @@
 namespace secateur {
 namespace {
 
-using at::Tensor;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using Maybe = const std::optional<Tensor>&;
 
 // From so many tokens on, rows are unpacked, a tile of them at a time, and multiplied by torch.
@@ -44,20 +49,46 @@ std::string using_now() { return chosen()->name; }
 
 Float float_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return Float::f32;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Float::bf16;
-    case at::kHalf:
+    case ScalarType::Half:
       return Float::f16;
     default:
-      TORCH_CHECK(false, "secateur: values are float32, bfloat16 or float16, not ", t.scalar_type());
+      STD_TORCH_CHECK(false, "secateur: values are float32, bfloat16 or float16, not ", torch::headeronly::toString(t.scalar_type()));
   }
 }
 
-void check(const Tensor& t, at::ScalarType dtype, int64_t at_least, const char* name) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.is_contiguous() && t.numel() >= at_least, "secateur: ", name,
-              " is not a contiguous ", dtype, " of at least ", at_least, " elements in the CPU's memory");
+void check(const Tensor& t, ScalarType dtype, int64_t at_least, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous() && t.numel() >= at_least, "secateur: ", name,
+                  " is not a contiguous ", torch::headeronly::toString(dtype), " of at least ", at_least,
+                  " elements in the CPU's memory");
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+Tensor empty(int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::empty({sizes, 2}, dtype);
+}
+
+Tensor as_dtype(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+
+// Calls `body` with the values of a tensor of any dtype that there is here.
+template <class Body>
+void with_values(const Tensor& t, const Body& body) {
+  switch (float_of(t)) {
+    case Float::f32:
+      return body(data<float>(t));
+    case Float::bf16:
+      return body(data<torch::headeronly::BFloat16>(t));
+    case Float::f16:
+      return body(data<torch::headeronly::Half>(t));
+  }
 }
 
 Floats floats_of(const Tensor& t, int64_t at_least, const char* name) {
@@ -68,10 +99,10 @@ Floats floats_of(const Tensor& t, int64_t at_least, const char* name) {
 }
 
 template <class T>
-const T* optional_data(Maybe t, at::ScalarType dtype, int64_t at_least, const char* name) {
+const T* optional_data(Maybe t, ScalarType dtype, int64_t at_least, const char* name) {
   if (!t) return nullptr;
   check(*t, dtype, at_least, name);
-  return t->const_data_ptr<T>();
+  return data<T>(*t);
 }
 
 // The inputs as kernels want them, and the memory that they lie in: one piece, since a token has little time to wait for more.
@@ -85,21 +116,19 @@ void lay_row(const X* x, const int32_t* order, int64_t I, float* to) {
   if (order)
     for (int64_t i = 0; i < I; i++) to[i] = float(x[order[i]]);
   else
-    at::vec::convert(x, to, I);
+    for (int64_t i = 0; i < I; i++) to[i] = float(x[i]);
 }
 
 Laid lay_out(const Tensor& x, int64_t group_size, int64_t G, bool split, const int32_t* order) {
   const int64_t T = x.size(0), I = x.size(1), stride = round_up(I), sums = round_up(G);
   const int64_t floats = stride * (split ? 2 : 1) + sums;
-  Laid laid{at::empty({T, floats}, at::kFloat), {}};
-  float* const rows = laid.memory.data_ptr<float>();
+  Laid laid{empty(T, floats, ScalarType::Float), {}};
+  float* const rows = static_cast<float*>(laid.memory.data_ptr());
   float* const splits = rows + T * stride;
   float* const group_sums = rows + T * (floats - sums);
   for (int64_t t = 0; t < T; t++) {
     float* to = rows + t * stride;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "secateur", [&] {
-      lay_row(x.const_data_ptr<scalar_t>() + t * I, order, I, to);
-    });
+    with_values(x, [&](const auto* values) { lay_row(values + t * I, order, I, to); });
     std::fill(to + I, to + stride, 0.0f);
     if (split)
       for (int64_t i = 0; i < stride; i++) splits[t * stride + (i & ~31) + (i & 1) * 16 + (i % 32) / 2] = to[i];
@@ -120,9 +149,35 @@ Laid lay_out(const Tensor& x, int64_t group_size, int64_t G, bool split, const i
 }
 
 // Sums and bias in the dtype of the inputs.
-Tensor finish(Tensor y, Maybe bias, at::ScalarType dtype) {
-  if (bias) y.add_(*bias);
-  return y.scalar_type() == dtype ? y : y.to(dtype);
+Tensor finish(const Tensor& y, Maybe bias, ScalarType dtype) {
+  if (bias) {
+    const int64_t T = y.size(0), O = y.size(1);
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->numel() == O, "secateur: the bias is not [", O, "]");
+    float* const sums = static_cast<float*>(y.data_ptr());
+    const Tensor whole = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    with_values(whole, [&](const auto* values) {
+      for (int64_t t = 0; t < T; t++)
+        for (int64_t o = 0; o < O; o++) sums[t * O + o] += float(values[o]);
+    });
+  }
+  return as_dtype(y, dtype);
+}
+
+// The inputs with columns in stored order, in a dtype in which torch multiplies fast.
+Tensor in_order(const Tensor& x, const int32_t* order, ScalarType dtype) {
+  if (!order) return as_dtype(x, dtype);
+  const int64_t T = x.size(0), I = x.size(1);
+  Tensor found = empty(T, I, dtype);
+  with_values(x, [&](const auto* values) {
+    using X = std::decay_t<decltype(*values)>;
+    using To = std::conditional_t<std::is_same_v<X, torch::headeronly::Half>, float, X>;
+    To* const to = static_cast<To*>(found.data_ptr());
+    torch::stable::parallel_for(0, T, std::max<int64_t>(1, WEIGHTS_PER_THREAD / std::max<int64_t>(I, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++)
+        for (int64_t i = 0; i < I; i++) to[t * I + i] = To(values[t * I + order[i]]);
+    });
+  });
+  return found;
 }
 
 int64_t grain(int64_t I) { return std::max<int64_t>(1, WEIGHTS_PER_THREAD / std::max<int64_t>(I, 1)); }
@@ -132,112 +187,118 @@ template <class Row>
 Tensor by_tiles(const Tensor& x, Maybe order, Maybe bias, int64_t O, int64_t floats, const Row& row) {
   const int64_t T = x.size(0), I = x.size(1), stride = round_up(I);
   // float16 products are slow in torch on a CPU.
-  const auto dtype = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
-  const Tensor source = (order ? x.index_select(1, *order) : x).to(dtype);
-  Tensor y = at::empty({T, O}, source.options());
-  const int64_t rows = std::clamp<int64_t>(TILE_BYTES / (stride * at::elementSize(dtype)), LEAST_ROWS, 8 * LEAST_ROWS);
-  Tensor tile = at::empty({std::min(rows, O), stride}, source.options());
+  const ScalarType dtype = x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
+  const Tensor source = in_order(x, order ? data<int32_t>(*order) : nullptr, dtype);
+  const std::optional<Tensor> added = bias ? std::optional<Tensor>(as_dtype(*bias, dtype)) : std::nullopt;
+  Tensor y = empty(T, O, dtype);
+  const int64_t rows = std::clamp<int64_t>(TILE_BYTES / (stride * int64_t(source.element_size())), LEAST_ROWS, 8 * LEAST_ROWS);
+  Tensor tile = empty(std::min(rows, O), stride, dtype);
   const Kernels& kernels = *chosen();
   for (int64_t first = 0; first < O; first += rows) {
     const int64_t count = std::min(rows, O - first);
-    at::parallel_for(0, count, grain(I), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain(I), [&](int64_t begin, int64_t end) {
       std::vector<float> buffer(stride + floats);
       for (int64_t r = begin; r < end; r++) {
-        if (dtype == at::kFloat) {
-          row(first + r, tile.data_ptr<float>() + r * stride, buffer.data());
+        if (dtype == ScalarType::Float) {
+          row(first + r, static_cast<float*>(tile.data_ptr()) + r * stride, buffer.data());
         } else {
           row(first + r, buffer.data(), buffer.data() + stride);
           kernels.to_bf16(buffer.data(), static_cast<uint16_t*>(tile.data_ptr()) + r * stride, I);
         }
       }
     });
-    Tensor part = y.narrow(1, first, count);
-    const Tensor weight = tile.narrow(0, 0, count).narrow(1, 0, I).t();
-    if (bias)
-      at::addmm_out(part, bias->narrow(0, first, count).to(dtype), source, weight);
-    else
-      at::mm_out(part, source, weight);
+    const Tensor part = narrow(y, 1, first, count);
+    Tensor unpacked = narrow(tile, 0, 0, count);
+    unpacked = narrow(unpacked, 1, 0, I);
+    const Tensor weight = torch::stable::transpose(unpacked, 0, 1);
+    if (added) {
+      Tensor all = *added;
+      const Tensor some = narrow(all, 0, first, count);
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(part.get(), some.get(), source.get(), weight.get(), 1, 1));
+    } else {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(part.get(), source.get(), weight.get()));
+    }
   }
-  return y.to(x.scalar_type());
+  return as_dtype(y, x.scalar_type());
 }
 
 void check_input(const Tensor& x) {
-  TORCH_CHECK(x.device().is_cpu(), "secateur: the CPU kernels take inputs in the CPU's memory, not on ", x.device());
-  TORCH_CHECK(x.dim() == 2, "secateur: the input is [tokens, features]");
+  STD_TORCH_CHECK(x.is_cpu(), "secateur: the CPU kernels take inputs in the CPU's memory, not on another device");
+  STD_TORCH_CHECK(x.dim() == 2, "secateur: the input is [tokens, features]");
   float_of(x);
 }
 
 Tensor sparse_linear(const Tensor& x_any, const Tensor& values, const Tensor& mask, const Tensor& start, Maybe bias) {
   check_input(x_any);
-  const Tensor x = x_any.contiguous();
+  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
   const int64_t T = x.size(0), I = x.size(1), O = start.numel() - 1;
   Sparse w;
   w.I = I;
-  check(start, at::kLong, 1, "start");
-  w.start = start.const_data_ptr<int64_t>();
-  check(mask, at::kByte, O * ((I + 7) / 8), "the bit mask");
-  w.mask = mask.const_data_ptr<uint8_t>();
+  check(start, ScalarType::Long, 1, "start");
+  w.start = data<int64_t>(start);
+  check(mask, ScalarType::Byte, O * ((I + 7) / 8), "the bit mask");
+  w.mask = data<uint8_t>(mask);
   w.values = floats_of(values, w.start[O] + WIDTH / values.element_size(), "values");
   const Kernels& kernels = *chosen();
   if (T >= FROM_TOKENS) {
     return by_tiles(x, std::nullopt, bias, O, 0, [&](int64_t r, float* row, float*) { kernels.sparse_row(w, r, row); });
   }
   const Laid laid = lay_out(x, 0, 0, w.values.dtype == Float::bf16, nullptr);
-  Tensor y = at::empty({T, O}, at::kFloat);
-  float* out = y.data_ptr<float>();
-  at::parallel_for(0, O, grain(I), [&](int64_t first, int64_t last) { kernels.sparse_dot(w, laid.in, first, last, out, O); });
-  return finish(std::move(y), bias, x.scalar_type());
+  Tensor y = empty(T, O, ScalarType::Float);
+  float* out = static_cast<float*>(y.data_ptr());
+  torch::stable::parallel_for(0, O, grain(I), [&](int64_t first, int64_t last) { kernels.sparse_dot(w, laid.in, first, last, out, O); });
+  return finish(y, bias, x.scalar_type());
 }
 
 Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, const Tensor& start, Maybe count, Maybe group_start,
                     int64_t group_size, Maybe scale, Maybe zero, Maybe pair, Maybe second, int64_t tile_rows, Maybe table,
                     Maybe mask, Maybe order, Maybe outlier_start, Maybe outlier_column, Maybe outlier_value, Maybe bias) {
   check_input(x_any);
-  const Tensor x = x_any.contiguous();
+  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
   const int64_t T = x.size(0), I = x.size(1), O = start.numel() - 1;
-  TORCH_CHECK(bits >= 1 && bits <= 8, "secateur: codes have 1 to 8 bits, not ", bits);
-  TORCH_CHECK(int(scale.has_value()) + int(pair.has_value() && second.has_value()) + int(table.has_value()) == 1,
+  STD_TORCH_CHECK(bits >= 1 && bits <= 8, "secateur: codes have 1 to 8 bits, not ", bits);
+  STD_TORCH_CHECK(int(scale.has_value()) + int(pair.has_value() && second.has_value()) + int(table.has_value()) == 1,
               "secateur: codes have one grid");
-  TORCH_CHECK(mask.has_value() == count.has_value(), "secateur: a mask comes with the counts of its rows");
-  check(start, at::kLong, 1, "start");
+  STD_TORCH_CHECK(mask.has_value() == count.has_value(), "secateur: a mask comes with the counts of its rows");
+  check(start, ScalarType::Long, 1, "start");
   Coded w = {};
   w.I = I;
   w.bits = int(bits);
-  w.start = start.const_data_ptr<int64_t>();
-  check(codes, at::kByte, w.start[O] + WIDTH, "codes");
-  w.codes = codes.const_data_ptr<uint8_t>();
-  w.count = optional_data<int32_t>(count, at::kInt, O, "count");
-  w.group_start = optional_data<int64_t>(group_start, at::kLong, O + 1, "group_start");
+  w.start = data<int64_t>(start);
+  check(codes, ScalarType::Byte, w.start[O] + WIDTH, "codes");
+  w.codes = data<uint8_t>(codes);
+  w.count = optional_data<int32_t>(count, ScalarType::Int, O, "count");
+  w.group_start = optional_data<int64_t>(group_start, ScalarType::Long, O + 1, "group_start");
   if (table) {
     w.table = floats_of(*table, O << bits, "table");
   } else {
-    TORCH_CHECK(group_size >= 1, "secateur: groups of ", group_size);
+    STD_TORCH_CHECK(group_size >= 1, "secateur: groups of ", group_size);
     w.group_size = std::max<int64_t>(1, std::min(group_size, I));
     w.G = (I + w.group_size - 1) / w.group_size;
     const int64_t groups = w.group_start ? w.group_start[O] : O * w.G;
     if (scale) {
       w.scale = floats_of(*scale, groups, "scale");
-      w.zero = optional_data<uint8_t>(zero, at::kByte, groups, "zero");
+      w.zero = optional_data<uint8_t>(zero, ScalarType::Byte, groups, "zero");
     } else {
-      TORCH_CHECK(tile_rows >= 1, "secateur: tiles of ", tile_rows, " rows");
+      STD_TORCH_CHECK(tile_rows >= 1, "secateur: tiles of ", tile_rows, " rows");
       w.tile_rows = tile_rows;
       w.nibbles = pair->dim() == 1;
-      check(*pair, at::kByte, w.nibbles ? groups : 2 * groups, "pair");
-      w.pair = pair->const_data_ptr<uint8_t>();
+      check(*pair, ScalarType::Byte, w.nibbles ? groups : 2 * groups, "pair");
+      w.pair = data<uint8_t>(*pair);
       const int64_t tiles = (O + tile_rows - 1) / tile_rows;
-      TORCH_CHECK(second->dim() == 3 && second->size(0) == tiles && second->size(2) == 4, "secateur: second is not [tiles, groups, 4]");
+      STD_TORCH_CHECK(second->dim() == 3 && second->size(0) == tiles && second->size(2) == 4, "secateur: second is not [tiles, groups, 4]");
       w.second_groups = second->size(1);
-      TORCH_CHECK(w.second_groups <= w.G && (w.group_start || w.second_groups == w.G), "secateur: second has ", w.second_groups, " groups");
+      STD_TORCH_CHECK(w.second_groups <= w.G && (w.group_start || w.second_groups == w.G), "secateur: second has ", w.second_groups, " groups");
       w.second = floats_of(*second, 0, "second");
     }
   }
-  w.mask = optional_data<uint8_t>(mask, at::kByte, O * ((I + 7) / 8), "the bit mask");
-  TORCH_CHECK(w.mask || w.start[O] == O * ((I * bits + 7) / 8), "secateur: codes are not of ", I, " input features");
-  if (order) check(*order, at::kInt, I, "order");
-  w.outlier_start = optional_data<int32_t>(outlier_start, at::kInt, O + 1, "outlier_start");
+  w.mask = optional_data<uint8_t>(mask, ScalarType::Byte, O * ((I + 7) / 8), "the bit mask");
+  STD_TORCH_CHECK(w.mask || w.start[O] == O * ((I * bits + 7) / 8), "secateur: codes are not of ", I, " input features");
+  if (order) check(*order, ScalarType::Int, I, "order");
+  w.outlier_start = optional_data<int32_t>(outlier_start, ScalarType::Int, O + 1, "outlier_start");
   if (w.outlier_start) {
-    TORCH_CHECK(outlier_column && outlier_value, "secateur: outliers have columns and values");
-    w.outlier_column = optional_data<int32_t>(outlier_column, at::kInt, w.outlier_start[O], "outlier_column");
+    STD_TORCH_CHECK(outlier_column && outlier_value, "secateur: outliers have columns and values");
+    w.outlier_column = optional_data<int32_t>(outlier_column, ScalarType::Int, w.outlier_start[O], "outlier_column");
     w.outlier_value = floats_of(*outlier_value, w.outlier_start[O], "outlier_value");
   }
   const Kernels& kernels = *chosen();
@@ -245,31 +306,36 @@ Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, cons
   if (T >= FROM_TOKENS) {
     return by_tiles(x, order, bias, O, scratch, [&](int64_t r, float* row, float* spare) { kernels.coded_row(w, r, row, spare); });
   }
-  const Laid laid = lay_out(x, w.group_size, w.G, false, order ? order->const_data_ptr<int32_t>() : nullptr);
-  Tensor y = at::empty({T, O}, at::kFloat);
-  float* out = y.data_ptr<float>();
-  at::parallel_for(0, O, grain(I), [&](int64_t first, int64_t last) {
+  const Laid laid = lay_out(x, w.group_size, w.G, false, order ? data<int32_t>(*order) : nullptr);
+  Tensor y = empty(T, O, ScalarType::Float);
+  float* out = static_cast<float*>(y.data_ptr());
+  torch::stable::parallel_for(0, O, grain(I), [&](int64_t first, int64_t last) {
     std::vector<float> buffer(scratch);
     kernels.coded_dot(w, laid.in, first, last, out, O, buffer.data());
   });
-  return finish(std::move(y), bias, x.scalar_type());
+  return finish(y, bias, x.scalar_type());
 }
 
 }  // namespace
 
-TORCH_LIBRARY(secateur, m) {
+STABLE_TORCH_LIBRARY(secateur, m) {
   m.def("sparse_linear(Tensor x, Tensor values, Tensor mask, Tensor start, Tensor? bias) -> Tensor");
   m.def(
       "coded_linear(Tensor x, int bits, Tensor codes, Tensor start, Tensor? count, Tensor? group_start, int group_size, "
       "Tensor? scale, Tensor? zero, Tensor? pair, Tensor? second, int tile_rows, Tensor? table, Tensor? mask, Tensor? order, "
       "Tensor? outlier_start, Tensor? outlier_column, Tensor? outlier_value, Tensor? bias) -> Tensor");
-  m.def("use_instructions(str name) -> bool", &use);
-  m.def("instructions() -> str", &using_now);
+  m.def("use_instructions(str name) -> bool");
+  m.def("instructions() -> str");
 }
 
-TORCH_LIBRARY_IMPL(secateur, CPU, m) {
-  m.impl("sparse_linear", &sparse_linear);
-  m.impl("coded_linear", &coded_linear);
+STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
+  m.impl("coded_linear", TORCH_BOX(&coded_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(secateur, CompositeExplicitAutograd, m) {
+  m.impl("use_instructions", TORCH_BOX(&use));
+  m.impl("instructions", TORCH_BOX(&using_now));
 }
 
 }  // namespace secateur

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import secateur
-from benchmarks.protocol import arguments, machine, plain_model, prepare, random_llama, table
+from benchmarks.protocol import arguments, machine, plain_model, prepare, random_llama, sharded_mixture, table
 
 TOKENS = 48
 SIZES = {
@@ -31,6 +31,8 @@ SIZES = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
+# 1 B of 4 B parameters for a token.
+MIXTURE = {"hidden": 2048, "inner": 768, "blocks": 12, "experts": 64, "chosen": 16}
 FORMS = {
     "dense": None,
     "bitmap 50 %": secateur.Recipe(prune="magnitude", sparsity=0.5),
@@ -141,7 +143,7 @@ def run(python: str, code: str, *args: str) -> dict[str, float]:
 
 def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__)
-    parser.add_argument("--models", default="smollm2,1.1b", help="which, with commas between")
+    parser.add_argument("--models", default="smollm2,1.1b", help="smollm2, 1.1b, mixture: which, with commas between")
     parser.add_argument("--llama", help="Python with llama-cpp-python and gguf")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -153,6 +155,10 @@ def main() -> None:
             source = args.work / "llama-1.1b"
             if not (source / "config.json").exists():
                 random_llama(source, torch.bfloat16, max_position_embeddings=2048, **SIZES)
+        elif name == "mixture":
+            source = args.work / "mixture-4b"
+            if not (source / "model.safetensors.index.json").exists():
+                sharded_mixture(source, plain_model(args.work, torch.bfloat16), **MIXTURE)
         else:
             source = plain_model(args.work, torch.bfloat16)
         runs: dict[str, list[dict[str, float]]] = {}

@@ -26,9 +26,9 @@ from torch.nn.functional import linear
 from benchmarks.protocol import arguments, machine, table
 from benchmarks.random_packed import BF16, bitmap, codebook, packed_int, sparse_int, spqr, two_of_four
 from secateur import kernels
-from secateur.evaluation.bench.timing import large_copy
 from secateur.kernels.cpu import cpu_backend
 from secateur.kernels.packed import Packed, map_tensors, nbytes
+from secateur.speed.timing import large_copy
 
 SHAPES = ((2048, 2048), (5632, 2048), (4096, 11008))
 FP32 = torch.float32

@@ -1,8 +1,8 @@
 """One run of llm-compressor by the protocol, from loading the model to the saved folder. Run by benchmarks/speed.py.
 
-python benchmarks/peer_llmcompressor.py METHOD SPARSITY|N:M|BITS MODEL CALIBRATION.txt OUT THREADS
+python -P benchmarks/peer_llmcompressor.py METHOD SPARSITY|N:M|BITS MODEL CALIBRATION.txt OUT THREADS [GROUP]
 
-GPTQ is asymmetric in groups of 64, otherwise with the peer's defaults.
+GPTQ is asymmetric in groups of 64, or of GROUP, otherwise with the peer's defaults.
 """
 
 import json
@@ -23,6 +23,7 @@ SAMPLES, SEQ_LEN = 32, 512
 
 def main() -> None:
     method, pattern, folder, calibration, out, threads = sys.argv[1:7]
+    group = int(sys.argv[7]) if len(sys.argv) > 7 else 64
     torch.set_num_threads(int(threads))
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -31,7 +32,7 @@ def main() -> None:
     rows = [ids[i * SEQ_LEN : (i + 1) * SEQ_LEN] for i in range(SAMPLES)]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * SEQ_LEN] * SAMPLES})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    recipe = _gptq(int(pattern)) if method == "gptq" else _pruning(method, pattern)
+    recipe = _gptq(int(pattern), group) if method == "gptq" else _pruning(method, pattern)
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=SEQ_LEN, num_calibration_samples=SAMPLES)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -46,8 +47,8 @@ def _pruning(method: str, pattern: str):
     return modifier(targets=["Linear"], ignore=["lm_head"], **mask)
 
 
-def _gptq(bits: int):
-    weights = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=64, symmetric=False)
+def _gptq(bits: int, group: int):
+    weights = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=group, symmetric=False)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
 

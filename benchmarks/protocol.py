@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 import secateur
 from secateur.calibration.tokens import Named, windows
@@ -141,6 +141,84 @@ def sharded_llama(
     return count
 
 
+def sharded_mixture(
+    out: Path, tokenizer_from: Path, hidden: int, inner: int, blocks: int, experts: int, chosen: int
+) -> int:
+    """A Qwen3-MoE in bfloat16, random weights of a plausible scale, a shard for each block; the number of its parameters.
+
+    All experts have the same weights, which are drawn once; routers differ from block to block.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    tokenizer.save_pretrained(out)
+    kv = hidden // 4
+    Qwen3MoeConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        moe_intermediate_size=inner,
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=kv // 64,
+        head_dim=64,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(out)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).mul_(0.02).bfloat16()
+
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    expert = {
+        "gate_proj": random(inner, hidden),
+        "up_proj": random(inner, hidden),
+        "down_proj": random(hidden, inner),
+    }
+    block = {
+        "self_attn.q_proj": random(hidden, hidden),
+        "self_attn.k_proj": random(kv, hidden),
+        "self_attn.v_proj": random(kv, hidden),
+        "self_attn.o_proj": random(hidden, hidden),
+        "self_attn.q_norm": torch.ones(64, dtype=torch.bfloat16),
+        "self_attn.k_norm": torch.ones(64, dtype=torch.bfloat16),
+        "input_layernorm": ones,
+        "post_attention_layernorm": ones.clone(),
+    }
+    weight_map: dict[str, str] = {}
+    count = 0
+
+    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal count
+        name = f"model-{number:05d}.safetensors"
+        # safetensors refuses tensors that share memory.
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, out / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        count += sum(t.numel() for t in tensors.values())
+
+    write(0, {"model.embed_tokens.weight": random(len(tokenizer), hidden), "model.norm.weight": ones})
+    write(1, {"lm_head.weight": random(len(tokenizer), hidden)})
+    for i in range(blocks):
+        prefix = f"model.layers.{i}"
+        write(
+            2 + i,
+            {f"{prefix}.{name}.weight": tensor for name, tensor in block.items()}
+            | {f"{prefix}.mlp.gate.weight": random(experts, hidden)}
+            | {
+                f"{prefix}.mlp.experts.{e}.{name}.weight": tensor
+                for e in range(experts)
+                for name, tensor in expert.items()
+            },
+        )
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return count
+
+
 @torch.no_grad()
 def _dither(model: Any) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -203,6 +281,20 @@ def compress(model: Path | str, out: Path, options: list[str], calibration: Path
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
     return json.loads(done.stdout)
+
+
+def run_peer(
+    args: argparse.Namespace, told: list[str], model: Path, calibration: Path, out: Path, *more: str
+) -> dict[str, Any]:
+    """Run llm-compressor by the protocol in a process of its environment's Python, `args.peer`; what it reports."""
+    script = Path(__file__).with_name("peer_llmcompressor.py")
+    # -P: a file beside the script is called like a package that the peer imports.
+    command = [args.peer, "-P", str(script), *told, str(model), str(calibration), str(out), str(args.threads), *more]
+    env = {**_environment(), "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise SystemExit(f"the peer failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _environment() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Memory under a limit, what `plan` foretells, what it costs to resume, and two processes against one.
 
     python -m benchmarks.scale bounded --text wiki.test.raw          # 7 B under 4 GiB; 13 GB of disk, half an hour
+    python -m benchmarks.scale bounded --text wiki.test.raw --size mixture --methods wanda --max-memory 3GiB
     python -m benchmarks.scale plan --text wiki.test.raw             # foretold against measured, three sizes
     python -m benchmarks.scale resume --text wiki.test.raw           # SmolLM2, killed in five places
     python -m benchmarks.scale ranks --text wiki.test.raw            # SmolLM2, two processes of one thread, one of two
@@ -35,6 +36,7 @@ from benchmarks.protocol import (
     prepare,
     prune_options,
     sharded_llama,
+    sharded_mixture,
     split_text,
     table,
 )
@@ -44,6 +46,8 @@ SIZES = {
     "1.5b": {"hidden": 2048, "inner": 6144, "blocks": 28, "heads": 16, "kv_heads": 8},
     "7b": {"hidden": 4096, "inner": 11008, "blocks": 32, "heads": 32, "kv_heads": 32},
 }
+# Its block is 8 GB in float32.
+MIXTURES = {"mixture": {"hidden": 2048, "inner": 2048, "blocks": 2, "experts": 160, "chosen": 8}}
 METHOD = prune_options("sparsegpt", "0.5")
 
 
@@ -54,7 +58,10 @@ def model_of(args: argparse.Namespace, size: str) -> Path:
         return small
     out = args.work / f"llama-{size}"
     if not (out / "model.safetensors.index.json").exists():
-        sharded_llama(out, small, **SIZES[size])
+        if size in MIXTURES:
+            sharded_mixture(out, small, **MIXTURES[size])
+        else:
+            sharded_llama(out, small, **SIZES[size])
     return out
 
 
@@ -76,7 +83,7 @@ def bounded(args: argparse.Namespace, calibration: Path) -> None:
         command = compress_command(model, out, prune_options(method, "0.5"), calibration, samples=16)
         report = run([*command, "--max-memory", args.max_memory], args.threads)
         phases = report["phases"]
-        blocks = SIZES[args.size]["blocks"]
+        blocks = (SIZES | MIXTURES)[args.size]["blocks"]
         within = sum(seconds for phase, seconds in phases.items() if phase not in ("opening", "ending"))
         rows.append(
             [
@@ -237,7 +244,7 @@ PARTS = {"bounded": bounded, "plan": plan, "resume": resume, "ranks": ranks, "ve
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--size", default="7b", choices=SIZES)
+    parser.add_argument("--size", default="7b", choices=[*SIZES, *MIXTURES])
     parser.add_argument("--sizes", default="smollm2,0.3b,1.5b", help="comma-separated")
     parser.add_argument("--methods", default="sparsegpt", help="comma-separated")
     parser.add_argument("--max-memory", default="", help="of bounded: 4GiB")

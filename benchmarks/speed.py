@@ -8,11 +8,7 @@ The machine must be otherwise idle: both use every core that they are given.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-from pathlib import Path
 
 from benchmarks.protocol import (
     arguments,
@@ -22,6 +18,7 @@ from benchmarks.protocol import (
     plain_model,
     prepare,
     prune_options,
+    run_peer,
     split_text,
     table,
 )
@@ -53,7 +50,7 @@ def main() -> None:
         model = plain_model(args.work, dithered=told[0] == "gptq")
         theirs, ours, peaks = [], [], []
         for _ in range(args.rounds):
-            peer = _peer(args, told, model, calibration)
+            peer = run_peer(args, told, model, calibration, args.work / "peer")
             report = compress(model, args.work / "out", options, calibration, args.threads)
             theirs.append(peer["seconds"])
             ours.append(report["seconds"])
@@ -88,24 +85,6 @@ def main() -> None:
         ],
         rows,
     )
-
-
-def _peer(args, told: list[str], model: Path, calibration: Path) -> dict[str, float]:
-    script = Path(__file__).with_name("peer_llmcompressor.py")
-    command = [
-        args.peer,
-        str(script),
-        *told,
-        str(model),
-        str(calibration),
-        str(args.work / "peer"),
-        str(args.threads),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        raise SystemExit(f"the peer failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from secateur.checkpoint.inspect import Inspection, inspect
     from secateur.checkpoint.verify import verify
     from secateur.errors import CheckpointError, SecateurError, UsageError
-    from secateur.evaluation.bench.bench import Bench, bench
     from secateur.evaluation.eval_text import Text
     from secateur.evaluation.gate.baseline import Baseline, write_baseline
     from secateur.evaluation.gate.gate import GateResult, gate
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from secateur.runs.forecast import Forecast, forecast
     from secateur.runs.generate import generate
     from secateur.runs.sweep import Sweep, sweep
+    from secateur.speed.bench import bench
+    from secateur.speed.bench_result import Bench
 
 __all__ = [
     "Baseline",
@@ -78,7 +79,8 @@ _HOMES = {
     "checkpoint.inspect": ["Inspection", "inspect"],
     "checkpoint.verify": ["verify"],
     "errors": ["CheckpointError", "SecateurError", "UsageError"],
-    "evaluation.bench.bench": ["Bench", "bench"],
+    "speed.bench": ["bench"],
+    "speed.bench_result": ["Bench"],
     "evaluation.eval_text": ["Text"],
     "evaluation.gate.baseline": ["Baseline", "write_baseline"],
     "evaluation.gate.gate": ["GateResult", "gate"],

@@ -51,6 +51,7 @@ _HYBRID = {
 _HEAD = {"head_dim": 8}
 # What a family needs besides, where its sizes hang together.
 _SPECIAL = {
+    "bailing_hybrid": {"n_group": 2},
     "cohere_compass_text": {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"moe_intermediate_size": INNER, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -239,7 +240,7 @@ def page(rows):
         "",
         *_wrapped(
             "What a text does not run, an image encoder say, stays as it is, and so do weights that several blocks share. The "
-            "run says so, as the remarks do here."
+            "run says so, as the remarks do here. Of a mixture, every expert is compressed, and the router stays as it is."
         ),
         "",
         f"## All of it works: {len(works)}",
@@ -248,11 +249,13 @@ def page(rows):
         "|---|---|",
         *(f"| `{row.family}` | {row.notes} |" for row in works),
         "",
-        f"## Refused as mixtures of experts: {len(experts)}",
+        f"## Refused: {len(experts)}",
         "",
-        *_wrapped(", ".join(f"`{row.family}`" for row in experts)),
+        "Mixtures of experts in a form of their own. A model of such a family whose config has no experts is compressed.",
         "",
-        "A model of such a family whose config has no experts is compressed.",
+        "| model type | because |",
+        "|---|---|",
+        *(f"| `{row.family}` | {row.compress} |" for row in experts),
         "",
     ]
     if other:

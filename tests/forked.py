@@ -24,8 +24,8 @@ import torch
 
 import secateur
 from secateur.errors import SecateurError
-from secateur.pipeline import kept_inputs
 from secateur.pipeline.recorder import Recorder
+from secateur.unfinished import kept_inputs
 
 torch.set_num_threads(1)
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur._version import __version__
+from secateur.checkpoint.card import write_card
 from secateur.checkpoint.forms import FORMS, Form
 from secateur.errors import UsageError
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
 from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
-from secateur.formats.card import write_card
+from secateur.model.fused_tensors import FusedTensors
 from secateur.model.source import Source, open_source, save_config, save_untied, with_revision
 from secateur.model.structure import Linear, build_skeleton, find_blocks
 from secateur.model.weights import ModelWeights, converted
@@ -83,6 +84,14 @@ def _write_tensors(
 ) -> None:
     """Write all that the files hold: linears as the form packs them, and everything else dense."""
     waiting: dict[str, Tensor] = {}  # of one block, where transformers converted them
+    fused = FusedTensors(weights, skeleton)
+
+    def write(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if weights.converted and form.unconverted:
+                waiting[name] = tensor
+            else:
+                writer.add(name, tensor)
 
     def write_waiting() -> None:
         if waiting:
@@ -103,12 +112,11 @@ def _write_tensors(
             stored = weights.module_to_write(module)
             for part, tensor in parts.items():
                 writer.add(f"{stored}.{part}", tensor)
+            if name in fused:
+                write(fused.add(name, None))
             continue
         tensor = converted(name, weights[name], form.dtype, "`to='dense'` keeps them")
-        if weights.converted and form.unconverted:
-            waiting[name] = tensor
-        else:
-            writer.add(weights.name_to_write(name), tensor)
+        write(fused.add(name, tensor) if name in fused else {weights.name_to_write(name): tensor})
     write_waiting()
     for name in weights.unused:
         writer.add(name, converted(name, weights.stored(name), None, ""))

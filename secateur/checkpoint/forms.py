@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,9 @@ from secateur.errors import UsageError
 from secateur.formats.foreign import pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.stored_weights import quantization_config
+from secateur.mixture.experts import Experts
+from secateur.mixture.unfuse import experts_in, merges_experts, routers_in
+from secateur.model.block_names import without_expert
 from secateur.model.structure import Linear, is_transposed
 from secateur.model.weights import ModelWeights
 
@@ -119,8 +123,25 @@ class CompressedTensors:
         self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         _check_some(self.schemes, "compressed-tensors", "`quantize` gptq or rtn")
-        schemes = {name: scheme for module, scheme in self.schemes.items() for name in _names(module, weights)}
+        for name, experts in experts_in(model).items():
+            self._check_experts(name, experts, merges_experts(model))
+        schemes = {_target(n): scheme for module, scheme in self.schemes.items() for n in _names(module, weights)}
         return pack_quantized.quantization_config(schemes, _other_linears(model, self.schemes, weights))
+
+    def _check_experts(self, name: str, experts: Experts, merged: bool) -> None:
+        """Raise UsageError where those that read the format would not take the experts of a layer."""
+        found = {self.schemes.get(f"{name}.{linear}") for linear in experts.linears}
+        why = None
+        if found == {None}:
+            return
+        if any(scheme is not None and not scheme.symmetric for scheme in found):
+            why = "its experts have zero points, which transformers does not read of experts: quantize with `symmetric`"
+        elif experts.has_bias or not (merged or experts.copied_inputs):
+            why = "checkpoints of its family hold a layer's experts in one tensor, and transformers reads no packed ones there"
+        elif len({scheme and (scheme.bits, scheme.symmetric) for scheme in found}) > 1:
+            why = "its experts are not all quantized alike, and those that read them take one way for all experts of a layer"
+        if why is not None:
+            raise UsageError(f"{name} cannot be written as compressed-tensors: {why}; `to='dense'` writes any model")
 
 
 class SpQR:
@@ -188,9 +209,20 @@ def _check_some(packed: dict[str, Any], form: str, how: str) -> None:
 
 
 def _other_linears(model: nn.Module, packed: dict[str, Any], weights: ModelWeights) -> list[str]:
-    """The linears of the whole model that are not packed, the head among them."""
-    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    """The linears of the whole model that are not packed, the head among them, and what chooses among experts."""
+    routers = routers_in(model)
+    others = [
+        name
+        for name, module in model.named_modules()
+        if name not in packed and (isinstance(module, nn.Linear) or name in routers)
+    ]
     return [name for other in others for name in _names(other, weights)]
+
+
+def _target(name: str) -> str:
+    """A module as the config names it: all experts of a layer by one pattern."""
+    short = without_expert(name)
+    return name if short == name else "re:" + re.escape(short).replace(re.escape("*"), r"\d+") + "$"
 
 
 def _names(module: str, weights: ModelWeights) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
-from secateur.formats.layouts.layout import describe_dense
 from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton, find_blocks, weight_matrix
 from secateur.model.weights import ModelWeights
@@ -63,15 +63,14 @@ def inspect(model: str | Path | Source, trust_remote_code: bool = False, *, revi
 def _inspect(source: Source) -> Inspection:
     model = build_skeleton(source, torch.float32)
     weights = ModelWeights(source, model)
-    errors = _errors(source)
+    recorded = _recorded(source)
     linears = []
     for name, linear in find_blocks(model).linears.items():
         key = f"{name}.weight"
         if key not in weights:
             continue  # tied to one that is listed
-        packed = weights.packed(key)
-        found = describe_dense(weights[key]) if packed is None else packed.describe(key, weights.stored_tensors)
-        error, kind = errors.get(name, (float("nan"), "not recorded"))
+        found = weights.describe(key)
+        said = recorded.get(name, {})
         O, I = weight_matrix(linear).shape
         count = O * I
         linears.append(
@@ -83,21 +82,22 @@ def _inspect(source: Source) -> Inspection:
                 outliers=found.outliers / count,
                 bits=8 * found.bytes / count,
                 bytes=found.bytes,
-                error=error,
-                error_kind=kind,
+                error=float(said.get("error", "nan")),
+                error_kind=str(said.get("error_kind")) if said else "not recorded",
+                tokens=said.get("tokens") if isinstance(said.get("tokens"), int) else None,
+                borrowed=said["borrowed"] if isinstance(said.get("borrowed"), int) else 0,
             )
         )
     parameters = sum(p.numel() for p in model.parameters())
     return Inspection(linears, parameters, sum(file.stat().st_size for file in source.files))
 
 
-def _errors(source: Source) -> dict[str, tuple[float, str]]:
-    """The errors in the manifest, as far as they are of the form that they should have."""
+def _recorded(source: Source) -> dict[str, dict[str, Any]]:
+    """What the manifest says of linears, as far as it has the form that it should have."""
     if source.folder is None or not (source.folder / MANIFEST_NAME).exists():
         return {}
     linears = read_json(source.folder / MANIFEST_NAME).get("linears")
-    found = {}
-    for name, entry in linears.items() if isinstance(linears, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("error"), int | float):
-            found[name] = (float(entry["error"]), str(entry.get("error_kind")))
-    return found
+    if not isinstance(linears, dict):
+        return {}
+    entries = {name: entry for name, entry in linears.items() if isinstance(entry, dict)}
+    return {name: entry for name, entry in entries.items() if isinstance(entry.get("error"), int | float)}

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from secateur.folder.reader import (
 )
 from secateur.formats.layouts.layout import Stored, describe_dense
 from secateur.formats.layouts.packed_weight import DecodedWeights
-from secateur.formats.stored_weights import find_entry, parse_quantization_config
+from secateur.formats.stored_weights import find_entry, is_pattern, parse_quantization_config
+from secateur.mixture.experts import Piece
 from secateur.model.limits import check_config
+from secateur.model.located import conflicts, locate, part_of
 from secateur.model.source import Source, open_folder, open_tokenizer
 from secateur.model.structure import LINEARS, build_skeleton, is_transposed, weight_matrix
-from secateur.model.weights import conflicts, stored_names
 
 CONFIG_NAME = "config.json"
 
@@ -151,8 +153,9 @@ class _Run:
         open_tokenizer(self.folder.name, self.folder, self.trust_remote_code)
 
     def _weights(self, source: Source, model: Any) -> None:
-        names, missing = stored_names(source.weights, model)
-        for name in missing:
+        located = locate(source.weights, model)
+        names = located.stored
+        for name in located.missing:
             self._say(name, "is missing: the model that config.json describes has it")
         known = self.manifest.get("unused")
         known = {name for name in known if isinstance(name, str)} if isinstance(known, list) else set()
@@ -175,7 +178,7 @@ class _Run:
                 continue
             owner = model.get_submodule(name.rpartition(".")[0])
             is_linear = isinstance(owner, LINEARS) and name.endswith(".weight")
-            weight = self._try(name, partial(_read, source.weights, names[name], expected))
+            weight = self._try(name, partial(_read, source.weights, names[name], expected, located.pieces.get(name)))
             said = reports.pop(name.removesuffix(".weight"), None) if is_linear else None
             if is_linear and weight is not None:
                 self.found.linears += owner is not head
@@ -185,7 +188,7 @@ class _Run:
             self._say(name, f"is a linear in {MANIFEST_NAME}, but not in the model that config.json describes")
         for name in source.weights:
             if name not in used:
-                self._try(name, partial(_read, source.weights, name, None))
+                self._try(name, partial(_read, source.weights, name, None, None))
 
     def _layouts(self, source: Source, model: nn.Module, names: Mapping[str, str]) -> None:
         """The config names just those linears that are packed, and says right how their modules keep them."""
@@ -193,7 +196,9 @@ class _Run:
             return
         entries = parse_quantization_config(source.quantization)
         packed = source.weights.packed
-        unnamed = set(entries)
+        exact = set()
+        unnamed = set(filter(is_pattern, entries))
+        names_one = set(entries) - unnamed
         for name, module in model.named_modules():
             stored = names.get(f"{name}.weight")
             if stored is None or not isinstance(module, LINEARS):
@@ -207,11 +212,12 @@ class _Run:
                     what = f"is dense in the files, but {CONFIG_NAME} says that it has layout {entry[0].name!r}"
                     self._say(name, what)
                 continue
-            unnamed -= {pattern for pattern in unnamed if find_entry({pattern: entries[pattern]}, owner) is not None}
+            exact.add(owner)
+            unnamed -= {pattern for pattern in unnamed if fnmatchcase(owner, pattern)}
             if packed[stored].transposed != is_transposed(module):
                 said = "transposed" if packed[stored].transposed else "not transposed"
                 self._say(name, f"is said to be {said} by {CONFIG_NAME}, and its module keeps it otherwise")
-        for pattern in sorted(unnamed):
+        for pattern in sorted(unnamed | (names_one - exact)):
             self._say(CONFIG_NAME, f"names a layout for {pattern!r}, which no packed weight is called")
 
     def _compare(self, name: str, weight: Stored, packed: bool, shape: tuple[int, ...], said: Any) -> None:
@@ -256,20 +262,21 @@ def _ignored(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _read(weights: DecodedWeights, name: str, expected: Tensor | None) -> Stored:
+def _read(weights: DecodedWeights, name: str, expected: Tensor | None, piece: Piece | None) -> Stored:
     """Read one weight, all of which is checked, and tell what it is.
 
     Args:
         weights: of the checkpoint.
         name: that it is stored under.
         expected: of the shape and kind that its module has. None: no module has it, and whatever it holds does no harm.
+        piece: which part of what is stored it is; None: all.
 
     Raises:
         CheckpointError: it is damaged, has other than finite values, or is not as expected.
     """
     packed = weights.packed.get(name)
-    if packed is None:
-        tensor = weights[name]
+    if packed is None or piece is not None:
+        tensor = part_of(weights, name, piece)
         if expected is None:
             return Stored("dense", tuple(tensor.shape), 0, 0, tensor.nbytes, True)
         _check_shape(tensor.shape, expected)

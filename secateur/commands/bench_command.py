@@ -35,8 +35,8 @@ class Bench:
     debug: Debug = False
 
     def run(self) -> None:
-        from secateur.evaluation.bench.bench import bench
         from secateur.report.bench_plot import check_plot, plot
+        from secateur.speed.bench import bench
 
         counts = self.tokens.split(",")
         if not all(count.isdecimal() for count in counts):
@@ -64,6 +64,8 @@ class Bench:
     def _print(self, found: Any) -> None:
         show(f"{found.model} in {found.dtype} on {found.device}")
         _print_tables(found)
+        if found.decoding:
+            _print_decoding(found)
         screen.print()
         for line in _lines(found):
             show(line)
@@ -71,7 +73,7 @@ class Bench:
 
 def _print_tables(found: Any) -> None:
     """A table for each layout, and no lines: so the figures fit into eighty columns."""
-    from secateur.evaluation.bench.bench import describe
+    from secateur.speed.bench_result import describe
 
     columns = [Column("shape"), Column("linears", spare=3), Column("backend", right=False)]
     columns += [Column("tokens"), Column("ms"), Column("dense"), Column("faster")]
@@ -96,9 +98,33 @@ def _print_tables(found: Any) -> None:
         print_table(screen, columns, rows, title=f"\n{layout}", lines=False)
 
 
+def _print_decoding(found: Any) -> None:
+    """A mixture of experts as a whole."""
+    columns = [Column("texts"), Column("ms a step"), Column("tokens/s", spare=1), Column("experts of a layer")]
+    columns += [Column("MB", spare=2), Column("GB/s", spare=1), Column("S-MBU"), Column("S-MFU")]
+    rows = []
+    for each in found.decoding:
+        memory, arithmetic = found.whole_utilization(each)
+        rows.append(
+            [
+                str(each.tokens),
+                f"{1e3 * each.seconds:.2f}",
+                f"{each.tokens / each.seconds:.1f}",
+                f"{each.experts:.1f} of {each.of:g}",
+                f"{each.bytes / 1e6:.2f}",
+                f"{each.bytes / each.seconds / 1e9:.1f}",
+                f"{memory:.0%}",
+                f"{arithmetic:.1%}",
+            ]
+        )
+    print_table(screen, columns, rows, title="\nthe whole model as it writes so many texts at a time", lines=False)
+
+
 def _lines(found: Any) -> list[str]:
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     lines = [f"a copy moves {found.copy_bandwidth / 1e9:.1f} GB/s, read and written, with {threads}"]
+    if found.product_flops is not None:
+        lines.append(f"a product of large matrices makes {found.product_flops / 1e9:.1f} GFLOP/s")
     if any(case.cached for case in found.cases):
         lines.append("* out of the cache: memory does not hold enough such weights to fill it")
     chosen = ", ".join(f"{name} for {count} linears" for name, count in found.chosen.items())

@@ -70,13 +70,24 @@ def next_commands(report: Any, model: str, trusted: bool) -> list[str]:
 
 
 def print_choices(linears: Sequence[Any]) -> None:
-    """Show what was chosen: a row for each block, a column for each linear of a block."""
+    """Show what was chosen: a row for each block, a column for each linear of a block or for each projection of experts."""
     from secateur.report.choice_plot import by_block
 
     blocks, names, cells = by_block(linears)
-    rows = []
-    for block in blocks:
-        found = [cells.get((block, name)) for name in names]
-        rows.append([block, *("–" if each is None else f"{each.sparsity:.0%} {each.bits:.1f}" for each in found)])
-    columns = [Column("block"), *(Column(name.rpartition(".")[2]) for name in names)]
-    print_table(err, columns, rows, title="removed, and bits per weight, of each linear", lines=False)
+    rows = [[block, *(_choice(cells.get((block, name), ())) for name in names)] for block in blocks]
+    of_experts = [name.rpartition("*.")[1] + name.rpartition(".")[2] for name in names]
+    columns = [Column("block"), *map(Column, of_experts)]
+    spread = ", of experts the mean and the range" if any(len(each) > 1 for each in cells.values()) else ""
+    print_table(err, columns, rows, title=f"removed, and bits per weight, of each linear{spread}", lines=False)
+
+
+def _choice(linears: Sequence[Any]) -> str:
+    """What became of a linear; of those of several experts the mean, and in the next line what lies between them."""
+    from secateur.report.choice_plot import said_of
+
+    if not linears:
+        return "–"
+    removed = said_of([linear.sparsity for linear in linears], ".0%").splitlines()
+    bits = said_of([linear.bits for linear in linears], ".1f").splitlines()
+    ranges = " ".join([*removed[1:], *bits[1:]])
+    return f"{removed[0]} {bits[0]}" + (f"\n{ranges}" if ranges else "")

@@ -97,7 +97,7 @@ def _accelerators() -> dict[str, str]:
 def _memory() -> dict[str, str]:
     import psutil
 
-    from secateur.model.free_memory import free_memory
+    from secateur.memory.free_memory import free_memory
 
     return {"in all": size(psutil.virtual_memory().total), "free for this process": size(free_memory())}
 
@@ -108,7 +108,7 @@ def _disk() -> dict[str, str]:
 
 
 def _backends() -> dict[str, str]:
-    from secateur.evaluation.bench.backend_check import check_backends
+    from secateur.speed.backend_check import check_backends
 
     return check_backends()
 

@@ -32,12 +32,25 @@ def print_evaluation(result: Any, model: str, reference: str | None, text: str) 
         rows.append(("KL divergence, nats per token", f"{quality.kl:.4f}{between(quality.kl_interval, '.4f')}", ""))
         agreement = between(quality.agreement_interval, ".2%")
         rows.append(("same most likely token", f"{quality.agreement:.2%}{agreement}", ""))
+    if quality.routing_agreement is not None:
+        rows += _routing(quality)
     title = f"{text}, {with_bos(result.text['bos'])}"
     print_table(screen, columns, [row[: len(columns)] for row in rows], title=title)
     if result.blocks is not None:
         _print_blocks(result.blocks)
     if result.tasks:
         _print_tasks(result.tasks, model, reference)
+
+
+def _routing(quality: Any) -> list[tuple[str, str, str]]:
+    """Of a mixture of experts, how alike its tokens are routed."""
+    agreement = f"{quality.routing_agreement:.2%}{between(quality.routing_agreement_interval, '.2%')}"
+    same = f"{quality.same_experts:.2%}{between(quality.same_experts_interval, '.2%')}"
+    rows = [("experts of a token that are the same", agreement, ""), ("tokens with all experts the same", same, "")]
+    if quality.routing_kl is not None:
+        divergence = f"{quality.routing_kl:.4f}{between(quality.routing_kl_interval, '.4f')}"
+        rows.append(("KL divergence of routers, nats per token", divergence, ""))
+    return rows
 
 
 def _print_blocks(blocks: Any) -> None:

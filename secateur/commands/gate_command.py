@@ -29,7 +29,7 @@ from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
 
 _TEXT = ("data", "text_field", "seq_len", "windows", "bos")
-_LIMITS = ("perplexity_rise", "size_rise", "max_kl", "min_agreement", "confidence")
+_LIMITS = ("perplexity_rise", "size_rise", "max_kl", "min_agreement", "min_routing_agreement", "confidence")
 
 
 @command("gate")
@@ -56,14 +56,16 @@ class Gate:
         str | None, typer.Option("--max-perplexity-rise", help="Largest rise of perplexity (default: 1%).")
     ] = None
     size_rise: Annotated[
-        str | None,
-        typer.Option("--max-size-rise", help="Largest rise of size on disk (default: 0.5%)."),
+        str | None, typer.Option("--max-size-rise", help="Largest rise of size on disk (default: 0.5%).")
     ] = None
     max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence from the reference, nats per token.")] = (
         None
     )
     min_agreement: Annotated[
         str | None, typer.Option(help="Least share of predictions with the reference's likeliest token.")
+    ] = None
+    min_routing_agreement: Annotated[
+        str | None, typer.Option(help="Least share of a token's experts that are the reference's (mixtures only).")
     ] = None
     confidence: Annotated[str | None, typer.Option(help="Confidence that a rise is no chance (default: 95%).")] = None
     cache: Cache = None

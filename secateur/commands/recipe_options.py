@@ -54,6 +54,7 @@ def _recipe_options() -> dict[str, _Given]:
         "allocation": _Given(str, "Distribution of a total over the linears: uniform, owl or search.", _SEARCH),
         "target_size": _Given(str, "Size to reach by search, e.g. 35% (of the dense model) or 100MB.", _SEARCH),
         "max_perplexity_rise": _Given(str, "Largest rise of perplexity in a search, e.g. 3%.", _SEARCH),
+        "share_choice": _Given(str, "One choice within each expert, or each layer of experts.", _SEARCH),
         "targets": _Given(list[str], "Glob of the linears to compress; repeatable.", _OUTPUT),
         "ignore": _Given(list[str], "Glob of the linears to leave alone; repeatable.", _OUTPUT),
         "format": _Given(str, "Layout of the result: auto, dense, bitmap or nm.", _OUTPUT),
@@ -69,6 +70,8 @@ _CALIBRATION = {
     "samples": _Given(int, "Number of calibration windows.", _TEXT),
     "seq_len": _Given(int, "Tokens in a window.", _TEXT),
     "seed": _Given(int, "Random seed.", _TEXT),
+    "expert_tokens": _Given(int, "Tokens that an expert of a mixture sees at least.", _TEXT),
+    "expert_inputs": _Given(str, "Tokens of an expert: routed, gate (weighted) or all.", _TEXT),
     "bos": _Given(bool, "BOS at the start of each window, if the tokenizer adds one.", _TEXT),
 }
 _RECIPE = _Given(str, "Built-in recipe, YAML file, or folder made by secateur.", _METHODS)

@@ -79,11 +79,11 @@ class Ranks:
         """Make the statistics those of the inputs of all processes together."""
         if self.size == 1:
             return
-        tokens = torch.tensor([stats.tokens], device=self.device)
+        tokens = torch.tensor([stats.tokens, stats.borrowed], device=self.device)
         for tensor in (tokens, stats.sum_I, stats.square_I, stats.upper_II):
             if tensor is not None:
                 self.add(tensor)
-        stats.tokens = int(tokens)
+        stats.tokens, stats.borrowed = tokens.tolist()
         stats.forget()
 
     def add(self, tensor: Tensor) -> None:

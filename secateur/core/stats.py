@@ -40,6 +40,8 @@ class InputStats:
         sum_I: Σx, float32.
         square_I: Σx², float32. At `Level.GRAM` it is the diagonal of the Gram matrix.
         upper_II: Σxᵀx, float32; only the upper triangle is meaningful, see `gram`.
+        borrowed: how many of the inputs are none that the linear has in the model: an expert of a mixture that few tokens are
+            sent to is shown others.
     """
 
     level: Level
@@ -47,6 +49,7 @@ class InputStats:
     sum_I: Tensor
     square_I: Tensor
     upper_II: Tensor | None = None
+    borrowed: int = 0
     _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -60,13 +63,31 @@ class InputStats:
     def features(self) -> int:
         return self.sum_I.numel()
 
-    def add(self, x_TI: Tensor) -> None:
-        """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`."""
+    @classmethod
+    def isotropic(cls, features: int, level: Level, device: torch.device | str = "cpu") -> InputStats:
+        """Statistics of one token as if inputs were uncorrelated and alike: what is known where none was seen."""
+        stats = cls.empty(features, level, device)
+        if level > Level.NONE:
+            stats.square_I += 1
+        if stats.upper_II is not None:
+            stats.upper_II.diagonal().fill_(1)
+        return stats
+
+    def add(self, x_TI: Tensor, weight_T: Tensor | None = None, borrowed: int = 0) -> None:
+        """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`.
+
+        Args:
+            weight_T: by which the squares of each token's inputs count; None: 1.
+            borrowed: how many of them are.
+        """
         if self.level == Level.NONE:
             return
         self.forget()
         x_TI = x_TI.float()
+        if weight_T is not None:
+            x_TI = x_TI * weight_T.float().sqrt()[:, None]
         self.tokens += x_TI.shape[0]
+        self.borrowed += borrowed
         for x_CI in x_TI.split(_CHUNK):
             # Sums over tokens as products with ones: many times as fast as a reduction over the first dimension.
             ones_C = torch.ones_like(x_CI[:, 0])
@@ -95,6 +116,7 @@ class InputStats:
             self.sum_I + other.sum_I,
             self.square_I + other.square_I,
             upper_II,
+            self.borrowed + other.borrowed,
         )
 
     @property

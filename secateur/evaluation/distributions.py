@@ -7,11 +7,15 @@ V: vocabulary, W: windows of one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from secateur.evaluation.kl import kl, log_rest
+from secateur.evaluation.routing import Routing, routing_of, watched
 
 # Float32 log-probabilities of each model held at a time: 4 MiB, whatever the vocabulary. What fits a cache is also fastest.
 _CHUNK_VALUES = 1 << 20
@@ -49,11 +53,13 @@ class Window:
         count: of predictions.
         vocabulary: V.
         rows: gives the distributions of some of them.
+        routing: of a mixture of experts, layer by layer.
     """
 
     count: int
     vocabulary: int
     rows: Callable[[slice], Distributions]
+    routing: Routing = ()
 
     def chunks(self) -> Iterator[slice]:
         """The predictions, some at a time."""
@@ -61,58 +67,49 @@ class Window:
         return (slice(start, min(start + size, self.count)) for start in range(0, self.count, size))
 
 
-def predict(model: Any, ids_WS: Tensor, scored: list[int]) -> list[Window]:
+def predict(model: Any, ids_WS: Tensor, scored: list[int], routing: bool = True) -> list[Window]:
     """Run a model over windows, each from an empty context.
 
     Args:
         model: a causal language model of transformers.
         ids_WS: the windows, run as one batch.
         scored: how many predictions of each are wanted, the last ones.
+        routing: whether to look at where a mixture of experts sends its tokens.
 
     Returns:
         For each window what gives its distributions: log-probabilities are computed in float32, whatever the dtype of the
         model, when they are asked for.
     """
-    logits_WSV = model(input_ids=ids_WS.to(model.device), use_cache=False).logits
+    with ExitStack() as stack:
+        calls = stack.enter_context(watched(model)) if routing else []
+        logits_WSV = model(input_ids=ids_WS.to(model.device), use_cache=False).logits
+    W, S = ids_WS.shape
+    routings = routing_of(calls, W, S, scored)
 
-    def window(logits_PV: Tensor, target_P: Tensor) -> Window:
+    def window(logits_PV: Tensor, target_P: Tensor, routing: Routing) -> Window:
         def rows(chunk: slice) -> Distributions:
             log_p_BV = logits_PV[chunk].log_softmax(1, dtype=torch.float32)
             loss_B = -log_p_BV.gather(1, target_P[chunk, None])[:, 0]
             return Distributions(log_p_BV, loss_B, log_p_BV.argmax(1))
 
         P, V = logits_PV.shape
-        return Window(P, V, rows)
+        return Window(P, V, rows, routing)
 
     found = []
-    for logits_SV, ids_S, count in zip(logits_WSV, ids_WS.to(logits_WSV.device), scored, strict=True):
-        found.append(window(logits_SV[:-1][-count:], ids_S[-count:]))
+    each = zip(logits_WSV, ids_WS.to(logits_WSV.device), scored, routings, strict=True)
+    for logits_SV, ids_S, count, layers in each:
+        found.append(window(logits_SV[:-1][-count:], ids_S[-count:], layers))
     return found
 
 
 def shortened(whole: Distributions, tokens: int) -> Distributions:
     """The likeliest tokens of whole distributions, and the mass of the rest."""
     top = whole.log_p_BT.topk(tokens, dim=1)
-    return Distributions(top.values, whole.loss_B, whole.likeliest_B, top.indices, _rest(whole.log_p_BT, top.indices))
-
-
-def _rest(log_p_BV: Tensor, token_BT: Tensor) -> Tensor:
-    """The log-probability of all tokens but some. Not 1 − Σp: of what is left so little is to be known exactly."""
-    return log_p_BV.scatter(1, token_BT, -torch.inf).logsumexp(1)
+    return Distributions(
+        top.values, whole.loss_B, whole.likeliest_B, top.indices, log_rest(whole.log_p_BT, top.indices)
+    )
 
 
 def divergence(p: Distributions, q: Distributions) -> Tensor:
-    """KL(p ‖ q) of each prediction, in nats; `q` is whole.
-
-    Where of p only the likeliest tokens are known, all others count as one, which gives no more than the whole divergence
-    would be. A token that p rules out adds nothing, though it be −∞ in both.
-    """
-    if p.token_BT is None or p.log_rest_B is None:
-        return _terms(p.log_p_BT, q.log_p_BT).sum(1)
-    known_B = _terms(p.log_p_BT, q.log_p_BT.gather(1, p.token_BT)).sum(1)
-    return known_B + _terms(p.log_rest_B, _rest(q.log_p_BT, p.token_BT))
-
-
-def _terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    return (log_p - log_q).mul_(p).masked_fill_(p == 0, 0)
+    """KL(p ‖ q) of each prediction, in nats; `q` is whole: see `kl`."""
+    return kl(p.log_p_BT, q.log_p_BT, p.token_BT, p.log_rest_B)

@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.calibration.tokens import is_one_of
 from secateur.errors import SecateurError, UsageError
 from secateur.evaluation.distributions import Window, divergence, predict
+from secateur.evaluation.routing import compare_routing
 from secateur.evaluation.uncertainty import interval
 from secateur.model.source import longest_window
 
@@ -38,6 +39,8 @@ class LiveReference:
         return predict(self.model, ids_WS, scored)
 
 
+#: The figures of a mixture of experts.
+ROUTING = ("same_experts", "routing_agreement", "routing_kl")
 # What runs at a time on a GPU: tokens, and logits, of which each takes 4 bytes.
 _BATCH_TOKENS, _BATCH_LOGITS = 8192, 2**30
 
@@ -52,12 +55,16 @@ class Scores:
         reference_loss_KP: the reference's.
         kl_KP: KL(reference ‖ model), in nats.
         agreed_KP: 1 where the most likely token is the reference's, else 0.
+        same_experts_KP, routing_KP, routing_kl_KP: of a mixture of experts, see `compare_routing`.
     """
 
     loss_KP: Tensor
     reference_loss_KP: Tensor | None = None
     kl_KP: Tensor | None = None
     agreed_KP: Tensor | None = None
+    same_experts_KP: Tensor | None = None
+    routing_KP: Tensor | None = None
+    routing_kl_KP: Tensor | None = None
 
     @property
     def count_K(self) -> Tensor:
@@ -90,6 +97,9 @@ class Scores:
             "reference_loss": self.reference_loss_KP,
             "kl": self.kl_KP,
             "agreement": self.agreed_KP,
+            "same_experts": self.same_experts_KP,
+            "routing_agreement": self.routing_KP,
+            "routing_kl": self.routing_kl_KP,
         }
         return {name: values_KP for name, values_KP in named.items() if values_KP is not None}
 
@@ -109,6 +119,11 @@ class Quality:
         reference_perplexity, reference_loss: the reference's on the same predictions.
         perplexity_interval, kl_interval, agreement_interval, reference_perplexity_interval: None of a single window, and where
             windows overlap.
+        same_experts: of a mixture of experts, the share of tokens that are sent to the same set of experts as by the
+            reference, in the mean over layers.
+        routing_agreement: the share |A∩B| / k of a token's experts that are the reference's, in the same mean.
+        routing_kl: KL(reference ‖ model) of the routers' distributions over the experts of a layer, in nats, in the same mean;
+            of the 32 likeliest experts and all others as one. None where no router's scores can be told.
         scores: prediction by prediction.
     """
 
@@ -124,6 +139,12 @@ class Quality:
     perplexity_interval: tuple[float, float] | None = None
     kl_interval: tuple[float, float] | None = None
     agreement_interval: tuple[float, float] | None = None
+    same_experts: float | None = None
+    same_experts_interval: tuple[float, float] | None = None
+    routing_agreement: float | None = None
+    routing_agreement_interval: tuple[float, float] | None = None
+    routing_kl: float | None = None
+    routing_kl_interval: tuple[float, float] | None = None
     reference_perplexity_interval: tuple[float, float] | None = None
     scores: Scores = field(kw_only=True, repr=False, compare=False)
 
@@ -139,20 +160,29 @@ class Quality:
         }
         around, reference_around = ends["loss"], ends.get("reference_loss")
         # Rounding can leave a mean just below zero, where no divergence is.
-        kl_around = ends.get("kl")
+        for name in mean.keys() & {"kl", "routing_kl"}:
+            mean[name] = max(mean[name], 0.0)
+            low_high = ends[name]
+            ends[name] = None if low_high is None else (max(low_high[0], 0.0), max(low_high[1], 0.0))
         return cls(
             perplexity=_exp(mean["loss"]),
             loss=mean["loss"],
             tokens=int(count_K.sum()),
             windows=len(count_K),
             seq_len=scores.loss_KP.shape[1] + 1,
-            kl=max(mean["kl"], 0.0) if "kl" in mean else None,
+            kl=mean.get("kl"),
             agreement=mean.get("agreement"),
             reference_perplexity=_exp(mean["reference_loss"]) if "reference_loss" in mean else None,
             reference_loss=mean.get("reference_loss"),
             perplexity_interval=(_exp(around[0]), _exp(around[1])) if around else None,
-            kl_interval=(max(kl_around[0], 0.0), max(kl_around[1], 0.0)) if kl_around else None,
+            kl_interval=ends.get("kl"),
             agreement_interval=ends.get("agreement"),
+            same_experts=mean.get("same_experts"),
+            same_experts_interval=ends.get("same_experts"),
+            routing_agreement=mean.get("routing_agreement"),
+            routing_agreement_interval=ends.get("routing_agreement"),
+            routing_kl=mean.get("routing_kl"),
+            routing_kl_interval=ends.get("routing_kl"),
             reference_perplexity_interval=(_exp(reference_around[0]), _exp(reference_around[1]))
             if reference_around
             else None,
@@ -232,7 +262,7 @@ def measure(
     def score(some: slice) -> None:
         # A function, so that no logits are left when those of the next batch are computed.
         ids_WS, counts = ids_KS[some], scored[some]
-        own = predict(model, ids_WS, counts)
+        own = predict(model, ids_WS, counts, routing=other is not None)
         others = other.windows(some.start, ids_WS, counts) if other is not None else [None] * len(own)
         for k, window, beside in zip(range(K)[some], own, others, strict=True):
             if beside is not None and window.vocabulary != beside.vocabulary:
@@ -273,7 +303,8 @@ def _score(window: Window, reference: Window | None, where: str) -> list[Tensor]
     what = ("the model's loss", "the reference's loss", "the model's divergence from the reference")
     for values_P, name in zip(found, what, strict=False):
         check_finite(values_P, name, where)
-    return found
+    routing = None if reference is None else compare_routing(window.routing, reference.routing)
+    return found + (routing or [])
 
 
 def padded(rows: list[Tensor], P: int) -> Tensor:

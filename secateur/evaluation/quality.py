@@ -24,11 +24,10 @@ from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_refer
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
 from secateur.model.in_memory import open_model
 from secateur.model.load import load_source, open_device, parse_dtype
+from secateur.model.located import conflicts, stored_names
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton
-from secateur.model.transformers.packed_modules import packed_linears
-from secateur.model.transformers.quantizer import memory_footprint
-from secateur.model.weights import conflicts, stored_names
+from secateur.model.transformers.packed_modules import memory_footprint, packed_linears
 
 
 @dataclass(frozen=True)

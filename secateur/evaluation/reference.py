@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from secateur.evaluation.perplexity import (
     check_fits,
     padded,
 )
+from secateur.evaluation.routing_files import ROUTING_PREFIX, kept_routing, layers_of, read_routing
 from secateur.folder.manifest import hash_of_values
 from secateur.folder.paths import check_named, drop_empty
 from secateur.folder.writer import save_tensors, write_whole
 
-_LAYOUT = 1
+_LAYOUT = 2
 _ABOUT = "reference.json"
 # Of each distribution, unless somebody says otherwise: most of the divergence is known from them, in 8 kB.
 KEPT_TOKENS = 1024
@@ -44,13 +45,19 @@ class KeptReference:
     """Predictions in a folder, a file of safetensors for each window.
 
     Each has `loss` [P], `likeliest` [P], and either `log_p` [P, V], or `log_p` [P, T] with `token` [P, T] and `log_rest` [P]:
-    see `Distributions`.
+    see `Distributions`. Of a mixture of experts it also has what `kept_routing` says.
+
+    Args:
+        layers: of a mixture, of each layer how many experts it has and of how many log-probabilities are kept.
     """
 
-    def __init__(self, folder: Path, tokens: int | None, vocabulary: int, cut: CutText) -> None:
+    def __init__(
+        self, folder: Path, tokens: int | None, vocabulary: int, cut: CutText, layers: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.folder = folder
         self.tokens = tokens
         self.vocabulary = vocabulary
+        self.layers = layers
         self.cut = cut
 
     def quality(self) -> Quality:
@@ -81,9 +88,11 @@ class KeptReference:
         }
         if self.tokens is not None:
             wanted |= {"token": ((count, T), torch.int32), "log_rest": ((count,), torch.float32)}
+        of_routers = {name: kept.pop(name) for name in list(kept) if name.startswith(ROUTING_PREFIX)}
+        routing = read_routing(of_routers, self.layers, count)
         fits = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()} == wanted
         ids = [kept[name] for name in ("token", "likeliest") if name in kept]
-        if not fits or any(int(id.min()) < 0 or int(id.max()) >= self.vocabulary for id in ids):
+        if not fits or routing is None or any(int(id.min()) < 0 or int(id.max()) >= self.vocabulary for id in ids):
             raise CheckpointError(f"{file} does not hold what it should: remove its folder, to have it made again")
 
         def rows(chunk: slice) -> Distributions:
@@ -91,7 +100,7 @@ class KeptReference:
             rest_B = kept["log_rest"][chunk] if self.tokens is not None else None
             return Distributions(kept["log_p"][chunk], kept["loss"][chunk], kept["likeliest"][chunk], token_BT, rest_B)
 
-        return Window(count, self.vocabulary, rows)
+        return Window(count, self.vocabulary, rows, routing)
 
 
 def _check_cache(cache: Path) -> None:
@@ -162,8 +171,8 @@ def keep_reference(
             raise UsageError(
                 f"{cache} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
             ) from error
-    vocabulary = _vocabulary(folder / _ABOUT)
-    return KeptReference(folder, None if tokens is None or tokens >= vocabulary else tokens, vocabulary, cut)
+    vocabulary, layers = _about(folder / _ABOUT)
+    return KeptReference(folder, None if tokens is None or tokens >= vocabulary else tokens, vocabulary, cut, layers)
 
 
 def _predict(model: Any, cut: CutText, some: slice, folder: Path, whole: dict[str, Any]) -> None:
@@ -171,14 +180,16 @@ def _predict(model: Any, cut: CutText, some: slice, folder: Path, whole: dict[st
     found = predict(model, cut.ids_KS[some], cut.scored[some])
     for k, window in zip(range(len(cut.ids_KS))[some], found, strict=True):
         _keep(_file(folder, k), window, whole["tokens"], cut.place_of(k))
-    content = json.dumps({**whole, "vocabulary": found[0].vocabulary}, indent=1)
+    layers = layers_of(found[0].routing)
+    content = json.dumps({**whole, "vocabulary": found[0].vocabulary, "layers": layers}, indent=1)
     write_whole(folder / _ABOUT, lambda part: part.write_text(content, encoding="utf-8"))
 
 
-def _vocabulary(about: Path) -> int:
-    """How many tokens a kept model has. Raises CheckpointError where its file does not tell."""
+def _about(about: Path) -> tuple[int, list[tuple[int, int]]]:
+    """How many tokens a kept model has, and its layers of experts. Raises CheckpointError where its file does not tell."""
     try:
-        return int(json.loads(about.read_text(encoding="utf-8"))["vocabulary"])
+        said = json.loads(about.read_text(encoding="utf-8"))
+        return int(said["vocabulary"]), [(int(experts), int(kept)) for experts, kept in said["layers"]]
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{about} cannot be read: remove its folder, to have it made again") from error
 
@@ -198,5 +209,6 @@ def _keep(file: Path, window: Window, tokens: int | None, where: str) -> None:
             piece |= {"token": found.token_BT.int(), "log_rest": found.log_rest_B}
         pieces.append({name: tensor.cpu() for name, tensor in piece.items()})
     kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    kept |= kept_routing(window.routing)
     check_finite(kept["loss"], "the reference's loss", where)
     write_whole(file, lambda part: save_tensors(kept, part))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"quant_method": QUANT_METHOD, "layout_version": LAYOUT_VERSION, "modules": modules}
 
 
-def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:
+def parse_quantization_config(config: Any) -> Entries:
     """Module patterns of a `quantization_config` of secateur, each with its layout and whether it is stored transposed.
 
     Raises:
@@ -41,17 +42,33 @@ def parse_quantization_config(config: Any) -> dict[str, tuple[Layout, bool]]:
     modules = config.get("modules")
     if not isinstance(modules, dict):
         raise CheckpointError("the checkpoint's quantization_config has no 'modules'")
-    return {pattern: (layout_from_config(entry), entry.get("transposed") is True) for pattern, entry in modules.items()}
+    return Entries(
+        (pattern, (layout_from_config(entry), entry.get("transposed") is True)) for pattern, entry in modules.items()
+    )
 
 
-def find_entry(modules: Mapping[str, tuple[Layout, bool]], module: str) -> tuple[Layout, bool] | None:
-    """The entry whose pattern (`*` stands for anything) matches a module's name; the exact name comes first."""
+class Entries(dict[str, tuple[Layout, bool]]):
+    """What a config says of modules, by name or pattern (`*` stands for anything)."""
+
+    @cached_property
+    def patterns(self) -> dict[str, tuple[Layout, bool]]:
+        """Those that stand for several: a mixture of experts may have tens of thousands that do not."""
+        return {pattern: entry for pattern, entry in self.items() if is_pattern(pattern)}
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name in a config stands for several modules."""
+    return any(character in name for character in "*?[")
+
+
+def find_entry(modules: Entries, module: str) -> tuple[Layout, bool] | None:
+    """The entry whose pattern matches a module's name; the exact name comes first."""
     if module in modules:
         return modules[module]
-    return next((entry for pattern, entry in modules.items() if fnmatchcase(module, pattern)), None)
+    return next((entry for pattern, entry in modules.patterns.items() if fnmatchcase(module, pattern)), None)
 
 
-def packed_weights(stored: Mapping[str, Tensor], modules: Mapping[str, tuple[Layout, bool]]) -> dict[str, PackedWeight]:
+def packed_weights(stored: Mapping[str, Tensor], modules: Entries) -> dict[str, PackedWeight]:
     """The packed weights among stored names such as `….up_proj.weight.bitmask`."""
     parts_of: dict[str, dict[str, str]] = {}
     known = part_names()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.errors import UsageError
-from secateur.model.free_memory import free_memory
+from secateur.memory.free_memory import free_memory
 from secateur.units import enough, words
 
 # More tokens at a time are not faster on a CPU: the activations of a batch then leave its caches.
@@ -29,11 +29,13 @@ class Settings:
         batch_tokens: run at a time; whole windows, one at least.
         pause: whether batches stand half way through a block while a linear is solved (see `walk`); else they begin again.
         hidden: where hidden states wait between blocks: `device`, `host` or `file`.
+        experts: of a mixture, visited together.
     """
 
     batch_tokens: int
     pause: bool
     hidden: str
+    experts: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,11 +69,14 @@ class Group:
         held: what a window that pauses at them keeps, its hidden states included.
         stats: bytes of their statistics.
         solve: the most that solving them takes besides.
+        expert: bytes of the expert of a mixture that they belong to, 0 for others: of these there are as many in memory as are
+            visited together.
     """
 
     held: Polynomial
     stats: int
     solve: float
+    expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,15 @@ class Footprint:
         mapped: of files, the most at a time within a block.
         outside: what reading and writing the tensors outside the blocks takes at most.
         embeddings: what runs before the first block.
-        block: the largest, in the dtype that it is computed in.
-        written: a block as it is written, at most.
+        block: the largest, in the dtype that it is computed in, without the experts of a mixture.
+        written: what waits to be written of a block, at most.
         hidden: hidden states of one token.
         forward: the most that one window takes on its way through a block.
         groups: of linears.
         tokens, seq_len: of the calibration text of one process.
         device: the type of the device.
+        experts: how many a layer of a mixture has.
+        processes: of the run.
     """
 
     base: int
@@ -104,6 +111,8 @@ class Footprint:
     tokens: int
     seq_len: int
     device: str
+    experts: int = 0
+    processes: int = 1
 
     def peaks(self, settings: Settings) -> tuple[int, int]:
         """The most memory of the host and of the device that a run with these settings has in use."""
@@ -116,7 +125,8 @@ class Footprint:
         stages = [self.embeddings + self.block + near + running]
         for group in self.groups:
             kept = windows * group.held(S) if settings.pause else near
-            stages.append(self.block + kept + group.stats + max(running, group.solve))
+            together = settings.experts if group.expert else 1
+            stages.append(self.block + kept + together * (group.stats + group.expert) + max(running, group.solve))
         computing = max(stages) * _MARGIN
         before = self.base + self.mapped + self.outside
         within = self.base + self.mapped + self.written
@@ -133,10 +143,17 @@ class Footprint:
         for pause, hidden in ways:
             tokens = batch_tokens or max(_MOST_BATCH_TOKENS.get(self.device, 2048), self.seq_len)
             while True:
-                yield Settings(tokens, pause, hidden)
+                for experts in self._together(pause):
+                    yield Settings(tokens, pause, hidden, experts)
                 if batch_tokens or tokens // 2 < self.seq_len:
                     break
                 tokens //= 2
+
+    def _together(self, pause: bool) -> Iterable[int]:
+        """How many experts may be visited together: batches that begin again for each visit had better make few of them."""
+        if pause or not self.experts:
+            return (max(1, min(self.processes, self.experts)),)
+        return (max(1, self.experts >> halved) for halved in range(self.experts.bit_length()))
 
     def fits(self, settings: Settings, host: int | None, device: int | None) -> bool:
         """Whether settings keep to the limits in bytes; without one for the host it is most of what is free."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase, translate
 from typing import Any
+
+# The number of an expert, whose module is one of `experts`.
+_EXPERT = re.compile(r"((?:^|\.)\w*experts\.)\d+(\.|$)")
 
 
 def lists_of(blocks: Iterable[str]) -> list[str]:
@@ -21,12 +25,18 @@ def split_name(name: str, lists: Iterable[str]) -> tuple[str, str]:
     return name, ""
 
 
-def _by_pattern(names: Iterable[str], lists: Iterable[str]) -> dict[str, list[str]]:
-    """Names by what they are with `*` in place of a block's number."""
+def without_expert(name: str) -> str:
+    """The name of a module of an expert with `*` in place of the expert's number; any other as it is."""
+    return _EXPERT.sub(r"\1*\2", name)
+
+
+def _by_pattern(names: Iterable[str], lists: Iterable[str], blocks: bool = True) -> dict[str, list[str]]:
+    """Names by what they are with `*` in place of the numbers of an expert and, if that is asked for, of a block."""
     patterns: dict[str, list[str]] = {}
     for name in names:
         block, rest = split_name(name, lists)
-        patterns.setdefault(f"{block.rpartition('.')[0]}.*.{rest}" if rest else name, []).append(name)
+        short = f"{block.rpartition('.')[0]}.*.{rest}" if rest and blocks else name
+        patterns.setdefault(without_expert(short), []).append(name)
     return patterns
 
 
@@ -46,9 +56,10 @@ def how_to_ignore(names: Iterable[str], others: Iterable[str], lists: Iterable[s
 
 
 def generalise(entries: dict[str, dict[str, Any]], lists: Iterable[str], absent: set[str]) -> dict[str, dict[str, Any]]:
-    """Entries for modules of numbered blocks as few entries with `*` in place of the number.
+    """Entries for modules of numbered blocks as few entries with `*` in place of the numbers of blocks and experts.
 
-    A pattern stands only where every module it matches has the same entry; others are named one by one.
+    A pattern stands only where every module it matches has the same entry; others are named one by one, those of a block's
+    experts by a pattern of their own if they are alike.
 
     Args:
         entries: module name → entry.
@@ -56,10 +67,22 @@ def generalise(entries: dict[str, dict[str, Any]], lists: Iterable[str], absent:
         absent: linears without an entry, which no pattern may match.
     """
     result: dict[str, dict[str, Any]] = {}
-    for pattern, names in _by_pattern(entries, list(lists)).items():
-        matched = {name for name in [*entries, *absent] if fnmatchcase(name, pattern)}
-        if matched == set(names) and all(entries[name] == entries[names[0]] for name in names):
+    lists = list(lists)
+    for pattern, names in _by_pattern(entries, lists).items():
+        if _alike(pattern, names, entries, absent):
             result[pattern] = entries[names[0]]
-        else:
-            result.update({name: entries[name] for name in names})
+            continue
+        for narrower, members in _by_pattern(names, lists, blocks=False).items():
+            if narrower not in entries and _alike(narrower, members, entries, absent):
+                result[narrower] = entries[members[0]]
+            else:
+                result.update({name: entries[name] for name in members})
     return result
+
+
+def _alike(pattern: str, names: list[str], entries: Mapping[str, dict[str, Any]], absent: Iterable[str]) -> bool:
+    """Whether a pattern matches just these modules, and they all have the same entry."""
+    if any(entries[name] != entries[names[0]] for name in names):
+        return False
+    matched = re.compile(translate(pattern)).match
+    return sum(1 for name in entries if matched(name)) == len(names) and not any(map(matched, absent))

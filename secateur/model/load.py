@@ -16,9 +16,11 @@ from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
+from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton
+from secateur.model.transformers.expert_modules import fuse_again
 from secateur.model.transformers.quantizer import SecateurConfig, SecateurQuantizer, current_backend
 from secateur.model.transformers.quantizer import backend as for_backend
 from secateur.model.weights import ModelWeights, materialise, tie
@@ -124,10 +126,14 @@ def load_source(
     check_finite: bool = False,
     backend: str = "dense",
     placement: Placement | None = None,
+    apart: bool = False,
 ) -> Any:
     """The whole model of an open source, its floating weights as `dtype`, for a backend.
 
     A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
+
+    Args:
+        apart: whether experts of mixtures stay linears of their own also where no weight of them is packed.
 
     Raises:
         UsageError: the backend cannot be used with these weights.
@@ -157,6 +163,8 @@ def load_source(
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise CheckpointError(f"{source.name} lacks the tensor {left[0]}")
+    if not apart and (quantizer is None or backend == "dense"):
+        fuse_again(model, experts_in(model))
     if placement is not None:
         dispatch(model, placement)
     else:

@@ -26,6 +26,7 @@ from transformers.utils import quantization_config
 
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.folder.entries import check_entries
+from secateur.folder.gguf_header import matrix_dtype
 from secateur.folder.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.folder.paths import check_named
 from secateur.folder.reader import LoadedTensors, read_json, weight_files
@@ -41,7 +42,6 @@ from secateur.formats.stored_weights import (
 )
 from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
-from secateur.model.gguf_header import matrix_dtype
 from secateur.model.limits import check_config
 
 DEMO = "demo"
@@ -91,6 +91,10 @@ class Source:
             if self.own_tokenizer is None:
                 raise UsageError(f"{self.name} is in memory, and has no tokenizer with it: give it as `tokenizer`")
             return self.own_tokenizer
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:  # out of a GGUF file it takes seconds
         where = {"gguf_file": self.files[0].name} if self.folder is None else {}
         return open_tokenizer(
             self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,18 +17,19 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.mixture.experts import Experts
+from secateur.mixture.unfuse import fused_in, routers_in, unfuse
 from secateur.model.block_names import lists_of
 from secateur.model.limits import check_sizes, few_parameters
+from secateur.model.located import stored_names
 from secateur.model.source import Source
-from secateur.model.weights import place, stored_names
+from secateur.model.weights import place
 
 #: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
 LINEARS = (nn.Linear, Conv1D)
 Linear = nn.Module
 # Tokens by which is seen what a text runs.
 _TRACED_TOKENS = 8
-# What classes that choose among weights kept in one tensor are called.
-_ROUTED = re.compile("expert|moe")
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -46,7 +47,7 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
         # On the meta device first, where even a model that would not fit anywhere takes no memory. Classes of transformers can
         # all be made there; code of a checkpoint, which the user trusts, need not.
         if not (source.trust_remote_code and hasattr(source.config, "auto_map")):
-            with torch.device("meta"), few_parameters(source.name, source.weights):
+            with torch.device("meta"), no_init_weights(), few_parameters(source.name, source.weights):
                 check_sizes(source.name, AutoModelForCausalLM.from_config(config, **options), source.files)
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -58,6 +59,7 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
     for name, tensor in kept_in_float32(model, dtype):
         owner, leaf = name.rpartition(".")[::2]
         place(model.get_submodule(owner), leaf, tensor.to(torch.float32))
+    unfuse(model, fused_in(model))
     model.tie_weights()  # made on the meta device, every parameter is one of its own
     _check_head(source, model)
     return model.eval()
@@ -208,7 +210,14 @@ def _modules_run(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, No
     def note(module: nn.Module, _: Any) -> None:
         order.setdefault(names[id(module)])
 
+    def note_all(experts: nn.Module, _: Any) -> None:
+        for module in experts.modules():
+            if id(module) in names:
+                order.setdefault(names[id(module)])
+
     handles = [module.register_forward_pre_hook(note) for module in model.modules() if id(module) in names]
+    # Few tokens do not go to all experts.
+    handles += [m.register_forward_pre_hook(note_all) for m in model.modules() if isinstance(m, Experts)]
     try:
         for owner, leaf, p in parameters:
             zeros = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
@@ -242,26 +251,18 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in owners.values() if len(names) > 1 for name in names}
 
 
-def check_no_experts(block: nn.Module, name: str) -> None:
-    """Raise UsageError when a block routes its tokens to experts."""
-    for part, module in block.named_modules():
-        called = f"{part} {type(module).__name__}".lower()
-        # A convolution, as blocks with a short memory have, keeps three dimensions too; a vector may be kept as [1, 1, I].
-        fused = not isinstance(module, nn.Conv1d) and any(
-            p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False)
-        )
-        own = called.removeprefix(part.rpartition(".")[0].lower())
-        many = "experts" in own and "shared" not in own and any(p.ndim > 1 for p in module.parameters())
-        listed = isinstance(module, nn.ModuleList) and any(isinstance(m, LINEARS) for m in module.modules())
-        if many or (fused and _ROUTED.search(called)) or (listed and "expert" in part):
-            raise UsageError(
-                f"{name}.{part} holds a mixture of experts: secateur does not compress mixture-of-experts models yet"
-            )
-
-
 def block_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
-    """The linears of a block by full name, in the order they are defined."""
-    return {f"{prefix}.{name}": m for name, m in block.named_modules() if isinstance(m, LINEARS)}
+    """The linears of a block by full name, in the order they are defined, but for those that choose among experts."""
+    routers = routers_in(block)
+    return {
+        f"{prefix}.{name}": m
+        for name, m in block.named_modules()
+        if isinstance(m, LINEARS) and not (routers and _is_within(name, routers))
+    }
+
+
+def _is_within(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def select_linears(names: Iterable[str], targets: tuple[str, ...], ignore: tuple[str, ...]) -> list[str]:

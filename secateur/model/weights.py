@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import CheckpointError, RepeatedError, one_line
 from secateur.folder.reader import LoadedTensors
-from secateur.formats.layouts.layout import all_finite
+from secateur.formats.layouts.layout import Stored, all_finite, describe_dense
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 from secateur.model.block_names import generalise, split_name
+from secateur.model.located import conflicts, locate, part_of
 from secateur.model.source import Source
-from secateur.model.transformers.names import renamed, stored_as
+from secateur.model.transformers.names import stored_as
 from secateur.model.transformers.quantizer import backend
 
 # What quantizers call the numbers that turn codes into weights, beside the weight or below its name.
@@ -44,6 +46,7 @@ class ModelWeights:
     Attributes:
         untied: whether there are such tensors.
         unused: stored under names that no module has: kept as they are.
+        pieces: of experts that lie in one tensor with others, where in it.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape or kind than the model's, or holds codes and not weights.
@@ -56,7 +59,8 @@ class ModelWeights:
         self._whole: Any = None
         self._kinds: dict[str, tuple[int, torch.dtype]] = {}
         self._twins: set[str] = set()  # untied ones that the files hold as one tensor: each is written for itself
-        self._stored, missing = stored_names(source.weights, model)
+        found = locate(source.weights, model)
+        self._stored, self.pieces, missing = found.stored, found.pieces, found.missing
         if missing:
             self._load_whole(source, model, missing)
         used = set(self._stored.values())
@@ -68,14 +72,14 @@ class ModelWeights:
         if self.untied:
             self._untie(model)
 
-    def _load_whole(self, source: Source, model: nn.Module, missing: list[str]) -> None:
+    def _load_whole(self, source: Source, skeleton: nn.Module, missing: list[str]) -> None:
         problem = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0]}"
         if source.folder is None:
             raise CheckpointError(problem)
         try:
             with backend("dense"):
                 if self._weights.packed and source.quantization is None:
-                    model, found = _converted(model, source)
+                    model, found = _converted(skeleton, source)
                 else:
                     model, found = AutoModelForCausalLM.from_pretrained(
                         source.folder,
@@ -93,7 +97,8 @@ class ModelWeights:
             raise CheckpointError(f"{problem}: its files are incomplete")
         self._whole = model
         self._weights = DecodedWeights(LoadedTensors(model.state_dict()))
-        self._stored = {name: name for name in self._weights}
+        located = locate(self._weights, skeleton)
+        self._stored, self.pieces = located.stored, located.pieces
 
     def _check_scales(self) -> None:
         """Raise CheckpointError where a matrix has scales beside it that no config explains: it is not what it seems."""
@@ -112,7 +117,7 @@ class ModelWeights:
         packed = self._weights.packed
         for name, expected in model.state_dict().items():
             if name in self and self._stored[name] not in packed:
-                _check_form(name, self._weights[self._stored[name]], expected)
+                _check_form(name, self._tensor(name), expected)
 
     def _untie(self, model: Any) -> None:
         """Make every tied tensor of a model one of its own, with the values that it had in common or those of the files."""
@@ -129,9 +134,12 @@ class ModelWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a parameter or buffer of the model, named as `model.state_dict()` names it."""
-        tensor = self._weights[self._stored[name]]
+        tensor = self._tensor(name)
         self._dtypes[name] = tensor.dtype
         return tensor
+
+    def _tensor(self, name: str) -> Tensor:
+        return part_of(self._weights, self._stored[name], self.pieces.get(name))
 
     def checked(self, name: str, expected: Tensor, check_finite: bool = True) -> Tensor:
         """The same, for a parameter or buffer of the model.
@@ -150,8 +158,20 @@ class ModelWeights:
         self._weights.stored.release()
 
     def packed(self, name: str) -> PackedWeight | None:
-        """How a parameter is stored, if it is stored packed."""
-        return self._weights.packed.get(self._stored[name])
+        """How a parameter is stored, if it is stored packed, and not with others."""
+        return None if name in self.pieces else self._weights.packed.get(self._stored[name])
+
+    def describe(self, name: str) -> Stored:
+        """What is stored of a weight, all of which is read."""
+        whole = self._weights.packed.get(self._stored[name])
+        if whole is None:
+            return describe_dense(self[name])
+        if name not in self.pieces:
+            return whole.describe(name, self.stored_tensors)
+        found = describe_dense(self[name])
+        size = sum(self.stored_tensors[part].nbytes for part in whole.parts.values())
+        count = math.prod(self._weights.form(self._stored[name])[0])
+        return replace(found, layout=whole.layout.name, bytes=size * math.prod(found.shape) // count)
 
     @property
     def stored_tensors(self) -> Mapping[str, Tensor]:
@@ -170,7 +190,7 @@ class ModelWeights:
 
     def name_to_write(self, name: str) -> str:
         """The name under which such a tensor should be stored again: every tool knows it by the one that it had."""
-        return name if name in self._twins else self._stored.get(name, name)
+        return name if name in self._twins or name in self.pieces else self._stored.get(name, name)
 
     @property
     def converted(self) -> bool:
@@ -202,6 +222,10 @@ class ModelWeights:
                 written.append(self.module_to_write(name).partition(f".{number}.")[0])
         return generalise(found, dict.fromkeys(written), {self.module_to_write(name) for name in absent})
 
+    def stored_name(self, name: str) -> str:
+        """The name in the files of what holds a tensor of the model."""
+        return self._stored[name]
+
     def stored(self, name: str) -> Tensor:
         """A tensor by the name it is stored under."""
         return self._weights[name]
@@ -209,7 +233,10 @@ class ModelWeights:
     def bytes_as(self, name: str, dtype: torch.dtype | None) -> int:
         """The bytes of what is stored under a name once it is dense, its floating values as `dtype` (None: as they are)."""
         if name not in self._kinds:  # most packed ones have to be decoded to tell
-            shape, found = self._weights.form(self._stored[name] if name in self._twins else name)
+            several = name in self._twins or name in self.pieces
+            shape, found = self._weights.form(self._stored[name] if several else name)
+            if name in self.pieces:
+                shape = self.pieces[name].shape(shape)
             self._kinds[name] = math.prod(shape), found
         count, own = self._kinds[name]
         return count * (dtype if dtype is not None and own.is_floating_point else own).itemsize
@@ -239,54 +266,9 @@ def _check_form(name: str, tensor: Tensor, expected: Tensor) -> None:
         raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, but {expected.dtype} in the model")
 
 
-def conflicts(weights: Mapping[str, Tensor], stored: Mapping[str, str], model: Any) -> dict[str, str]:
-    """Tensors that the config ties to others but the files hold as different ones: name in the model → that of the other.
-
-    Args:
-        weights: of the checkpoint.
-        stored: as `stored_names` finds them.
-        model: tied as its config says.
-    """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {
-        name: other
-        for name, other in tied.items()
-        if name in stored and other in stored and not _same(weights, stored[name], stored[other])
-    }
-
-
-def _same(weights: Mapping[str, Tensor], name: str, other: str) -> bool:
-    packed = getattr(weights, "packed", {})
-    if name == other or name in packed or other in packed:  # a table of embeddings is never packed
-        return name == other
-    one, two = weights[name], weights[other]
-    dtype = torch.promote_types(one.dtype, two.dtype)
-    return one.shape == two.shape and torch.equal(one.to(dtype), two.to(dtype))
-
-
 def tie(model: Any) -> None:
     """Tie the tensors of a model whose weights were put in place, but for those that `ModelWeights` has untied."""
     model.tie_weights(recompute_mapping=False)
-
-
-def stored_names(weights: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], list[str]]:
-    """Under which names the tensors of a model's state dict are stored.
-
-    Returns:
-        The name in the files of each that is there, by its name in the model; and the names of those that are missing and are
-        not tied to another.
-    """
-    # Those that may be tied are no help: whether they are is up to the config.
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    known = renamed(weights, model)
-    found, missing = {}, []
-    for name in model.state_dict():
-        stored = stored_as(model, name, weights, known)
-        if stored is not None:
-            found[name] = stored
-        elif name not in tied:
-            missing.append(name)
-    return found, missing
 
 
 def materialise(
@@ -329,12 +311,13 @@ class Ahead:
         self._pool = ThreadPoolExecutor(1)
         self._futures: dict[str, Future[Tensor]] = {}
 
-    def start(self, prefix: str, module: nn.Module) -> None:
-        """Begin to read the weights of a module that is called `prefix` in the model."""
-        for name, expected in module.state_dict().items():
+    def start(self, prefix: str, module: nn.Module, names: Iterable[str]) -> None:
+        """Begin to read weights of a module that is called `prefix` in the model."""
+        for name in names:
             full = f"{prefix}.{name}"
             if full in self.weights:
-                self._futures[full] = self._pool.submit(self._read, full, expected)
+                expected = module.get_submodule(name.rpartition(".")[0])
+                self._futures[full] = self._pool.submit(self._read, full, getattr(expected, name.rpartition(".")[2]))
 
     def _read(self, name: str, expected: Tensor) -> Tensor:
         tensor = self.weights.checked(name, expected).to(expected.dtype, copy=True)

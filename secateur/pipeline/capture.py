@@ -5,7 +5,7 @@ T: tokens, N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError, UsageError, one_line
+from secateur.mixture.experts import Experts, Rows, Visit, visited
 from secateur.model.structure import Linear, body_of
 
 
@@ -105,7 +106,9 @@ class BlockCalls:
 
         def forward(i: int, block: nn.Module) -> Callable[..., Any]:
             def first(*args: Any, **kwargs: Any) -> Any:
-                returned.append(type(block).forward(block, *args, **kwargs))
+                # Only what it returns counts, and the weights of experts may not be there.
+                with visited(block, lambda _: Visit(lambda *_: False)):
+                    returned.append(type(block).forward(block, *args, **kwargs))
                 raise _Stop
 
             return first
@@ -177,34 +180,79 @@ class BodyCalls:
         return [BlockCall(ids_NS, (), {"use_cache": False})]
 
 
-def group_by_input(
-    block: nn.Module, call: BlockCall, linears: dict[str, Linear]
-) -> tuple[list[list[str]], dict[str, int]]:
-    """The linears of a block that read the same input tensors, in the order in which they are reached.
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Linears that can be solved together: none of their inputs depends on what another becomes.
+
+    Attributes:
+        groups: names of those that are looked at, by their input.
+        chunk: of experts that are visited together, the module's name and the first one's number; None: these are no experts.
+        called: names of all linears of these experts that read such inputs.
+    """
+
+    groups: list[list[str]]
+    chunk: tuple[str, int] | None = None
+    called: tuple[str, ...] = ()
+
+
+def find_stages(
+    block: nn.Module, call: BlockCall, linears: Mapping[str, Linear], experts: Mapping[str, Experts], at_once: int
+) -> tuple[list[Stage], dict[str, int]]:
+    """The linears of a block by the input that they read, in the order in which they are reached.
 
     Found by running the block on a few tokens and looking at which tensor each linear is given.
 
+    Args:
+        block: with everything but its experts in place.
+        call: how it is called.
+        linears: that are looked at, by name.
+        experts: of the whole model, by name.
+        at_once: how many experts are visited together.
+
     Returns:
-        The groups, and how often each linear is used.
+        The stages, and how often each linear is used.
     """
-    inputs: dict[str, list[tuple[Any, ...]]] = {}
+    seen: dict[str | Stage, list[tuple[Any, ...]]] = {}
     alive: list[Tensor] = []  # no tensor may be freed and its address be used again
+    names = {id(module): name for name, module in experts.items()}
+    within = {f"{name}.{linear}" for name, module in experts.items() for linear in module.linears}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             alive.append(x)
-            inputs.setdefault(name, []).append((x.data_ptr(), x.shape, x.stride(), x._version))
+            seen.setdefault(name, []).append((x.data_ptr(), x.shape, x.stride(), x._version))
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    def announce(module: Experts, rows: Sequence[Rows]) -> bool:
+        prefix = names[id(module)]
+        called = [[f"{prefix}.{linear}" for linear in each.linears] for each in rows]
+        groups = [chosen for group in called if (chosen := [name for name in group if name in linears])]
+        chunk = (prefix, rows[0].expert)
+        seen[Stage(groups, chunk, tuple(name for group in called for name in group))] = []
+        return False  # their weights may not be there
+
+    handles = [m.register_forward_pre_hook(watch(name)) for name, m in linears.items() if name not in within]
     try:
-        call.run(block, call.hidden)
+        with visited(block, lambda _: Visit(announce, at_once)):
+            call.run(block, call.hidden)
     finally:
         for handle in handles:
             handle.remove()
+    return _stages(seen), {name: 1 if name in within else len(seen.get(name, ())) for name in linears}
+
+
+def _stages(seen: Mapping[str | Stage, list[tuple[Any, ...]]]) -> list[Stage]:
+    """The stages, of linears by the inputs that they were given and of experts as they were announced."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, seen in inputs.items():
-        groups.setdefault(tuple(seen), []).append(name)
-    return list(groups.values()), {name: len(inputs.get(name, ())) for name in linears}
+    stages: list[Stage] = []
+    for found, inputs in seen.items():
+        if isinstance(found, Stage):
+            stages.append(found)
+            continue
+        if tuple(inputs) not in groups:
+            groups[tuple(inputs)] = []
+            stages.append(Stage([groups[tuple(inputs)]]))
+        groups[tuple(inputs)].append(found)
+    return stages

@@ -6,6 +6,7 @@ O: output features, I: input features, N: windows, S: tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from secateur.memory.footprint import Footprint, Group, Polynomial
 from secateur.memory.live_bytes import LiveBytes
 from secateur.model.block_names import split_name
 from secateur.model.structure import Linear, block_linears, parameters_outside, weight_matrix
-from secateur.pipeline.capture import BodyCalls
+from secateur.model.weights import release
+from secateur.pipeline.capture import BlockCall, BodyCalls
+from secateur.pipeline.experts_in_turn import ExpertsInTurn, Turns
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Problem, solve
 from secateur.pipeline.walker import Catcher, Walker, only_in_head
@@ -53,9 +56,11 @@ class _Sizes:
     @classmethod
     def of(cls, prepared: Prepared) -> _Sizes:
         """Of the largest block of a model and of what is outside the blocks."""
-        block = max(prepared.blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+        inside = max(
+            (_tensors(prepared, number) for number in range(len(prepared.blocks))),
+            key=lambda tensors: sum(tensor.numel() for tensor, _ in tensors),
+        )
         outside = dict(parameters_outside(prepared.model, prepared.blocks))
-        inside = [tensor.numel() for tensor in block.state_dict().values()]
         stored, written = prepared.source.dtype.itemsize, prepared.written_dtype.itemsize
         computed = prepared.compute_dtype.itemsize
         largest = max((tensor.numel() for tensor in outside.values()), default=0)
@@ -66,11 +71,20 @@ class _Sizes:
             embeddings=sum(
                 computed * tensor.numel() for name, tensor in outside.items() if _runs_before_blocks(prepared, name)
             ),
-            block=computed * sum(inside),
-            written=written * sum(inside),
-            tensor=stored * max(inside),
+            block=computed * sum(tensor.numel() for tensor, in_turn in inside if not in_turn),
+            written=written * sum(tensor.numel() for tensor, _ in inside),
+            tensor=stored * max(tensor.numel() for tensor, _ in inside),
             stored=written,
         )
+
+
+def _tensors(prepared: Prepared, number: int) -> list[tuple[Tensor, bool]]:
+    """Those of a block, and whether each is in memory only while its turn lasts."""
+    prefix = prepared.block_names[number]
+    return [
+        (tensor, f"{prefix}.{name}".removesuffix(".weight") in prepared.of_experts)
+        for name, tensor in prepared.blocks[number].state_dict().items()
+    ]
 
 
 def _runs_before_blocks(prepared: Prepared, name: str) -> bool:
@@ -107,7 +121,7 @@ def measure_without_inputs(prepared: Prepared, exact: bool) -> Footprint:
 
 
 def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Footprint:
-    """What a run will hold in memory, from the first block, which is in place, or from the body.
+    """What a run will hold in memory, from the first block and the first with experts, or from the body.
 
     Args:
         ids_NS: the windows of this process.
@@ -115,67 +129,160 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
     """
     prepared = walker.prepared
     sizes = _Sizes.of(prepared)
+    on_device = ids_NS.to(prepared.device)
     if isinstance(catcher, BodyCalls):
-        block, size = catcher.body, sum(p.numel() for b in prepared.blocks for p in b.parameters())
-        linears = {name: linear for i in range(len(prepared.blocks)) for name, linear in prepared.chosen_in(i).items()}
+        size = sum(p.numel() for b in prepared.blocks for p in b.parameters())
         block_bytes = prepared.compute_dtype.itemsize * size
+        linears = {name: linear for i in range(len(prepared.blocks)) for name, linear in prepared.chosen_in(i).items()}
+        passed = [_pass(walker, catcher, on_device, 0, linears)]
     else:
-        block, block_bytes = prepared.blocks[0], sizes.block
-        parts = {split_name(name, prepared.lists)[1] for name in prepared.chosen}
-        everything = block_linears(block, prepared.block_names[0])
-        linears = {name: everything[name] for name in everything if split_name(name, prepared.lists)[1] in parts}
-    groups, _ = walker.groups(block, catcher.probe[0], catcher.probe[0], linears)
-    hidden, forward, held = _forward(
-        block, catcher, ids_NS.to(prepared.device), [linears[names[0]] for names in groups]
-    )
-    found, written = [], float(sizes.written)
-    for names, kept in zip(groups, held, strict=True):
-        shapes = [weight_matrix(linears[name]).shape for name in names]
-        I, rows = shapes[0][1], [O for O, _ in shapes]
-        bytes_of_stats = 4 * I * (I + 2 if prepared.plan.level >= Level.GRAM else 2)
-        solving = 4.0 * (_MOST_WEIGHTS * sum(rows) * I + _MOST_GRAMS * I * I)
-        if exact:
-            solving, packed = _solving(prepared.plan, rows, I, prepared.source.dtype, prepared.device)
-            written -= sizes.stored * sum(rows) * I - packed
-        found.append(Group(kept, bytes_of_stats, solving))
+        block_bytes = sizes.block
+        passed = [
+            _pass(walker, catcher, on_device, number, _like_chosen(prepared, number)) for number in _measured(walker)
+        ]
+    solving = _Solving(prepared, exact)
+    groups = [solving.group(names, kept) for each in passed for names, kept in each.held]
+    saved = max(sum(solving.saved(names) for names, _ in each.held) for each in passed)
     return Footprint(
         base=prepared.base,
         mapped=MAPPED_BYTES + sizes.tensor,
         outside=sizes.outside,
         embeddings=sizes.embeddings,
         block=block_bytes,
-        written=int(written),
-        hidden=hidden,
-        forward=forward,
-        groups=tuple(found),
+        # More than a shard never waits.
+        written=int(min(sizes.written - saved, SHARD_BYTES + sizes.tensor)),
+        hidden=passed[0].hidden,
+        forward=max((each.forward for each in passed), key=lambda forward: forward(ids_NS.shape[1])),
+        groups=tuple(groups),
         tokens=ids_NS.numel(),
         seq_len=ids_NS.shape[1],
         device=prepared.device.type,
+        experts=max((module.count for module in prepared.experts.values()), default=0),
+        processes=walker.ranks.size,
     )
 
 
-def _forward(
-    block: nn.Module, catcher: Catcher, ids_NS: Tensor, firsts: Sequence[Linear]
-) -> tuple[int, Polynomial, list[Polynomial]]:
-    """Bytes of the hidden states of a token, of a window on its way through a block, and of what it keeps at each linear."""
+def _measured(walker: Walker) -> list[int]:
+    """The first block, which is in place, and the first that is one of a mixture of experts."""
+    mixed = [number for number in range(len(walker.prepared.blocks)) if walker.has_experts(number)]
+    return sorted({0, *mixed[:1]})
+
+
+def _like_chosen(prepared: Prepared, number: int) -> dict[str, Linear]:
+    """The linears of a block that are called like some that are to be compressed, in whatever block."""
+    parts = {split_name(name, prepared.lists)[1] for name in prepared.chosen}
+    everything = block_linears(prepared.blocks[number], prepared.block_names[number])
+    return {name: everything[name] for name in everything if split_name(name, prepared.lists)[1] in parts}
+
+
+class _Solving:
+    """What solving linears takes; those of the same shapes take the same."""
+
+    def __init__(self, prepared: Prepared, exact: bool) -> None:
+        self._prepared, self._exact = prepared, exact
+        self._known: dict[tuple[Any, ...], tuple[float, float]] = {}
+
+    def group(self, names: list[str], held: Polynomial) -> Group:
+        """Linears that read the same input, by what a window holds that pauses at them."""
+        _, I = self._shape(names)
+        stats = 4 * I * (I + 2 if self._prepared.plan.level >= Level.GRAM else 2)
+        return Group(held, stats, self._solve(names)[0], self._expert(names[0]))
+
+    def saved(self, names: list[str]) -> float:
+        """Bytes by which they are smaller where they are written than dense."""
+        rows, I = self._shape(names)
+        if not self._exact:
+            return 0.0
+        return self._prepared.written_dtype.itemsize * sum(rows) * I - self._solve(names)[1]
+
+    def _expert(self, name: str) -> int:
+        """Bytes of the expert that a linear belongs to."""
+        if name not in self._prepared.of_experts:
+            return 0
+        expert = self._prepared.model.get_submodule(name.rpartition(".")[0])
+        return self._prepared.compute_dtype.itemsize * sum(p.numel() for p in expert.parameters())
+
+    def _shape(self, names: list[str]) -> tuple[list[int], int]:
+        shapes = [weight_matrix(self._prepared.linear(name)).shape for name in names]
+        return [O for O, _ in shapes], shapes[0][1]
+
+    def _solve(self, names: list[str]) -> tuple[float, float]:
+        rows, I = self._shape(names)
+        key = (*rows, I)
+        if key not in self._known:
+            rough = 4.0 * (_MOST_WEIGHTS * sum(rows) * I + _MOST_GRAMS * I * I), 0.0
+            prepared = self._prepared
+            self._known[key] = (
+                _solving(prepared.plan, rows, I, prepared.source.dtype, prepared.device) if self._exact else rough
+            )
+        return self._known[key]
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What passing a block takes.
+
+    Attributes:
+        hidden: bytes of the hidden states of a token.
+        forward: the most that a window takes.
+        held: of each group of linears, what a window keeps that pauses there.
+    """
+
+    hidden: int
+    forward: Polynomial
+    held: list[tuple[list[str], Polynomial]]
+
+
+def _pass(walker: Walker, catcher: Catcher, ids_NS: Tensor, number: int, linears: dict[str, Linear]) -> _Passed:
+    """Send a few tokens through a block, or the body, and see what is in memory."""
+    prepared = walker.prepared
+    probe = catcher.probe
+    if isinstance(catcher, BodyCalls):
+        block: nn.Module = catcher.body
+    else:
+        walker.read(number)
+        block = prepared.blocks[number]
+    stages, _ = walker.stages(block, probe[number], probe[0], linears)
+    firsts = [stage for stage in stages if any(stage.groups)]
     S = ids_NS.shape[1]
     peaks: list[tuple[int, int]] = []
-    held: list[list[tuple[int, int]]] = [[] for _ in firsts]
+    held: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(firsts))}
+    place = {stage.called: i for i, stage in enumerate(firsts) if stage.chunk is not None}
+    turns = ExpertsInTurn(prepared, Turns("routed", 0, 1, 1))
     hidden = 0
     for n in sorted({min(n, S) for n in _PROBES}):
-        call = catcher.catch(ids_NS[:1, :n])[0]
+        caught = catcher.catch(ids_NS[:1, :n])
+        call = BlockCall(caught[0].hidden, caught[number].args, caught[number].kwargs)
         hidden = call.hidden.nbytes // n
-        with LiveBytes() as live:
+        with LiveBytes() as live, ExitStack() as left:
 
-            def note(i: int, n: int = n, size: int = call.hidden.nbytes, live: LiveBytes = live) -> Any:
-                return lambda *_: held[i].append((n, live.now + size))
+            def note(i: int, n: int = n, size: int = call.hidden.nbytes, live: LiveBytes = live) -> None:
+                held[i].append((n, live.now + size))
 
-            handles = [linear.register_forward_pre_hook(note(i)) for i, linear in enumerate(firsts)]
+            def announced(called: tuple[str, ...], _: Any, note: Any = note) -> bool:
+                if called in place:
+                    note(place[called])
+                return False
+
+            for i, stage in enumerate(firsts):
+                if stage.chunk is None:
+                    linear = prepared.linear(stage.groups[0][0])
+                    hook = linear.register_forward_pre_hook(lambda *_, i=i, note=note: note(i))
+                    left.callback(hook.remove)
+            left.enter_context(turns.visited(block, announced))
             call.run(block, call.hidden)
             peaks.append((n, live.peak))
-            for handle in handles:
-                handle.remove()
-    return hidden, Polynomial.through(peaks), [Polynomial.through(points) for points in held]
+    if number and block is not prepared.blocks[0]:
+        release(block)
+    forward = Polynomial.through(peaks)
+    inner = [prepared.experts[stage.chunk[0]] for stage in firsts if stage.chunk is not None]
+    if inner:
+        # All tokens of a window may go to one expert, whose inner states were not computed here.
+        width = max(sum(module.widths) for module in inner)
+        forward = Polynomial(forward.linear + prepared.compute_dtype.itemsize * width, forward.square)
+    return _Passed(
+        hidden, forward, [(names, Polynomial.through(held[i])) for i, s in enumerate(firsts) for names in s.groups]
+    )
 
 
 def _solving(

@@ -30,6 +30,8 @@ class LinearReport:
         error_kind: `output` (from the Gram matrix: exact), `independent inputs` (from each input's square sum alone), or
             `weights` (‖Ŵ−W‖² / ‖W‖², when no inputs were seen).
         outliers: share of its weights that are kept in 16 bits besides their codes.
+        tokens: of the calibration text that reach it; None: it was compressed without inputs, or nobody recorded them.
+        borrowed: how many more it was shown, as an expert of a mixture that too few are sent to.
     """
 
     name: str
@@ -41,6 +43,8 @@ class LinearReport:
     error: float
     error_kind: str
     outliers: float = 0.0
+    tokens: int | None = None
+    borrowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float
 def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:
     """The relative squared error of a linear's output, and how it is known: see `LinearReport`."""
     change_OI = W_OI - dense_OI
-    if stats.level == Level.NONE:
+    if not stats.tokens:
         kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
     else:
         kind = "output" if stats.level == Level.GRAM else "independent inputs"

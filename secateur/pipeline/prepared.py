@@ -6,7 +6,7 @@ O: output features, I: input features.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -17,6 +17,8 @@ from secateur.core.patterns import NM
 from secateur.core.stats import Level
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
+from secateur.mixture.experts import Experts
+from secateur.mixture.unfuse import check_unfused, experts_in
 from secateur.model.block_names import how_to_ignore
 from secateur.model.load import load_source
 from secateur.model.source import Source
@@ -24,7 +26,6 @@ from secateur.model.structure import (
     Linear,
     block_linears,
     build_skeleton,
-    check_no_experts,
     find_blocks,
     is_transposed,
     kept_in_float32,
@@ -60,6 +61,9 @@ class Prepared:
         kept: tensors that keep their dtype whatever the rest is written in.
         parameters: how many the model has.
         base: bytes that the process had in use before any weight was read.
+        experts: of mixtures, by name.
+        of_experts: names of their linears.
+        solved: gives the new weights of experts that an earlier run has solved, by the name of their linear.
     """
 
     source: Source
@@ -80,6 +84,9 @@ class Prepared:
     kept: frozenset[str]
     parameters: int
     base: int
+    experts: Mapping[str, Experts]
+    of_experts: frozenset[str]
+    solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     # --- linears
 
@@ -102,6 +109,11 @@ class Prepared:
         else:
             W_OI = weight_matrix(linear)
         return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+
+    def solved_weight(self, name: str) -> Tensor | None:
+        """The new weight of an expert's linear that an earlier run has solved; None where none has."""
+        found = self.solved.get(name)
+        return None if found is None else found()
 
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
@@ -182,10 +194,10 @@ class Prepared:
         return how_to_ignore(names, set(self.chosen) - set(names), self.lists)
 
     def load_whole(self) -> Any:
-        """The dense model, checked."""
+        """The dense model, checked, with experts as linears of their own."""
         # In float32 on a CPU: half precision is emulated by most.
         dtype = self.source.dtype if self.device.type == "cuda" else torch.float32
-        return load_source(self.source, dtype, self.device, check_finite=True)
+        return load_source(self.source, dtype, self.device, check_finite=True, apart=True)
 
 
 def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> Prepared:
@@ -200,7 +212,8 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     model: Any = build_skeleton(source, compute_dtype)
     found = find_blocks(model)
     for name, block in found.modules.items():
-        check_no_experts(block, name)
+        check_unfused(block, name)
+    experts = experts_in(model)
     names, twins = list(found.linears), shared_parameters(model)
     wanted = select_linears(names, recipe.targets, recipe.ignore)
     tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
@@ -224,6 +237,8 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         kept=frozenset(name for name, _ in (kept_in_float32(model, plan.dtype) if plan.dtype is not None else [])),
         parameters=sum(p.numel() for p in model.parameters()),
         base=psutil.Process().memory_info().rss,
+        experts=experts,
+        of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
     )
     prepared.check_shapes()
     if plan.level > Level.NONE:

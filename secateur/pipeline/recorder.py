@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,15 +15,16 @@ from secateur.folder.reader import StoredTensors
 from secateur.folder.writer import ShardWriter
 from secateur.memory.peak import peak_memory
 from secateur.model.block_names import lists_of, patterns_of, split_name
+from secateur.model.fused_tensors import FusedTensors
 from secateur.model.structure import is_transposed, parameters_outside
 from secateur.model.weights import OTHER_DTYPE, converted, place
 from secateur.pipeline.clock import Clock
-from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.kept_inputs import KeptInputs
 from secateur.pipeline.outcome import LinearReport, Progress
-from secateur.pipeline.partial import Partial
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Solution
+from secateur.unfinished.hidden import HiddenStates
+from secateur.unfinished.kept_inputs import KeptInputs
+from secateur.unfinished.partial import Partial
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Recorder:
         self._writer = ShardWriter(partial.folder, begin=sum(len(record["files"]) for record in partial.records))
         self._written: set[str] = set()
         self._waiting: dict[str, Tensor] = {}
+        self._fused = FusedTensors(prepared.weights, prepared.model)
         # Since the last record.
         self._solutions: list[Solution] = []
         self._new_notes: list[str] = []
@@ -95,6 +98,8 @@ class Recorder:
             else:
                 for name, tensor in solution.tensors(self.prepared.weights.name_to_write(weight)).items():
                     self._writer.add(name, tensor)
+                if weight in self._fused:
+                    self._write(self._fused.add(weight, None))
         self._written.add(weight)
         if in_place:
             self._place(solution)
@@ -109,18 +114,34 @@ class Recorder:
 
     def _place(self, solution: Solution) -> None:
         linear = self.prepared.linear(solution.name)
-        old = linear.get_parameter("weight")
-        place(linear, "weight", solution.as_module_weight(is_transposed(linear)).to(old.device, old.dtype))
+        # The old one may not be in place: an expert's.
+        W = solution.as_module_weight(is_transposed(linear)).to(
+            self.prepared.device, linear.get_parameter("weight").dtype
+        )
+        place(linear, "weight", W)
 
     def take_solved(self, number: int) -> None:
-        """Put the compressed weights of a block, which is recorded, in the place of those that were read."""
+        """Put the compressed weights of a block, which is recorded, in the place of those that were read; experts' when
+        their turn comes.
+        """
         record = self.partial.records[1 + number]
         stored = StoredTensors([self.partial.folder / name for name in record["files"]])
+        parts_of: dict[str, dict[str, str]] = {}
+        for name in stored:
+            owner, found, part = name.rpartition(".weight")
+            parts_of.setdefault(owner + found, {})[part.removeprefix(".")] = name
+        weights = self.prepared.weights
         for linear in record["linears"]:
             weight = f"{linear['name']}.weight"
-            names = [name for name in stored if name == weight or name.startswith(f"{weight}.")]
-            parts = {name.removeprefix(weight).removeprefix("."): stored[name] for name in names}
-            self._place(Solution.of_record(linear, parts))
+            names = parts_of.get(weights.name_to_write(weight), {})
+            parts = {part: stored[name] for part, name in names.items()}
+            if not parts and weight in self._fused:  # it lies with other experts
+                parts = {"": self._fused.part(weight, stored)}
+            solution = Solution.of_record(linear, parts)
+            if linear["name"] in self.prepared.of_experts:
+                self.prepared.solved[linear["name"]] = partial(solution.as_module_weight, False)
+            else:
+                self._place(solution)
 
     # --- everything else
 
@@ -163,10 +184,17 @@ class Recorder:
 
     def _write_dense(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the model under the name that it had, or have it wait for those that were one with it."""
-        if self.prepared.plan.dense and self.prepared.weights.converted:
-            self._waiting[name] = tensor
+        if name in self._fused:
+            self._write(self._fused.add(name, tensor))
         else:
-            self._writer.add(self.prepared.weights.name_to_write(name), tensor)
+            self._write({self.prepared.weights.name_to_write(name): tensor})
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if self.prepared.plan.dense and self.prepared.weights.converted:
+                self._waiting[name] = tensor
+            else:
+                self._writer.add(name, tensor)
 
     # --- records
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur._version import __version__
 from secateur.calibration.tokens import hash_of
-from secateur.core.stats import InputStats, Level
+from secateur.core.stats import Level
 from secateur.errors import UsageError
 from secateur.memory.footprint import Footprint, Settings
 from secateur.model.weights import release
@@ -28,11 +28,13 @@ from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Report
-from secateur.pipeline.partial import Partial
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.recorder import Recorder
+from secateur.pipeline.solve import Solution
 from secateur.pipeline.team import Team
+from secateur.pipeline.walk import Gathered
 from secateur.pipeline.walker import Journey, Walker
+from secateur.unfinished.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class Run:
         calibration: dict[str, Any] = {"level": self.job.plan.level.name.lower()}
         if self.windows is not None:
             calibration |= self.windows.record(self.job.plan.needs_fisher)
+        place = {name: i for i, name in enumerate(self.prepared.names)}
         return Report(
             out=self.partial.out,
-            linears=self.recorder.reports,
+            # Not in the order of solving, which hangs on how many experts were visited together.
+            linears=sorted(self.recorder.reports, key=lambda linear: place[linear.name]),
             notes=self.recorder.notes,
             calibration=calibration,
             source_bytes=sum(f.stat().st_size for f in self.job.source.files),
@@ -175,11 +179,14 @@ def _settle(run: Run, measure: Callable[[bool], Footprint]) -> Settings:
     return settings
 
 
-def solve_group(run: Run, names: list[str], stats: InputStats | None) -> None:
-    """Solve linears of one input, and write them; with statistics their new weights are put in place."""
-    solutions, notes = run.team.solve(names, stats)
+def solve_stage(run: Run, gathered: list[Gathered]) -> None:
+    """Solve linears whose inputs are known, and put their new weights in place."""
+    _record(run, *run.team.solve(gathered), in_place=True)
+
+
+def _record(run: Run, solutions: list[Solution], notes: list[str], in_place: bool) -> None:
     for solution in solutions:
-        run.recorder.put(solution, in_place=stats is not None)
+        run.recorder.put(solution, in_place)
     for note in notes:
         run.recorder.note(note)
 
@@ -196,7 +203,7 @@ def solve_block_without_inputs(run: Run, number: int) -> None:
     """Compress a block, one linear in memory at a time, and record it."""
     names = list(run.prepared.chosen_in(number))
     if names:
-        solve_group(run, names, None)
+        _record(run, *run.team.solve([(names, None)]), in_place=False)
     release(run.prepared.blocks[number])
     run.recorder.end_block(number, None)
 
@@ -248,7 +255,7 @@ def solve_block(run: Run, journey: Journey, number: int) -> None:
     """Compress a block that is in place, run its inputs through it, and record it."""
     outputs = journey.waiting(number + 1) if number + 1 < len(run.prepared.blocks) else None
     level = run.job.plan.level
-    journey.pass_block(number, outputs, level, lambda names, stats: solve_group(run, names, stats))
+    journey.pass_block(number, outputs, level, lambda gathered: solve_stage(run, gathered))
     release(run.prepared.blocks[number])
     run.recorder.end_block(number, outputs)
 
@@ -258,6 +265,6 @@ def solve_body(run: Run, journey: Journey, numbers: range) -> None:
     journey.pass_body(
         numbers,
         run.job.plan.level,
-        lambda names, stats: solve_group(run, names, stats),
+        lambda gathered: solve_stage(run, gathered),
         ended=lambda number: run.recorder.end_block(number, None),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
-from secateur.core.stats import InputStats
+from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
 from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.layout import Layout, Stored, all_finite, describe_dense, layout_from_config
@@ -100,6 +100,9 @@ def solve(
     Raises:
         RepeatedError: a solved weight overflows the dtype that it is to be written in.
     """
+    seen = stats
+    if not stats.tokens:
+        stats = InputStats.isotropic(stats.features, stats.level, stats.square_I.device)
     stack = stacked(plan, problems, stats)
     notes: list[str] = []
     if pruned is None:
@@ -115,7 +118,7 @@ def solve(
         notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
         results = (_quantized(plan, weight) for weight in quantized)
     dense = stack.split(stack.W_OI)
-    solutions = [_pack(p, d, result, stats) for p, d, result in zip(problems, dense, results, strict=True)]
+    solutions = [_pack(p, d, result, seen) for p, d, result in zip(problems, dense, results, strict=True)]
     names = ", ".join(problem.name for problem in problems)
     return solutions, [f"{names}: {note}" for note in notes]
 
@@ -193,5 +196,7 @@ def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats
         bytes=told.bytes,
         error=error,
         error_kind=kind,
+        tokens=None if stats.level == Level.NONE else stats.tokens - stats.borrowed,
+        borrowed=stats.borrowed,
     )
     return Solution(report, parts, entry, W_OI)

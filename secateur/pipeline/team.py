@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur.core.ranks import Ranks
@@ -30,15 +31,22 @@ class Team:
     clock: Clock
     fisher: KeptFisher | None = None
 
-    def solve(self, names: list[str], stats: InputStats | None) -> tuple[list[Solution], list[str]]:
-        """Solve linears of one input; the solutions in the same order and what the user should know, in all processes.
+    def solve(self, gathered: Sequence[tuple[list[str], InputStats | None]]) -> tuple[list[Solution], list[str]]:
+        """Solve linears by their input; the solutions in the same order and what the user should know, in all processes.
 
         Without statistics they need not have one input, nor be in place: each is read, solved and let go of.
         """
+        names = [name for group, _ in gathered for name in group]
         sizes = [weight_matrix(self.prepared.linear(name)).numel() for name in names]
         hands = [[names[i] for i in hand] for hand in self.ranks.deal(sizes)]
+        solutions: dict[str, Solution] = {}
+        notes: list[str] = []
         with self.clock("solving"):
-            solutions, notes = self._solve(hands[self.ranks.rank], names, stats)
+            for group, stats in gathered:
+                mine = [name for name in group if name in hands[self.ranks.rank]]
+                found, said = self._solve(mine, group, stats)
+                solutions.update(found)
+                notes += said
         with self.clock("exchange"):
             for rank, hand in enumerate(hands):
                 if hand and self.ranks.size > 1:
@@ -53,6 +61,10 @@ class Team:
         solutions: dict[str, Solution] = {}
         notes: list[str] = []
         choices = self.prepared.recipe.linears
+        if stats is not None and mine and not stats.tokens and stats.level > Level.NONE:
+            notes.append(
+                f"{', '.join(mine)}: no calibration token reaches it, so it was compressed by its weights alone"
+            )
         for stack in [[name] for name in mine] if stats is None else self._alike(mine):
             problems = [self.prepared.problem(name, fishers.get(name)) for name in stack]
             inputs = stats or InputStats.empty(problems[0].W_OI.shape[1], Level.NONE, self.prepared.device)

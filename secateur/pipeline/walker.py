@@ -5,6 +5,7 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.stats import InputStats, Level
+from secateur.core.stats import Level
 from secateur.errors import RepeatedError
 from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Settings
 from secateur.model.structure import Linear, parameters_outside
 from secateur.model.weights import Ahead, materialise, place, tie
-from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, group_by_input
+from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
 from secateur.pipeline.clock import Clock
-from secateur.pipeline.hidden import HiddenStates
+from secateur.pipeline.experts_in_turn import ExpertsInTurn, Turns
 from secateur.pipeline.job import Job
 from secateur.pipeline.prepared import Prepared
-from secateur.pipeline.walk import Passage, Solve, Target, in_batches, walk
+from secateur.pipeline.walk import Gathered, Passage, Solve, Target, Way, in_batches, walk
+from secateur.unfinished.hidden import HiddenStates
 
 _PROBE_TOKENS = 8
 # Where the next block is read while one is solved. On a CPU that would take the cores from solving.
@@ -73,7 +75,7 @@ class Walker:
             self._room.check(prepared.whole_memory, f"calibrating {prepared.source.name}, where {error},", instead)
         with self.clock("opening"):
             for number in range(len(prepared.blocks)):
-                self.read(number)
+                self.read(number, whole=True)
         return BodyCalls(prepared.model, probe_1S)
 
     def _keep_mapped(self, name: str) -> bool:
@@ -108,17 +110,29 @@ class Walker:
 
     # --- blocks
 
-    def read(self, number: int) -> None:
-        """Put a block's weights in place, unless they are, and have the next one's read meanwhile."""
+    def read(self, number: int, whole: bool = False) -> None:
+        """Put a block's weights in place, unless they are, and have the next one's read meanwhile.
+
+        Args:
+            whole: with those of its experts, which are read when their turn comes else.
+        """
         prepared = self.prepared
         block, prefix = prepared.blocks[number], prepared.block_names[number]
         with self.clock("reading"):
-            if any(parameter.is_meta for parameter in block.parameters()):
-                names = list(block.state_dict())
+            names = self._names(number, whole)
+            if any(_tensor(block, name).is_meta for name in names):
                 materialise(block, prefix, names, prepared.weights, prepared.device, ahead=self._ahead)
                 self._read_shared(block, prefix, names)
             if self._ahead is not None and number + 1 < len(prepared.blocks):
-                self._ahead.start(prepared.block_names[number + 1], prepared.blocks[number + 1])
+                self._ahead.start(
+                    prepared.block_names[number + 1], prepared.blocks[number + 1], self._names(number + 1, whole)
+                )
+
+    def _names(self, number: int, whole: bool) -> list[str]:
+        """Of the tensors of a block that are read when the block is."""
+        prefix, of_experts = self.prepared.block_names[number], self.prepared.of_experts
+        names = list(self.prepared.blocks[number].state_dict())
+        return [name for name in names if whole or f"{prefix}.{name}".removesuffix(".weight") not in of_experts]
 
     def _read_shared(self, block: nn.Module, prefix: str, names: list[str]) -> None:
         """Give a block the weights that it shares with another and that are stored under the other's name."""
@@ -131,11 +145,19 @@ class Walker:
                 tensor = weights.checked(twin, owner.get_parameter(leaf))
                 place(owner, leaf, tensor.to(self.prepared.device, owner.get_parameter(leaf).dtype))
 
-    def catch(self, catcher: Catcher, ids_NS: Tensor, settings: Settings, file_of: Callable[[int], Path]) -> Journey:
+    def catch(
+        self,
+        catcher: Catcher,
+        ids_NS: Tensor,
+        settings: Settings,
+        file_of: Callable[[int], Path],
+        windows: int | None = None,
+    ) -> Journey:
         """How each block is called for each batch of the windows, and the inputs of the first.
 
         Args:
             file_of: where the inputs of a block wait, if they wait in files.
+            windows: of how many in all processes these are some; None: of those that the processes are given here.
         """
         device = self.prepared.device
         keep_on = torch.device("cpu") if settings.hidden == "host" else device
@@ -151,19 +173,36 @@ class Walker:
                 for call in batch:
                     call.hidden = call.hidden[:0, :0].clone()
                 calls.append(batch)
-        return Journey(self, catcher, settings.pause, waiting, calls, hiddens)
+        keep = None if settings.pause else file_of(0).parent / "experts"
+        asked = self.prepared.recipe.calibration
+        turns = Turns(
+            inputs=asked.expert_inputs,
+            tokens=asked.expert_tokens,
+            windows=sum(self.ranks.gather(len(ids_NS))) if windows is None else windows,
+            window=ids_NS.shape[1],
+            at_once=settings.experts,
+            keep=keep,
+        )
+        return Journey(self, catcher, settings.pause, waiting, calls, hiddens, turns)
 
-    def groups(
-        self, block: nn.Module, call: BlockCall, probe: BlockCall, linears: dict[str, Linear]
-    ) -> tuple[list[list[str]], bool]:
-        """The linears of a block that read the same input, and whether one of them is used more than once.
+    def stages(
+        self, block: nn.Module, call: BlockCall, probe: BlockCall, linears: dict[str, Linear], at_once: int = 1
+    ) -> tuple[list[Stage], bool]:
+        """The linears of a block by the input that they read, and whether one of them is used more than once.
 
         Args:
             call: how the block is called, and `probe`: a call with the hidden states of a few tokens.
+            at_once: how many experts are visited together.
         """
-        groups, times = group_by_input(block, BlockCall(probe.hidden, call.args, call.kwargs), linears)
+        called = BlockCall(probe.hidden, call.args, call.kwargs)
+        stages, times = find_stages(block, called, linears, self.prepared.experts, at_once)
         self.prepared.check_reached({name for name, n in times.items() if n == 0})
-        return groups, any(n > 1 for n in times.values())
+        return stages, any(n > 1 for n in times.values())
+
+    def has_experts(self, number: int) -> bool:
+        """Whether a block is one of a mixture of experts."""
+        prefix = self.prepared.block_names[number]
+        return any(name.startswith(f"{prefix}.") for name in self.prepared.experts)
 
 
 @dataclass
@@ -177,6 +216,7 @@ class Journey:
         waiting: what the inputs of a block are collected in.
         calls: for each batch those of all blocks, or of the body.
         hiddens: the inputs of the next block.
+        turns: how experts are visited.
     """
 
     walker: Walker
@@ -185,6 +225,7 @@ class Journey:
     waiting: Callable[[int], HiddenStates]
     calls: list[list[BlockCall]]
     hiddens: HiddenStates
+    turns: Turns
 
     def passage(self, number: int, outputs: HiddenStates | None) -> Passage:
         """Of one block, which is in place."""
@@ -195,8 +236,28 @@ class Journey:
     def pass_unsolved(self, number: int) -> None:
         """Run the inputs of a block that is in place through it; what comes out is the next one's."""
         outputs = self.waiting(number + 1)
-        self.passage(number, outputs).run()
+        if self.walker.has_experts(number):
+            self._walk(number, {}, outputs, Level.NONE, lambda _: None)
+        else:
+            self.passage(number, outputs).run()
         self.hiddens = outputs
+
+    def _walk(
+        self, number: int, linears: dict[str, Linear], outputs: HiddenStates | None, level: Level, solve: Solve
+    ) -> None:
+        assert isinstance(self.catcher, BlockCalls)
+        walker, probe = self.walker, self.catcher.probe
+        block = walker.prepared.blocks[number]
+        stages, again = walker.stages(block, probe[number], probe[0], linears, self.turns.at_once)
+        target = Target(stages, linears, again, level, solve, ExpertsInTurn(walker.prepared, self.turns, whole=again))
+        way = target.way(self.pause)
+        if way is Way.REPEAT:
+            walker.read(number, whole=True)
+        try:
+            walk(self.passage(number, outputs), target, way)
+        finally:
+            if self.turns.keep is not None:
+                shutil.rmtree(self.turns.keep, ignore_errors=True)
 
     def pass_block(self, number: int, outputs: HiddenStates | None, level: Level, solve: Solve) -> None:
         """Have something done with the linears of a block that is in place, and run its inputs through it.
@@ -212,11 +273,7 @@ class Journey:
         linears = prepared.chosen_in(number)
         if not linears and outputs is None:
             return
-        assert isinstance(self.catcher, BlockCalls)
-        probe = self.catcher.probe
-        groups, again = self.walker.groups(prepared.blocks[number], probe[number], probe[0], linears)
-        target = Target(groups, linears, again, level, solve)
-        walk(self.passage(number, outputs), target, target.way(self.pause))
+        self._walk(number, linears, outputs, level, solve)
         if outputs is not None and not outputs.finite:
             name = prepared.block_names[number]
             raise RepeatedError(f"the output of {name} is not finite: the model overflows in {prepared.compute_dtype}")
@@ -234,14 +291,14 @@ class Journey:
         assert isinstance(self.catcher, BodyCalls)
         body, (probe,) = self.catcher.body, self.catcher.probe
         linears: dict[str, Linear] = {}
-        groups: list[list[str]] = []
+        stages: list[Stage] = []
         block_of: dict[str, int] = {}
         again = False
         for number in numbers:
             chosen = self.walker.prepared.chosen_in(number)
-            found, more_than_once = self.walker.groups(body, probe, probe, chosen)
+            found, more_than_once = self.walker.stages(body, probe, probe, chosen)
             linears.update(chosen)
-            groups += found
+            stages += [stage for stage in found if any(stage.groups)]
             block_of.update(dict.fromkeys(chosen, number))
             again = again or more_than_once
         left = iter(numbers)
@@ -253,15 +310,22 @@ class Journey:
                 ended(current)
                 current = next(left, numbers.stop)
 
-        def solve_next(names: list[str], stats: InputStats) -> None:
-            end_blocks(block_of[names[0]])
-            solve(names, stats)
+        def solve_next(gathered: list[Gathered]) -> None:
+            end_blocks(block_of[gathered[0][0][0]])
+            solve(gathered)
 
-        target = Target(groups, linears, again, level, solve_next)
+        experts = ExpertsInTurn(self.walker.prepared, self.turns, whole=True)
+        target = Target(stages, linears, again, level, solve_next, experts)
         calls = [batch[0] for batch in self.calls]
         passage = Passage(body, calls, self.hiddens, None, self.walker.ranks, self.walker.clock)
         walk(passage, target, target.way(self.pause))
         end_blocks(numbers.stop)
+
+
+def _tensor(block: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(block.get_submodule(owner), leaf)
+    return found
 
 
 def only_in_head(model: Any, name: str) -> bool:

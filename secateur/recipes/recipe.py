@@ -22,6 +22,10 @@ from secateur.shares import parse_share
 
 # Numbers that may also be given as text, such as 50%.
 _SHARES = ("sparsity",)
+#: Which tokens the statistics of an expert are of.
+EXPERT_INPUTS = ("routed", "gate", "all")
+#: Within what a search makes one choice for all linears of experts.
+SHARED_IN = ("expert", "layer")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Calibration:
         source: `self`, `docs`, a path, `wikitext2`, `c4`, or `hub-id[:config][:split]`.
         samples, seq_len: how many windows of how many tokens; None takes 128 × 2048 (16 × 512 for the demo model), within
             what the model's positions allow.
+        expert_tokens: of a mixture of experts, how many tokens each expert sees at least: those that the router would send to
+            it next, where it sends fewer; 0: none of them; None: 256, or one for every four inputs.
+        expert_inputs: which tokens an expert's statistics are of: `routed` (those that the router sends to it), `gate` (the
+            same, each by the weight that the router gives it), or `all`.
         seed: of whatever is drawn.
         text_field: where the text of a JSON line or table row stands.
         bos: whether every window begins with the token that the tokenizer puts before a text, where it puts one; and every
@@ -44,6 +52,8 @@ class Calibration:
     seed: int = 0
     text_field: str = "text"
     bos: bool = True
+    expert_tokens: int | None = None
+    expert_inputs: str = "routed"
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -53,6 +63,12 @@ class Calibration:
             least = 2 if name == "seq_len" else 1  # one token alone has no context
             if value is not None and value < least:
                 raise UsageError(f"{name} is {value}: it must be at least {least}")
+        if self.expert_tokens is not None and self.expert_tokens < 0:
+            raise UsageError(f"`expert_tokens` is {self.expert_tokens}: it must be at least 0")
+        if self.expert_inputs not in EXPERT_INPUTS:
+            raise UsageError(
+                f"`expert_inputs` {self.expert_inputs!r} is not known: it can be {', '.join(EXPERT_INPUTS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ class Recipe:
         target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
             bytes in words such as `100MB`.
         max_perplexity_rise: the same for the smallest size at which perplexity rises by so much at most: `3%` or `0.03`.
+        share_choice: of a mixture of experts, what a search makes one choice for: all linears of an `expert`, or all those of
+            the experts of a `layer`; None: each linear has its own.
         linears: what was chosen for each linear, by name: nothing is searched then.
     """
 
@@ -111,6 +129,7 @@ class Recipe:
     allocation: str = "uniform"
     target_size: str | None = None
     max_perplexity_rise: str | None = None
+    share_choice: str | None = None
     linears: dict[str, Choice] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +145,8 @@ class Recipe:
         rise = self.max_perplexity_rise
         if isinstance(rise, int | float):
             object.__setattr__(self, "max_perplexity_rise", repr(rise))
+        if self.share_choice is not None and self.share_choice not in SHARED_IN:
+            raise UsageError(f"`share_choice` {self.share_choice!r} is not known: it can be {', '.join(SHARED_IN)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them: all of them, so that a later version with other defaults reads the same."""

@@ -73,7 +73,7 @@ def parse_recipes(text: str) -> list[tuple[str, Recipe]]:
                 resolved = plan(recipe)
             # Not the recipe: it may say what another leaves to the defaults.
             linears = tuple(sorted(recipe.linears.items()))
-            goals = (recipe.allocation, recipe.target_size, recipe.max_perplexity_rise)
+            goals = (recipe.allocation, recipe.target_size, recipe.max_perplexity_rise, recipe.share_choice)
             key = (resolved, recipe.targets, recipe.ignore, recipe.calibration, linears, goals)
             if key in found:
                 other = found[key][0]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UsageError
-from secateur.evaluation.bench.bench import Bench, describe
 from secateur.folder.paths import check_file
+from secateur.speed.bench_result import Bench, describe
 
 _SUFFIXES = (".png", ".svg")
 _DENSE_COLOUR, _PACKED_COLOUR = "#b0b0b0", "#3a7d44"

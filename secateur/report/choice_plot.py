@@ -1,11 +1,15 @@
-"""What became of every linear, drawn as a heat map: a row for each block, a column for each linear of a block."""
+"""What became of every linear, drawn as a heat map: a row for each block, a column for each linear of a block.
+
+The experts of a mixture have one column for each of their projections.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from secateur.model.block_names import without_expert
 from secateur.pipeline.outcome import LinearReport
 from secateur.report.bench_plot import check_plot, save_plot
 
@@ -25,7 +29,8 @@ def plot_choices(linears: Sequence[LinearReport], file: Path, model: str) -> Non
     from matplotlib.figure import Figure
 
     rows, columns, cells = by_block(linears)
-    figure = Figure(figsize=(2 + 1.7 * len(columns), 2.2 + 0.28 * len(rows)), layout="constrained", dpi=130)
+    height = 0.42 if any(len(each) > 1 for each in cells.values()) else 0.28
+    figure = Figure(figsize=(2 + 1.7 * len(columns), 2.2 + height * len(rows)), layout="constrained", dpi=130)
     figure.suptitle(f"What is left of the linears of {model}", parse_math=False)
     panels = figure.subplots(1, 2)
     for axes, (title, value, digits) in zip(
@@ -36,7 +41,7 @@ def plot_choices(linears: Sequence[LinearReport], file: Path, model: str) -> Non
         ),
         strict=True,
     ):
-        values = [[value(cells[r, c]) if (r, c) in cells else float("nan") for c in columns] for r in rows]
+        values = [[mean(cells[r, c], value) if (r, c) in cells else float("nan") for c in columns] for r in rows]
         image = axes.imshow(values, aspect="auto", cmap=_COLOURS if title.startswith("share") else "viridis")
         figure.colorbar(image, ax=axes, label=title)
         axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small", parse_math=False)
@@ -50,7 +55,8 @@ def plot_choices(linears: Sequence[LinearReport], file: Path, model: str) -> Non
             for x, c in enumerate(columns):
                 said, ink = "–", "#808080"
                 if (r, c) in cells:
-                    said, ink = f"{values[y][x]:.{digits}f}", _ink(image.cmap(image.norm(values[y][x])))
+                    said = said_of([value(linear) for linear in cells[r, c]], f".{digits}f")
+                    ink = _ink(image.cmap(image.norm(values[y][x])))
                 axes.text(x, y, said, ha="center", va="center", fontsize="x-small", color=ink)
     save_plot(figure, file)
 
@@ -65,11 +71,23 @@ def _ink(ground: Sequence[float]) -> str:
 
 def by_block(
     linears: Sequence[LinearReport],
-) -> tuple[list[str], list[str], dict[tuple[str, str], LinearReport]]:
-    """Names of blocks and of linears in a block, in order, and which linear stands where."""
-    cells = {}
+) -> tuple[list[str], list[str], dict[tuple[str, str], list[LinearReport]]]:
+    """Names of blocks and of linears in a block, in order, and which linears stand where: one, or those of all experts."""
+    cells: dict[tuple[str, str], list[LinearReport]] = {}
     for linear in linears:
         number = re.search(r"\.(\d+)\.", linear.name)
         block, rest = (number[1], linear.name[number.end() :]) if number else ("", linear.name)
-        cells[block, rest] = linear
+        cells.setdefault((block, without_expert(rest)), []).append(linear)
     return list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells
+
+
+def mean(linears: Sequence[LinearReport], value: Callable[[LinearReport], float]) -> float:
+    """Of linears of one shape."""
+    return sum(map(value, linears)) / len(linears)
+
+
+def said_of(values: Sequence[float], form: str) -> str:
+    """A figure; of several that differ their mean, and the least and the greatest in the next line."""
+    ends = [f"{end:{form}}" for end in (min(values), max(values))]
+    said = f"{sum(values) / len(values):{form}}"
+    return said if ends[0] == ends[1] else f"{said}\n{'–'.join(ends)}"

@@ -13,7 +13,7 @@ _MARKS = {"ok": "✅", FAILED: "❌", UNCLEAR: "⚠️"}
 
 def figures(check: Check) -> tuple[str, str, str, str]:
     """The value, the baseline's, the change and its interval, as a person reads them."""
-    form = {"perplexity": "{:.3f}", "size": "{:,.0f} B", "kl": "{:.4f}", "agreement": "{:.2%}"}[check.name]
+    form = {"perplexity": "{:.3f}", "size": "{:,.0f} B", "kl": "{:.4f}"}.get(check.name, "{:.2%}")
     share = "{:+.4f}" if check.name == "kl" else "{:+.2%}"
     return (
         form.format(check.value),

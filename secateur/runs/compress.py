@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from secateur._version import __version__
 from secateur.calibration.text import inputs_of
+from secateur.checkpoint.card import write_card
 from secateur.checkpoint.verify import verify as verify_folder
 from secateur.core.ranks import open_ranks
 from secateur.errors import RepeatedError
 from secateur.folder.reader import read_json
 from secateur.folder.writer import write_manifest
-from secateur.formats.card import write_card
 from secateur.formats.stored_weights import quantization_config
 from secateur.memory.peak import peak_memory
 from secateur.memory.room import limit_memory
@@ -28,7 +28,6 @@ from secateur.model.source import Source, save_config, save_untied
 from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.outcome import Progress, Report
-from secateur.pipeline.partial import partial_folder
 from secateur.pipeline.run import Run, run, versions
 from secateur.pipeline.shared import Shared
 from secateur.recipes.built_in import as_recipe
@@ -36,6 +35,7 @@ from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.search.goal import Goal, goal_of
 from secateur.search.search import search
+from secateur.unfinished.partial import partial_folder
 
 
 def compress(  # noqa: PLR0913 - users name them
@@ -201,6 +201,8 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
                 "bytes": linear.bytes,
                 "error": linear.error,
                 "error_kind": linear.error_kind,
+                "tokens": linear.tokens,
+                "borrowed": linear.borrowed,
             }
             for linear in report.linears
         },

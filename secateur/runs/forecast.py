@@ -24,8 +24,8 @@ from secateur.errors import UsageError
 from secateur.folder.paths import check_named
 from secateur.folder.writer import SHARD_BYTES
 from secateur.memory.footprint import Footprint, Settings
+from secateur.memory.free_memory import free_memory
 from secateur.memory.room import limit_memory
-from secateur.model.free_memory import free_memory
 from secateur.model.load import open_device
 from secateur.model.source import open_source, with_revision
 from secateur.model.structure import weight_matrix
@@ -36,8 +36,8 @@ from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
-from secateur.pipeline.partial import Partial
 from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
+from secateur.pipeline.walk import Gathered
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.goals import with_methods
 from secateur.recipes.plan import plan
@@ -47,6 +47,7 @@ from secateur.search.candidates import bare
 from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
+from secateur.unfinished.partial import Partial
 
 # Batches that the first block is measured with; and how long it may take, in seconds, to be measured again with all warm.
 _BATCHES = 2
@@ -228,7 +229,7 @@ def _first_block(run: Run, known: _Measured | None) -> _Measured:
     need, settings = settle(lambda exact: measure(walker, catcher, ids_NS, exact))
     run.recorder.write_outside()
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
-    journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file)
+    journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file, len(ids_NS))
     if isinstance(catcher, BodyCalls):
         solve_body(run, journey, range(1))
     else:
@@ -261,19 +262,28 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     ids_NS = windows.ids_NS
     few_NS = ids_NS[:_SEARCHED]
     tried, result = goal.tried(searcher), goal.result_bytes(searcher)
-    searcher.walk(few_NS, lambda names, stats: searcher.solve(names, stats, tried), searcher.level, blocks=1)
+
+    def solve(gathered: list[Gathered]) -> None:
+        for names, stats in gathered:
+            searcher.solve(names, stats, tried)
+
+    searcher.walk(few_NS, solve, searcher.level, blocks=1)
     spent = {phase: seconds * len(prepared.blocks) / len(few_NS) for phase, seconds in clock.seconds.items()}
     opening = clock.seconds["opening"]
     if not tried:  # it only looks at the dense model
         return _Searched(opening + len(ids_NS) * (spent["forward"] + spent["statistics"]), 0, 0, result)
-    seconds = opening + len(few_NS) * spent["solving"]
+    # Blocks of a mixture of experts may follow some without, so that weights tell more than their number.
+    weights = searcher.weights
+    ratio = sum(weights.values()) / max(sum(weights[name] for name in prepared.chosen_in(0)), 1)
+    seconds = opening + ratio * clock.seconds["solving"]
     seconds += len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
-    shapes = [weight_matrix(prepared.linear(name)).shape for name in prepared.chosen]
+    shapes = {name: weight_matrix(prepared.linear(name)).shape for name in prepared.chosen}
     # On the tokens that effects are measured on: a forward pass through all parameters, backward passes that take twice as
     # long, and a product with the weights for each candidate.
-    whole = prepared.parameters / sum(O * I for O, I in shapes)
+    whole = prepared.parameters / sum(O * I for O, I in shapes.values())
     seconds += TOKENS / ids_NS.shape[1] * ((1 + 2 * LABELS) * whole + len(tried)) * spent["forward"]
-    return _Searched(seconds, prepared.whole_memory, 2 * TOKENS * sum(LABELS * O + I for O, I in shapes), result)
+    rows = TOKENS * sum(searcher.reached_share(name) * (LABELS * O + I) for name, (O, I) in shapes.items())
+    return _Searched(seconds, prepared.whole_memory, int(2 * rows), result)
 
 
 def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:

@@ -44,7 +44,6 @@ from secateur.memory.room import limit_memory
 from secateur.model.load import open_device
 from secateur.model.source import open_source, with_revision
 from secateur.pipeline.outcome import Progress
-from secateur.pipeline.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 from secateur.pipeline.shared import Shared
 from secateur.recipes.command_line import command_of
 from secateur.recipes.plan import plan
@@ -54,6 +53,7 @@ from secateur.report.sweep_report import write_report
 from secateur.report.sweep_result import LinearPoint, Measured, Point, SweepResult
 from secateur.runs.compress import compress
 from secateur.search.goal import goal_of
+from secateur.unfinished.partial import LOCK_NAME, check_partial, first_difference, lock_folder, unlock
 
 _SHARED = "shared"
 # What a sweep puts into its folder; what is not quite written yet has the number of a process in its name.

@@ -1,11 +1,13 @@
 """What a change of a linear does to the predictions of the whole model, from one backward pass.
 
-N: windows, S: tokens of a window, T: tokens of all windows, O: output features, I: input features, V: vocabulary.
+N: windows, S: tokens of a window, T: tokens of all windows, R: tokens that reach a linear, all of them but where it is an
+expert's, O: output features, I: input features, V: vocabulary, L: labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import SecateurError
+from secateur.folder.reader import StoredTensors
+from secateur.mixture.expert_rows import chosen_by
+from secateur.mixture.experts import Experts
+from secateur.mixture.unfuse import experts_in
 
 # Labels drawn for each prediction: each is a backward pass.
 LABELS = 2
 # Tokens whose effects are summed before they are squared. What a linear does at neighbouring tokens acts on the same
 # predictions and hangs together; over longer stretches the sum is mostly noise of the drawn labels.
 _STRETCH = 16
+# In a file's metadata, beside names of linears, which have dots: how many tokens its window has.
+_TOKENS = "tokens"
+# What the numbers of the tokens that an expert was sent are called, below the expert's name.
+_PLACES = "places"
 
 
 class Effects:
@@ -32,28 +43,93 @@ class Effects:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = files
+        self._windows = [_Kept.of(file) for file in files]
+        #: Of all windows.
+        self.tokens = sum(window.tokens for window in self._windows)
+
+    def reached(self, name: str) -> int:
+        """How many tokens were sent to the expert that a linear is of."""
+        places = _places_of(name)
+        return sum(len(window.stored[places]) for window in self._windows if places in window.stored)
 
     def divergence(self, name: str, changes: Iterable[Tensor]) -> list[float]:
-        """For each changed weight ΔW_OI of a linear the divergence that it causes, in nats a token."""
-        x_TI, g_LTO = self._read(name)
-        tokens = g_LTO.shape[0] * len(x_TI)
+        """For each changed weight ΔW_OI of a linear the divergence that it causes, in nats a token.
+
+        Of all tokens, whether they reach the linear or not: one that few are sent to does little to the predictions as a whole.
+
+        Raises:
+            ValueError: none reaches it.
+        """
+        read = self._read(name)
+        T = self.tokens
         found = []
         for change_OI in changes:
-            out_TO = x_TI.to(change_OI.device) @ change_OI.T
-            effect_LT = (g_LTO.to(out_TO.device) * out_TO).sum(2)
-            stretches = nn.functional.pad(effect_LT, (0, -len(x_TI) % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(2)
-            found.append(stretches.double().square().sum().item() / (2 * tokens))
+            out_RO = read.x_RI.to(change_OI.device) @ change_OI.T
+            effect_LR = (read.g_LRO.to(out_RO.device) * out_RO).sum(2)
+            if read.place_R is None:
+                effect_LT = effect_LR
+            else:
+                effect_LT = effect_LR.new_zeros(len(effect_LR), T)
+                effect_LT[:, read.place_R.to(out_RO.device)] = effect_LR
+            L, length = effect_LT.shape
+            stretches = nn.functional.pad(effect_LT, (0, -length % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(2)
+            found.append(stretches.double().square().sum().item() / (2 * L * T))
         return found
 
-    def _read(self, name: str) -> tuple[Tensor, Tensor]:
-        inputs, gradients = [], []
-        for file in self._files:
-            with safe_open(file, "pt") as stored:
-                alias = (stored.metadata() or {}).get(name, name)
-                inputs.append(stored.get_tensor(f"{alias}.x").float())
-                gradients.append(stored.get_tensor(f"{name}.g").float())
-        return torch.cat(inputs), torch.cat(gradients, 1)
+    def _read(self, name: str) -> _Rows:
+        inputs, gradients, places = [], [], []
+        before = 0
+        places_of = _places_of(name)
+        for window in self._windows:
+            if f"{name}.g" in window.stored:
+                inputs.append(window.stored[f"{window.same.get(name, name)}.x"].float())
+                gradients.append(window.stored[f"{name}.g"].float())
+                if places_of in window.stored:
+                    places.append(window.stored[places_of].long() + before)
+            before += window.tokens
+        if not inputs:
+            raise ValueError(f"no token reaches {name}")
+        return _Rows(torch.cat(inputs), torch.cat(gradients, 1), torch.cat(places) if places else None)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The file of one window.
+
+    Attributes:
+        stored: what is in it.
+        same: linears that share their inputs with another, by name.
+        tokens: of the window.
+    """
+
+    stored: StoredTensors
+    same: dict[str, str]
+    tokens: int
+
+    @classmethod
+    def of(cls, file: Path) -> _Kept:
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata()
+        return cls(StoredTensors([file]), said, int(said[_TOKENS]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is kept of one linear.
+
+    Attributes:
+        x_RI, g_LRO: its inputs, and the gradients of its outputs.
+        place_R: which of all windows' tokens they are of; None: all, in their order.
+    """
+
+    x_RI: Tensor
+    g_LRO: Tensor
+    place_R: Tensor | None
+
+
+def _places_of(name: str) -> str:
+    """What it is called in a file which tokens were sent to the expert of a linear."""
+    return f"{name.rpartition('.')[0]}.{_PLACES}"
 
 
 def gather_effects(
@@ -88,7 +164,9 @@ def gather_effects(
 
             return hook
 
+        rows: dict[str, Tensor] = {}
         handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+        handles += [_note_rows(name, module, rows) for name, module in experts_in(model).items()]
         # The first linear's output has to hang on something that wants a gradient.
         handles.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True)))
         try:
@@ -103,14 +181,32 @@ def gather_effects(
             for handle in handles:
                 handle.remove()
         files.append(folder / f"effects-{n:04d}.safetensors")
-        _write(files[-1], inputs, gradients)
+        _write(files[-1], inputs, gradients, rows, len(ids_S))
         progress(n + 1, len(ids_NS))
     return Effects(files)
 
 
-def _write(file: Path, inputs: dict[str, Tensor], gradients: dict[str, list[Tensor]]) -> None:
-    """Inputs that several linears share are written once; the file's metadata tells which."""
-    tensors: dict[str, Tensor] = {}
+def _note_rows(name: str, module: Experts, rows: dict[str, Tensor]) -> RemovableHandle:
+    """Have it noted which tokens each expert of a module is sent."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        chosen_TK = chosen_by(module.count, (*args, *kwargs.values()))
+        for e in chosen_TK.unique().tolist():
+            if e >= 0:
+                rows[f"{name}.{e}.{_PLACES}"] = torch.where(chosen_TK == e)[0]
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _write(
+    file: Path, inputs: dict[str, Tensor], gradients: dict[str, list[Tensor]], rows: dict[str, Tensor], tokens: int
+) -> None:
+    """Inputs that several linears share are written once; the file's metadata tells which.
+
+    Args:
+        rows: which tokens each expert was sent. One that was sent none has neither inputs nor gradients.
+    """
+    tensors = {name: row_R.int().cpu().contiguous() for name, row_R in rows.items()}
     first: dict[tuple[Any, ...], str] = {}
     same: dict[str, str] = {}
     for name, x in inputs.items():
@@ -125,4 +221,4 @@ def _write(file: Path, inputs: dict[str, Tensor], gradients: dict[str, list[Tens
                 f"the gradient of {name} is not finite: the model overflows on the calibration text, or its weights are damaged"
             )
         tensors[f"{name}.g"] = gradient_LTO
-    save_file(tensors, file, metadata=same)
+    save_file(tensors, file, metadata={**same, _TOKENS: str(tokens)})

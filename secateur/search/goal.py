@@ -85,6 +85,11 @@ def goal_of(recipe: Recipe) -> Goal | None:
             f"allocation {recipe.allocation!r} is not known: {did_you_mean(recipe.allocation, allocations)}"
         )
     if name == UNIFORM:
+        if recipe.share_choice is not None:
+            raise UsageError(
+                "`share_choice` is for a search, which finds other sparsities or bits for each linear: add `allocation` "
+                "search, `target_size` or `max_perplexity_rise`, or leave it out"
+            )
         return None
     found = GOALS[name].of(recipe)
     return found if is_open(recipe) else None

@@ -5,6 +5,7 @@ N: windows, S: tokens of a window, O: output features, I: input features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,13 +27,15 @@ from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.solve import Solution, prune, solve, stacked
-from secateur.pipeline.walk import Solve
+from secateur.pipeline.walk import Gathered, Solve
 from secateur.pipeline.walker import Walker
 from secateur.prune.wanda import wanda_score
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.candidates import Candidate, Library, near_the_mean
 from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
+from secateur.search.shared_choices import SharedChoices
+from secateur.search.unreached import expect_unreached, share_of
 
 # Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
 TOKENS, _WINDOW = 2048, 256
@@ -49,6 +52,7 @@ class Searcher:
         job: by whose recipe candidates are solved: see `bare`.
         asked: the recipe whose goal is to be reached.
         prepared, walker: the model.
+        shared: which of its linears take one choice together.
         folder: for what is kept until the search is over.
         attempt: makes a model on the way, where the goal has any made.
         clock: what each phase has taken.
@@ -58,6 +62,7 @@ class Searcher:
     asked: Recipe
     prepared: Prepared
     walker: Walker
+    shared: SharedChoices
     folder: Path
     attempt: Attempt | None
     clock: Clock
@@ -68,8 +73,9 @@ class Searcher:
         clock = Clock(job.device)
         with clock("opening"):
             prepared = prepare(job.source, job.recipe, job.plan, job.device)
+            shared = SharedChoices.of(prepared, asked.share_choice)
             prepared.check_values(job.progress)
-        return cls(job, asked, prepared, Walker(job, prepared, clock), folder, attempt, clock)
+        return cls(job, asked, prepared, Walker(job, prepared, clock), shared, folder, attempt, clock)
 
     @property
     def weights(self) -> dict[str, int]:
@@ -84,6 +90,14 @@ class Searcher:
         """Of codes, where the recipe says how many."""
         return None if self.job.plan.quantizer is None else self.job.plan.quantizer.bits
 
+    def reached_share(self, name: str) -> float:
+        """Which share of tokens a linear is likely to see: of an expert, as many as all of its layer are sent alike."""
+        if name not in self.prepared.of_experts:
+            return 1.0
+        experts = self.prepared.experts[name.rsplit(".", 2)[0]].count
+        config = self.prepared.source.config.get_text_config()
+        return min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
+
     def check_memory(self) -> None:
         """Raise UsageError where there is a limit that the whole model exceeds."""
         instead = "search without a limit and repeat the run with `recipe` OUT/secateur.json"
@@ -92,14 +106,17 @@ class Searcher:
     def library(self, windows: Windows, choices: list[Choice], room: int | None = None) -> Library:
         """Solve every linear for every choice on dense inputs, and measure what each does to the predictions.
 
-        Half of the windows are for solving, others for measuring.
+        Half of the windows are for solving, others for measuring. For experts that no token reaches see `expect_unreached`.
 
         Args:
             room: bytes that all linears together are to take: only what is near is tried, as soon as sizes are known.
         """
         effects = self._effects(windows)
         found: Library = {}
+        reached: dict[str, int] = {}
+        shares: dict[str, float] = {}
         weights = self.weights
+        ids_NS = windows.ids_NS[: max(1, len(windows.ids_NS) // 2)]
 
         def look(names: list[str], stats: InputStats) -> None:
             tried = choices
@@ -108,31 +125,35 @@ class Searcher:
                 tried = near_the_mean(found[first], room * weights[first] / sum(weights.values()))
             per_choice = self.solve(names, stats, tried)
             for i, name in enumerate(names):
-                dense_OI = weight_matrix(self.prepared.linear(name)).float()
+                dense_OI = self.prepared.problem(name, None).W_OI.float()
                 changes = []
                 for solutions in per_choice:
                     W_OI = solutions[i].W_OI
                     assert W_OI is not None
                     changes.append(W_OI.float() - dense_OI)
-                costs = effects.divergence(name, changes)
+                if name in self.prepared.of_experts:
+                    reached[name] = effects.reached(name)
+                    shares[name] = share_of(stats.tokens - stats.borrowed, ids_NS.numel())
+                unknown = reached.get(name) == 0
+                costs = [math.nan] * len(changes) if unknown else effects.divergence(name, changes)
                 found[name] = [
                     Candidate(choice, self._bytes_on_disk(solutions[i]), cost)
                     for choice, solutions, cost in zip(tried, per_choice, costs, strict=True)
                 ]
 
-        ids_NS = windows.ids_NS
-        self.walk(ids_NS[: max(1, len(ids_NS) // 2)], look, self.level)
-        return found
+        self.walk(ids_NS, _each(look), self.level)
+        return expect_unreached(found, reached, shares, effects.tokens)
 
     def outliers(self, windows: Windows) -> dict[str, float]:
         """The share of outliers of every linear on dense inputs."""
         found: dict[str, float] = {}
 
         def look(names: list[str], stats: InputStats) -> None:
+            seen = _or_isotropic(stats)
             for name in names:
-                found[name] = outlier_share(wanda_score(weight_matrix(self.prepared.linear(name)), stats))
+                found[name] = outlier_share(wanda_score(self.prepared.problem(name, None).W_OI, seen))
 
-        self.walk(windows.ids_NS, look, Level.MOMENTS)
+        self.walk(windows.ids_NS, _each(look), Level.MOMENTS)
         return found
 
     @property
@@ -147,7 +168,7 @@ class Searcher:
         with self.clock("solving"):
             for _, same in groupby(choices, lambda choice: choice.sparsity):  # one mask for several bits
                 plans = [self.job.plan.of(choice) for choice in same]
-                pruned = prune(plans[0], stacked(plans[0], problems, stats))
+                pruned = prune(plans[0], stacked(plans[0], problems, _or_isotropic(stats)))
                 found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
         return found
 
@@ -168,7 +189,7 @@ class Searcher:
         )
 
     def walk(self, ids_NS: Tensor, look: Solve, level: Level, blocks: int | None = None) -> None:
-        """Run windows through the dense model, block by block, and have every group of linears looked at.
+        """Run windows through the dense model, block by block, and have every stage of linears looked at.
 
         Args:
             blocks: how many of them; None: all.
@@ -201,3 +222,20 @@ class Searcher:
     def _bytes_on_disk(self, solution: Solution) -> int:
         weight = self.prepared.weights.name_to_write(f"{solution.name}.weight")
         return solution.report.bytes + sum(map(entry_bytes, solution.tensors(weight)))
+
+
+def _or_isotropic(stats: InputStats) -> InputStats:
+    """Statistics, also of an expert that no text reaches: as `solve` has it."""
+    if stats.tokens:
+        return stats
+    return InputStats.isotropic(stats.features, stats.level, stats.square_I.device)
+
+
+def _each(look: Callable[[list[str], InputStats], object]) -> Solve:
+    """Looks at each group of a stage."""
+
+    def all_of(gathered: list[Gathered]) -> None:
+        for names, stats in gathered:
+            look(names, stats)
+
+    return all_of

@@ -1,4 +1,7 @@
-"""The multiple-choice knapsack: one candidate for each of many, within a total size."""
+"""The multiple-choice knapsack: one candidate for each of many, within a total size.
+
+L: linears, C: candidates of a linear.
+"""
 
 from __future__ import annotations
 
@@ -26,43 +29,62 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], b
     Raises:
         ValueError: the smallest candidates exceed the budget.
     """
-    costs_L = [np.asarray(cost, dtype=np.float64) for cost in costs]
-    sizes_L = [np.asarray(size, dtype=np.float64) for size in sizes]
-    if sum(size.min() for size in sizes_L) > budget:
-        raise ValueError(f"the smallest candidates take {sum(size.min() for size in sizes_L):.0f}")
+    cost_LC, size_LC = _matrix(costs, np.inf), _matrix(sizes, max(map(max, sizes)))
+    least = float(size_LC.min(1).cumsum()[-1])
+    if least > budget:
+        raise ValueError(f"the smallest candidates take {least:.0f}")
+    row_L = np.arange(len(cost_LC))
 
-    def taken(price: float) -> list[int]:
+    def taken(price: float) -> np.ndarray:
+        worth_LC = cost_LC + price * size_LC
         # Of equal ones the smaller.
-        return [int(np.lexsort((s, c + price * s))[0]) for c, s in zip(costs_L, sizes_L, strict=True)]
+        equal_LC = worth_LC == worth_LC.min(1, keepdims=True)
+        found_L: np.ndarray = np.where(equal_LC, size_LC, np.inf).argmin(1)
+        return found_L
 
-    def total(choice: list[int]) -> float:
-        return float(sum(size[i] for size, i in zip(sizes_L, choice, strict=True)))
+    def total(choice_L: np.ndarray) -> float:
+        # One after the other, so that what fits does not depend on how numpy adds up.
+        return float(size_LC[row_L, choice_L].cumsum()[-1])
 
-    if total(taken(0.0)) <= budget:
-        return taken(0.0)
+    cheapest_L = taken(0.0)
+    if total(cheapest_L) <= budget:
+        return [int(i) for i in cheapest_L]
     low, high = 0.0, 1e-12
     while total(taken(high)) > budget and high < 1e30:
         low, high = high, high * 10
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if total(taken(middle)) > budget else (low, middle)
-    choice = taken(high)
-    if total(choice) > budget:  # costs so large that no price tells sizes apart
-        choice = [int(size.argmin()) for size in sizes_L]
-    return _fill(costs_L, sizes_L, choice, budget - total(choice))
+    choice_L = taken(high)
+    if total(choice_L) > budget:  # costs so large that no price tells sizes apart
+        choice_L = size_LC.argmin(1)
+    return [int(i) for i in _fill(cost_LC, size_LC, choice_L, budget - total(choice_L))]
 
 
-def _fill(costs: list[np.ndarray], sizes: list[np.ndarray], choice: list[int], left: float) -> list[int]:
+def _matrix(rows: Sequence[Sequence[float]], lacking: float) -> np.ndarray:
+    """Of rows that may be of several lengths, with something in the place of what they lack."""
+    widths = np.array([len(row) for row in rows])
+    found_LC = np.full((len(rows), widths.max()), lacking, dtype=np.float64)
+    found_LC[np.arange(widths.max()) < widths[:, None]] = [value for row in rows for value in row]
+    return found_LC
+
+
+def _fill(cost_LC: np.ndarray, size_LC: np.ndarray, choice_L: np.ndarray, left: float) -> np.ndarray:
     """Swap for larger candidates as long as one that gains fits in what is left."""
+    row_L, choice_L = np.arange(len(cost_LC)), choice_L.copy()
+    more_LC = size_LC - size_LC[row_L, choice_L][:, None]
+    gain_LC = cost_LC[row_L, choice_L][:, None] - cost_LC
     while True:
-        best = (0.0, -1, -1)
-        for linear, (cost, size, now) in enumerate(zip(costs, sizes, choice, strict=True)):
-            more, gain = size - size[now], cost[now] - cost
-            worth = np.where((more <= left) & (gain > 0), gain / np.maximum(more, 1e-9), 0)
-            to = int(worth.argmax())
-            best = max(best, (float(worth[to]), linear, to))
-        gained, linear, to = best
-        if gained <= 0:
-            return choice
-        left -= float(sizes[linear][to] - sizes[linear][choice[linear]])
-        choice = [*choice[:linear], to, *choice[linear + 1 :]]
+        good_LC = (more_LC <= left) & (gain_LC > 0)
+        worth_LC = np.divide(gain_LC, np.maximum(more_LC, 1e-9), out=np.zeros_like(gain_LC), where=good_LC)
+        to_L = worth_LC.argmax(1)
+        gained_L = worth_LC[row_L, to_L]
+        # Of equal ones the last.
+        linear = len(gained_L) - 1 - int(gained_L[::-1].argmax())
+        if gained_L[linear] <= 0:
+            return choice_L
+        to = int(to_L[linear])
+        left -= float(more_LC[linear, to])
+        choice_L[linear] = to
+        more_LC[linear] = size_LC[linear] - size_LC[linear, to]
+        gain_LC[linear] = cost_LC[linear, to] - cost_LC[linear]

@@ -21,7 +21,7 @@ from secateur.folder import writer
 from secateur.folder.manifest import MANIFEST_NAME, sha256
 from secateur.folder.reader import INDEX_NAME, SINGLE_NAME, StoredTensors, weight_files
 from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_manifest
-from secateur.formats.stored_weights import find_entry
+from secateur.formats.stored_weights import Entries, find_entry
 from secateur.model.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
@@ -151,9 +151,9 @@ def test_what_the_weights_were_is_found_again(packed, model_of):
 
 
 def test_the_exact_name_comes_before_a_pattern():
-    modules = {"*": 1, "a.*.c": 2, "a.1.c": 3}
+    modules = Entries({"*": 1, "a.*.c": 2, "a.1.c": 3})
     assert [find_entry(modules, name) for name in ("a.1.c", "a.2.c", "b")] == [3, 1, 1]
-    assert find_entry({"a.*.c": 2}, "a.1.d") is None
+    assert find_entry(Entries({"a.*.c": 2}), "a.1.d") is None
 
 
 # --- reading what is not

@@ -41,7 +41,7 @@ _WORK = """
     for name in ("fork", "getuid", "fchmod", "O_NOFOLLOW", "mkfifo", "killpg", "setsid", "uname", "sysconf"):
         if hasattr(os, name):
             delattr(os, name)
-    from secateur.pipeline import partial
+    from secateur.unfinished import partial
     partial.FileLock = filelock.SoftFileLock
     import ctypes
     def no_library(name):

@@ -10,10 +10,10 @@ from rich.text import Text
 
 import secateur
 from secateur.commands.tables import Column, print_table
-from secateur.evaluation.bench import bench as bench_file
 from secateur.recipes.built_in import built_in
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.recipes.strings import parse_recipes
+from secateur.speed import bench as bench_file
 
 
 class Screen(io.StringIO):
@@ -191,7 +191,7 @@ def test_sweep(says, model_of, text_file, tmp_path):
 def test_bench(says, packed, monkeypatch):
     monkeypatch.setattr(bench_file, "bench", partial(bench_file.bench, seconds=0.01))
     for module in ("bench", "timing"):  # of megabytes, not of what the cache of the machine would ask for
-        monkeypatch.setattr(f"secateur.evaluation.bench.{module}.cache_bytes", lambda device: 2**18)
+        monkeypatch.setattr(f"secateur.speed.{module}.cache_bytes", lambda device: 2**18)
     code, stdout, _ = says("bench", packed)
     assert code == 0
     (heading, *_) = [line for line in stdout.splitlines() if line.lstrip().startswith("shape")]

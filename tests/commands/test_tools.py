@@ -13,9 +13,9 @@ import pytest
 from transformers.utils import logging
 
 import secateur
+from secateur.checkpoint.card import write_card
 from secateur.checkpoint.export import export
 from secateur.commands import run_tool as tool
-from secateur.formats.card import write_card
 
 TASKS = Path(__file__).parents[1] / "tasks"
 LOADS = """

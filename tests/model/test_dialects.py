@@ -19,8 +19,8 @@ from secateur.checkpoint.export import export
 from secateur.checkpoint.verify import verify
 from secateur.errors import CheckpointError
 from secateur.evaluation.quality import Runner
+from secateur.folder.gguf_header import matrix_dtype
 from secateur.model.dialects import in_all_dialects
-from secateur.model.gguf_header import matrix_dtype
 from secateur.model.source import open_source
 from secateur.pipeline.prepared import prepare
 from secateur.recipes.plan import plan

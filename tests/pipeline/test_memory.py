@@ -20,7 +20,7 @@ from secateur.errors import SecateurError, UsageError
 from secateur.memory.footprint import Footprint, Group, Polynomial, Settings
 from secateur.memory.live_bytes import LiveBytes
 from secateur.memory.room import limit_memory
-from secateur.pipeline.hidden import HiddenStates
+from secateur.unfinished.hidden import HiddenStates
 from secateur.units import enough, parse_size, words
 
 CPU = torch.device("cpu")
@@ -395,7 +395,7 @@ def test_plan_on_the_command_line(says, model_of, text_file, tmp_path, monkeypat
         assert word in " ".join(out.split()), out
     code, out, _ = says("plan", model_of("llama"), *options, "--json", "--quiet")
     found = json.loads(out)
-    assert found["settings"] == {"batch_tokens": 2048, "pause": True, "hidden": "device"}
+    assert found["settings"] == {"batch_tokens": 2048, "pause": True, "hidden": "device", "experts": 1}
     assert found["total_seconds"] > 0
     assert found["host"] > found["disk"] > 0
     code, out, err = says("plan", model_of("llama"), *options, "--max-memory", "50MB")

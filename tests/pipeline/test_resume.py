@@ -18,9 +18,10 @@ import secateur
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.folder import writer
 from secateur.memory.footprint import Settings
-from secateur.pipeline import kept_inputs, walker
-from secateur.pipeline import partial as partial_module
 from secateur.pipeline import run as run_module
+from secateur.pipeline import walker
+from secateur.unfinished import kept_inputs
+from secateur.unfinished import partial as partial_module
 
 BLOCKS = 5
 SAMPLES, SEQ_LEN = 8, 24
@@ -488,7 +489,7 @@ _HOLD = """
 import sys, time
 from pathlib import Path
 import torch
-from secateur.pipeline.partial import Partial
+from secateur.unfinished.partial import Partial
 from secateur.core.ranks import Ranks
 Partial(Path(sys.argv[1]), Ranks(torch.device("cpu"))).open(False, False)
 print("held", flush=True)

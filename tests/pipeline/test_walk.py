@@ -31,7 +31,7 @@ from secateur.model.source import open_source
 from secateur.model.structure import weight_matrix
 from secateur.pipeline import calibrate as windows_module
 from secateur.pipeline import walker
-from secateur.pipeline.hidden import HiddenStates
+from secateur.unfinished.hidden import HiddenStates
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 

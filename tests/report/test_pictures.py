@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from secateur.evaluation.bench.bench import Bench, Case
 from secateur.pipeline.outcome import LinearReport
 from secateur.report.bench_plot import plot
 from secateur.report.choice_plot import plot_choices
+from secateur.speed.bench_result import Bench, Case
 
 pytest.importorskip("matplotlib")
 LAYOUT = {"layout": "packed-int", "bits": 4, "group_size": 64, "symmetric": False, "dtype": "bfloat16"}

@@ -20,6 +20,7 @@ from secateur._version import __version__
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.gate.tolerances import Tolerances
+from secateur.evaluation.perplexity import ROUTING
 from secateur.evaluation.quality import Evaluation, Runner, evaluate
 from secateur.evaluation.uncertainty import fewest_windows
 from secateur.folder.manifest import MANIFEST_NAME
@@ -77,7 +78,7 @@ class Baseline:
         windows, text = self.per_window, self.content["text"]
         texts = (text["sha256"], text["data"], text["text_field"], self.dtype, self.content["model"])
         counts = (text["seq_len"], text["windows"], text["stride"] or 1)
-        compared = ("perplexity", *({"kl", "agreement"} & windows.keys()))
+        compared = ("perplexity", *({"kl", "agreement", *ROUTING} & windows.keys()))
         numbers = [self.size, *(self.content["metrics"][name]["value"] for name in compared)]
         numbers += [number for values in windows.values() for number in values]
         return (
@@ -191,6 +192,7 @@ def figures_of(found: Evaluation, runner: Runner) -> dict[str, Any]:
         "bits_per_byte": (found.bits_per_byte, None),
         "kl": (quality.kl, quality.kl_interval),
         "agreement": (quality.agreement, quality.agreement_interval),
+        **{name: (getattr(quality, name), getattr(quality, f"{name}_interval")) for name in ROUTING},
     }
     return {
         "layout": LAYOUT,

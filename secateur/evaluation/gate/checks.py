@@ -22,10 +22,10 @@ class Check:
     Attributes:
         name: of the figure.
         value, baseline: the figure now and then.
-        change: from the baseline, as a share of it or, for KL and agreement, as a difference.
+        change: from the baseline, as a share of it or, for KL and agreements, as a difference.
         interval: of the change, at the gate's confidence, over the choice of windows; None where nothing is drawn.
         p: how likely such a change for the worse is by chance, see `p_of_rise`; None where nothing is drawn.
-        limit: of the change, or of the value for `kl` and `agreement`; None: it is told, not checked.
+        limit: of the change, or of the value for `kl` and agreements; None: it is told, not checked.
         verdict: `ok`; `failed`; `unclear`: beyond the limit, but so small that it may be chance.
         words: what it says, for a person.
     """
@@ -46,6 +46,8 @@ def compare(found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> tu
     checks = [_perplexity(found, baseline, tolerances), _size(found, baseline, tolerances)]
     if found.reference is not None:
         limits = {"kl": tolerances.max_kl, "agreement": tolerances.min_agreement}
+        if found.quality.routing_agreement is not None:
+            limits["routing_agreement"] = tolerances.min_routing_agreement
         checks += [_limited(name, limit, found, baseline, tolerances) for name, limit in limits.items()]
     return tuple(checks)
 
@@ -83,18 +85,18 @@ def _size(found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> Chec
 
 
 def _limited(name: str, limit: float | None, found: Evaluation, baseline: Baseline, tolerances: Tolerances) -> Check:
-    """KL or agreement: the value itself has a limit, if any; its change is told beside."""
+    """KL or an agreement: the value itself has a limit, if any; its change is told beside."""
     value = getattr(found.quality, name)
     good = limit is None or (value <= limit if name == "kl" else value >= limit)
     form = "{:.4f} nats a token" if name == "kl" else "{:.2%}"
     words = form.format(value)
     if limit is not None:
-        bound = {"kl": ("more than", "within"), "agreement": ("less than", "at least")}[name][good]
+        bound = (("more than", "within") if name == "kl" else ("less than", "at least"))[good]
         words += f", {bound} {form.format(limit)}"
     paired = _paired(name, found, baseline, tolerances)
     verdict = OK if good else FAILED
     if paired is None:
         return Check(name, value, None, None, None, None, limit, verdict, words)
     then = baseline.content["metrics"][name]["value"]
-    p = p_of_rise(-paired.rise_K if name == "agreement" else paired.rise_K)
+    p = p_of_rise(paired.rise_K if name == "kl" else -paired.rise_K)
     return Check(name, value, then, paired.change, paired.interval, p, limit, verdict, words)

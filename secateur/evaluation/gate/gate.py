@@ -90,12 +90,21 @@ def gate(  # noqa: PLR0913 - users name them
         raise UsageError(
             "`max_kl` and `min_agreement` measure the distance from the dense model: name it by `reference`"
         )
+    if tolerances.min_routing_agreement is not None and reference is None:
+        raise UsageError(
+            "`min_routing_agreement` compares routing with that of the dense model: name it by `reference`"
+        )
 
     def accept(sha256: str) -> None:
         _check_same_text(sha256, wanted, baseline)
 
     more: dict[str, Any] = {"cache": cache, "revision": revision, "accept": accept, "progress": progress}
     found = evaluate(model, reference, wanted, runner=runner, **more)
+    if tolerances.min_routing_agreement is not None and found.quality.routing_agreement is None:
+        raise UsageError(
+            f"`min_routing_agreement` is for mixtures of experts, and {found.model} and {found.reference} have no experts in "
+            "common whose routing secateur can compare: leave it out"
+        )
     checks = compare(found, baseline, tolerances)
     notes = tuple(_notes(baseline, runner, found))
     return GateResult(model, str(baseline.file), checks, notes, tolerances.confidence, found)

@@ -8,6 +8,8 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from secateur.mixture.unfuse import moved_experts
+
 
 def spellings(model: Any, name: str) -> tuple[str, str, str]:
     """A tensor's or module's name as it is, without the name of the base model, and with it."""
@@ -18,11 +20,14 @@ def spellings(model: Any, name: str) -> tuple[str, str, str]:
 def renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
     """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    moves = list(moved_experts(model))
     found = {}
     for name in stored:
         new = name
         for renaming in renamings:
             new, _ = renaming.rename_source_key(new)
+        for before, after in moves:
+            new = new.replace(f"{before}.", f"{after}.")
         if new != name:
             found[new] = name
     return found

@@ -96,20 +96,30 @@ def place_linears(model: Any) -> None:
     Raises:
         UsageError: a backend cannot be used there.
     """
-    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    places = getattr(model, "hf_device_map", None) or {}
     several = len(set(places.values())) > 1
     kept = []
     for name, module in packed_linears(model):
-        parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
-        place = next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")
-        if place == "disk":
+        if _place(model, name) == "disk":
             kept.append(module.nbytes)
-        module.place(torch.device("cpu" if place == "disk" else place), fetch=several)
+        module.place(place_of(model, name), fetch=several)
     if kept:
         warnings.warn(
             f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in the CPU's memory: only what is dense goes to disk",
             stacklevel=2,
         )
+
+
+def place_of(model: Any, name: str) -> torch.device:
+    """Where a module of a model computes; what is offloaded to disk, in the CPU's memory."""
+    place = _place(model, name)
+    return torch.device("cpu" if place == "disk" else place)
+
+
+def _place(model: Any, name: str) -> Any:
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+    return next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")
 
 
 def main_device(device_map: Any) -> torch.device:
@@ -163,3 +173,18 @@ def densify(model: nn.Module) -> None:
         linear.weight = nn.Parameter(W_OI.to(packed.dtype), requires_grad=False)
         linear.bias = packed.bias
         model.set_submodule(name, linear.train(packed.training))
+
+
+def memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """`model.get_memory_footprint`, with packed weights, which are no parameters."""
+    dense: int = type(model).get_memory_footprint(model, return_buffers)
+    return dense + sum(linear.nbytes for _, linear in packed_linears(model))
+
+
+def ignore_in_files(model: Any, pattern: str) -> None:
+    """Have transformers not complain of tensors that it finds no place for."""
+    known = model._keys_to_ignore_on_load_unexpected
+    # A list or nothing in early releases of transformers 5, a set later.
+    model._keys_to_ignore_on_load_unexpected = (
+        {*known, pattern} if isinstance(known, set) else [*(known or ()), pattern]
+    )

@@ -6,6 +6,7 @@ while the model loads. `save_pretrained` writes them packed again.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,12 +37,26 @@ from secateur.formats.stored_weights import (
     quantization_config,
 )
 from secateur.kernels.backends import AUTO, check_backend
+from secateur.mixture.experts import Experts, Piece
+from secateur.mixture.unfuse import experts_in
+from secateur.model.transformers.expert_modules import (
+    check_names_sort,
+    fill_weights,
+    fuse_again,
+    hide_weights,
+    names_apart,
+    packed_experts,
+    read_dense,
+    taken_apart,
+)
 from secateur.model.transformers.names import renamed, spellings, stored_as, used_renamings
 from secateur.model.transformers.packed_modules import (
     PackedLinear,
     densify,
     hide_sizes,
+    ignore_in_files,
     main_device,
+    memory_footprint,
     packed_linears,
     place_linears,
     replace_linears,
@@ -125,7 +140,11 @@ class SecateurQuantizer(HfQuantizer):
         self.packed: Mapping[str, PackedWeight] = {}
         #: The tensors in the files; after loading, only where a dense weight does not tell how it was quantized.
         self.stored: Mapping[str, Tensor] = {}
+        #: Of which some weights are packed, by name; taken apart, but where `_whole` says so.
+        self._experts: dict[str, Experts] = {}
+        self._whole = False
         self._older_names: dict[str, str] | None = None
+        self._older_stored: dict[str, str] | None = None
         self._all_replaced = False
         self._all_packed = False
         # While transformers asks how large they are.
@@ -151,6 +170,8 @@ class SecateurQuantizer(HfQuantizer):
             stored = StoredTensors([Path(file) for file in checkpoint_files])
             weights = DecodedWeights(stored, packed_weights(stored, self.quantization_config.entries))
         self.packed, self.stored = weights.packed, weights.stored
+        self._experts = packed_experts(model, {*self.packed, *self.older_names(model)})
+        self._whole = current_backend() == "dense"
         readers = {}
         for name, module in model.named_modules():
             packed = self._packed(model, f"{name}.weight") if hasattr(module, "weight") else None
@@ -168,12 +189,23 @@ class SecateurQuantizer(HfQuantizer):
                 self._sized = show_sizes(model)
             self._all_replaced = len(replaced) == len(readers)
             if replaced:
-                ignored = rf"\.weight(\.({'|'.join(sorted(part_names()))}))?$"
-                known = model._keys_to_ignore_on_load_unexpected
-                # A list or nothing in early releases of transformers 5, a set later.
-                more = {*known, ignored} if isinstance(known, set) else [*(known or ()), ignored]
-                model._keys_to_ignore_on_load_unexpected = more
+                ignore_in_files(model, rf"\.weight(\.({'|'.join(sorted(part_names()))}))?$")
+        if self._experts and checkpoint_files:
+            check_names_sort(self._experts)
+            # transformers would merge what the files have of experts, but there is no place for that.
+            hide_weights(self._experts)
+            leaves = {re.escape(name.rpartition(".")[2]) for name in self._experts}
+            ignore_in_files(model, rf"(^|\.)({'|'.join(sorted(leaves))})\.")
         return model
+
+    def _read_of_expert(self, model: Any, name: str, piece: Piece) -> Tensor:
+        """The dense weight of an expert's linear from the files. Raises CheckpointError when it is damaged or missing."""
+        packed = self._packed(model, name)
+        if packed is not None:
+            return packed.decode(name, self.stored)
+        if self._older_stored is None:
+            self._older_stored = renamed(self.stored, model)
+        return read_dense(model, self.stored, self._older_stored, name, piece)
 
     def _entry(self, model: Any, module: str) -> tuple[Layout, bool] | None:
         """What the config, which goes by the names in the files, says about a module."""
@@ -199,8 +231,10 @@ class SecateurQuantizer(HfQuantizer):
         `tensors` are its parts where there are no files: transformers hands them over in the dtype of the model, in which
         scales of 16 bits are other numbers.
         """
-        parameter = model.get_parameter(name)
         packed = self._packed(model, name)
+        if self._whole and name.rsplit(".", 3)[0] in self._experts and packed is not None:
+            return packed.decode(name, self.stored).to(model.dtype)
+        parameter = model.get_parameter(name)
         if packed is not None:
             W = packed.decode(name, self.stored)
         else:
@@ -222,6 +256,12 @@ class SecateurQuantizer(HfQuantizer):
             model._weight_conversions = used_renamings(kept, self.stored)
         hide_sizes(self._sized)
         self._sized = []
+        if self._whole:
+            apart = experts_in(model)  # none where they have been put together already
+            here = {name: module for name, module in self._experts.items() if name in apart}
+            fuse_again(model, here, partial(self._read_of_expert, model))
+        else:
+            fill_weights(self._experts, partial(self._read_of_expert, model), model)
         place_linears(model)
         self._keep_grids(model)
         for module in model.modules():
@@ -233,7 +273,7 @@ class SecateurQuantizer(HfQuantizer):
         """Hold on to what is stored of quantized weights that are dense now, and let go of everything else."""
         entries = {
             name: self._entry(model, name.removesuffix(".weight"))
-            for name in model.state_dict()
+            for name in names_apart(model, self._experts if self._whole else {})
             if name.endswith(".weight")
         }
         dense = {name: entry[0] for name, entry in entries.items() if entry is not None}
@@ -244,7 +284,7 @@ class SecateurQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state, packed = {}, {}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in (taken_apart(model, self._experts) if self._whole else model.state_dict()).items():
             module, _, parameter = name.rpartition(".")
             entry = self._entry(model, module) if parameter == "weight" else None
             if entry is None:
@@ -333,12 +373,6 @@ class SecateurQuantizer(HfQuantizer):
         A compressed weight that is dense would train, too, and then no longer fit its layout.
         """
         return self._all_packed
-
-
-def memory_footprint(model: Any, return_buffers: bool = True) -> int:
-    """`model.get_memory_footprint`, with packed weights, which are no parameters."""
-    dense: int = type(model).get_memory_footprint(model, return_buffers)
-    return dense + sum(linear.nbytes for _, linear in packed_linears(model))
 
 
 def _is_ours(conversion: Any) -> bool:

@@ -48,11 +48,13 @@ class LeastDivergence:
 
     def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
         tried = self.tried(searcher)
-        library, weights = searcher.library(windows, tried), searcher.weights
+        library = searcher.shared.library(searcher.library(windows, tried))
+        weights = searcher.shared.weights(searcher.weights)
         if self.sparsity is None:
             budget = sum(c.bytes for each in library.values() for c in each if c.choice.bits == searcher.bits)
-            return cheapest(library, divergence_of, bytes_of, budget)
+            return searcher.shared.spread(cheapest(library, divergence_of, bytes_of, budget))
         levels = [choice.sparsity or 0.0 for choice in tried]
         costs = [[candidate.divergence for candidate in library[name]] for name in weights]
         shares = share_sparsity(levels, costs, list(weights.values()), self.sparsity)
-        return {name: Choice(share, searcher.bits) for name, share in zip(weights, shares, strict=True)}
+        choices = {name: Choice(share, searcher.bits) for name, share in zip(weights, shares, strict=True)}
+        return searcher.shared.spread(choices)

@@ -68,7 +68,7 @@ class PerplexityRise:
     def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
         # Whether there are any is to be known before the search.
         unseen_NS = _unseen(searcher, windows.ids_NS)
-        library = with_dense(searcher, searcher.library(windows, self.tried(searcher)))
+        library = searcher.shared.library(with_dense(searcher, searcher.library(windows, self.tried(searcher))))
         model = searcher.prepared.load_whole()
         dense_loss = measure(model, unseen_NS, bos=windows.bos_ids).loss
         del model
@@ -78,7 +78,7 @@ class PerplexityRise:
         good: tuple[float, float] | None = None
         bad: tuple[float, float] | None = None
         for number in range(1, self.models + 1):
-            linears = _smallest(library, allowed)
+            linears = searcher.shared.spread(_smallest(library, allowed))
             if linears in made or all(choice == Choice() for choice in linears.values()):
                 break
             made.append(linears)

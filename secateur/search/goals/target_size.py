@@ -74,7 +74,7 @@ class TargetSize:
                 f"`target_size` {self.text} is {words(target)}, which the dense model of {words(dense)} does not exceed"
             )
         tried = for_a_target(searcher.asked, searcher.job.plan.quantizer)
-        library = with_dense(searcher, searcher.library(windows, tried, room))
+        library = searcher.shared.library(with_dense(searcher, searcher.library(windows, tried, room)))
         least = sum(min(c.bytes for c in each) for each in library.values())
         if least > room:
             smallest = target - room + least
@@ -82,7 +82,7 @@ class TargetSize:
                 f"`target_size` {self.text} is {words(target)}: the smallest that these methods reach is "
                 f"{words(smallest)} ({smallest / dense:.3f}x), of which {words(target - room)} is not compressed"
             )
-        return cheapest(library, divergence_of, bytes_of, room)
+        return searcher.shared.spread(cheapest(library, divergence_of, bytes_of, room))
 
 
 def parse_target(text: str) -> TargetSize:

@@ -4,8 +4,8 @@ import psutil
 import pytest
 import torch
 
-from secateur.evaluation.bench.timing import free_bytes
-from secateur.model.free_memory import free_memory
+from secateur.memory.free_memory import free_memory
+from secateur.speed.timing import free_bytes
 
 MiB = 2**20
 V2 = ("memory.max", "memory.current", "inactive_file")
@@ -85,7 +85,7 @@ def test_a_system_without_groups(tmp_path):
 def test_who_asks(monkeypatch, says, model_of, tmp_path):
     """`plan` and `bench`; how `compress` chooses by it is in test_memory.py."""
 
-    for module in ("runs.forecast", "evaluation.bench.timing", "memory.footprint"):
+    for module in ("runs.forecast", "speed.timing", "memory.footprint"):
         monkeypatch.setattr(f"secateur.{module}.free_memory", lambda: 123 * MiB)
     assert free_bytes(torch.device("cpu")) == 123 * MiB
     _, stdout, _ = says("plan", model_of("llama"), "--quantize", "rtn", "-q")

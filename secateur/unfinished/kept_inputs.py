@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from secateur.pipeline.hidden import HiddenStates
-from secateur.pipeline.partial import Partial
+from secateur.unfinished.hidden import HiddenStates
+from secateur.unfinished.partial import Partial
 
 # They are put there when so long has passed since the last time, in seconds, and so many times what it took: a resumed run has
 # to run its blocks again from there, without solving them.

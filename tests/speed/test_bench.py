@@ -20,14 +20,15 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 import secateur
 from secateur.errors import CheckpointError, UsageError
-from secateur.evaluation.bench import bench as bench_file
-from secateur.evaluation.bench.bench import bench, describe
-from secateur.evaluation.bench.timing import cache_bytes, free_bytes, large_copy, time_in_turn
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.kernels import BACKENDS
 from secateur.kernels.cpu import cpu_backend
 from secateur.kernels.packed import PADDING, SparseWeight, nbytes
 from secateur.kernels.triton.triton_weight import TritonWeight
+from secateur.speed import bench as bench_file
+from secateur.speed.bench import bench
+from secateur.speed.bench_result import describe
+from secateur.speed.timing import cache_bytes, free_bytes, large_copy, time_in_turn
 
 CPU = torch.device("cpu")
 # Of the tiny Llama: (O, I) of its linears, and how many there are in two blocks.
@@ -48,7 +49,7 @@ quick = partial(bench, seconds=0.01)
 def small_cache(monkeypatch):
     """Weights that are gone over are a few megabytes, not what the cache of the machine would ask for."""
     for module in ("bench", "timing"):
-        monkeypatch.setattr(f"secateur.evaluation.bench.{module}.cache_bytes", lambda device: 2**18)
+        monkeypatch.setattr(f"secateur.speed.{module}.cache_bytes", lambda device: 2**18)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def test_the_machine():
 def test_table(folder, says):
     code, out, err = says("bench", folder("sparse-int"), "--tokens", "1,2")
     assert (code, err) == (0, "")
-    assert out.count("sparse-int packed-int bits=3 group_size=16") == 1
+    assert out.count("sparse-int, codes: packed-int, 3 bits, groups of 16") == 1
     assert all(sum(line.split()[:1] == ["{}×{}".format(*shape)] for line in out.splitlines()) == 2 for shape in SHAPES)
     assert all(len(line) <= 80 for line in out.splitlines() if "×" in line)
     assert "backend auto chose cpu for 14 linears" in out
@@ -300,6 +301,7 @@ def test_json(folder, says, tmp_path):
     for found in (written, json.loads(out)):
         assert found.keys() == {
             "model", "backend", "device", "dtype", "threads", "copy_bandwidth", "cases", "fallback", "chosen", "totals",
+            "decoding", "product_flops",
         }  # fmt: skip
         assert found["model"] == str(folder("packed-int"))
         assert found["chosen"] == {"torch": 14}

@@ -4,18 +4,17 @@ Decoding reads every weight once a token, so memory bounds it, and a kernel is a
 that it makes use of, with no more bytes counted than it needs. That is the sparse memory bandwidth utilization, S-MBU, of
 MoE-CAP (Jiang et al. 2024, arXiv 2412.07067): the bytes that are active for a token, over time and bandwidth. Here it is taken
 linear by linear, the active bytes are those of the packed weight with inputs and outputs, and the bandwidth is what a copy
-reaches on the machine, not the one on its data sheet.
+reaches on the machine, not the one on its data sheet. A mixture of experts is measured as a whole besides: see `decoding`.
 
 O: output features, I: input features, T: tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from transformers import PreTrainedModel
 
 from secateur import kernels
 from secateur.errors import UsageError
-from secateur.evaluation.bench.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
 from secateur.formats.layouts.layout import Layout
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
 from secateur.kernels.packed import Packed, map_tensors, nbytes
@@ -36,6 +34,9 @@ from secateur.model.in_memory import open_model
 from secateur.model.load import open_device, parse_dtype
 from secateur.model.source import Source
 from secateur.model.transformers.packed_modules import packed_linears
+from secateur.speed.bench_result import Bench, Case
+from secateur.speed.decoding import decode_source
+from secateur.speed.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
 
 # Copies of a weight at most: more of one so small would take longer to make than to measure.
 _MOST_COPIES = 4096
@@ -43,143 +44,6 @@ _MOST_COPIES = 4096
 _MEMORY_SHARE = 1 / 8
 # What `auto` would have taken where it had to fall back to dense weights.
 _WANTED = {"cpu": "cpu", "cuda": "triton"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Linears of one shape, in one layout, computed by one backend, for one number of tokens.
-
-    Attributes:
-        layout: its name and parameters, as `config.json` has them.
-        shape: (O, I).
-        linears: how many of them the checkpoint has.
-        backend: that computes with them.
-        tokens: inputs of one call.
-        seconds: one call takes: median over rounds, each of which goes over many weights.
-        dense_seconds: the same of `torch.nn.functional.linear` with dense weights of that shape.
-        bytes: one call has to move: the weight as it lies in the memory of the device, inputs and outputs. Where linears
-            differ, the mean.
-        dense_bytes: the same with a dense weight.
-        cached: the weights gone over fitted into the last-level cache, as memory or their number was at its limit: they were
-            read faster than in a model.
-    """
-
-    layout: dict[str, Any]
-    shape: tuple[int, int]
-    linears: int
-    backend: str
-    tokens: int
-    seconds: float
-    dense_seconds: float
-    bytes: int
-    dense_bytes: int
-    cached: bool
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes a second."""
-        return self.bytes / self.seconds
-
-    @property
-    def speed_up(self) -> float:
-        """Over dense."""
-        return self.dense_seconds / self.seconds
-
-
-@dataclass(frozen=True)
-class Total:
-    """All packed linears of a checkpoint: seconds a token, when so many tokens are computed at a time."""
-
-    tokens: int
-    seconds: float
-    dense_seconds: float
-
-    @property
-    def speed_up(self) -> float:
-        """Over dense."""
-        return self.dense_seconds / self.seconds
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The figures of `bench`.
-
-    Attributes:
-        model: what was measured.
-        backend: that was asked for.
-        device: where.
-        dtype: of inputs, outputs and dense weights.
-        threads: that torch computed with on the CPU.
-        copy_bandwidth: bytes a second that torch reads and writes together when it copies a large tensor. Copies are timed in
-            turn with all cases, and the fastest counts: it is to be a limit.
-        cases: by layout and shape, in the order of the checkpoint, and by tokens.
-        fallback: where `auto` had to take dense weights, why.
-    """
-
-    model: str
-    backend: str
-    device: str
-    dtype: str
-    threads: int
-    copy_bandwidth: float
-    cases: tuple[Case, ...]
-    fallback: str | None
-
-    def utilization(self, case: Case) -> float:
-        """The share of the copy bandwidth that a case reached: its S-MBU."""
-        return case.bandwidth / self.copy_bandwidth
-
-    @property
-    def chosen(self) -> dict[str, int]:
-        """How many linears each backend computes with."""
-        found: dict[str, int] = {}
-        for case in self.cases:
-            if case.tokens == self.cases[0].tokens:
-                found[case.backend] = found.get(case.backend, 0) + case.linears
-        return found
-
-    @property
-    def totals(self) -> tuple[Total, ...]:
-        """Over all linears, one for each number of tokens."""
-        found = []
-        for T in dict.fromkeys(case.tokens for case in self.cases):
-            cases = [case for case in self.cases if case.tokens == T]
-            packed = sum(case.linears * case.seconds for case in cases) / T
-            dense = sum(case.linears * case.dense_seconds for case in cases) / T
-            found.append(Total(T, packed, dense))
-        return tuple(found)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, what is computed included, as JSON holds it."""
-        cases = [
-            {
-                **dataclasses.asdict(case),
-                "bandwidth": case.bandwidth,
-                "utilization": self.utilization(case),
-                "speed_up": case.speed_up,
-            }
-            for case in self.cases
-        ]
-        totals = [{**dataclasses.asdict(total), "speed_up": total.speed_up} for total in self.totals]
-        return {**dataclasses.asdict(self), "cases": cases, "chosen": self.chosen, "totals": totals}
-
-
-def describe(layout: Mapping[str, Any]) -> str:
-    """A layout's config in a few words: `nm 2:4`, `packed-int, 4 bits, groups of 64`."""
-    rest = {key: value for key, value in layout.items() if key not in ("layout", "dtype")}
-    name = str(layout["layout"])
-    if rest.keys() >= {"n", "m"}:
-        name += f" {rest.pop('n')}:{rest.pop('m')}"
-    words = [name]
-    for key, value in rest.items():
-        plain = key.replace("_", " ")
-        if isinstance(value, Mapping):
-            words.append(f"{plain}: {describe(value)}")
-        elif key in ("bits", "group_size"):
-            words.append(f"{value} bits" if key == "bits" else f"groups of {value}")
-        elif value is not False and value is not None:
-            words.append(plain if value is True else f"{plain} {value}")
-    return ", ".join(words)
 
 
 def bench(  # noqa: PLR0913 - users name them
@@ -195,7 +59,7 @@ def bench(  # noqa: PLR0913 - users name them
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
-    """Time the packed linears of a checkpoint, and dense linears of the same shapes in turn with them.
+    """Time the packed linears of a checkpoint, in turn with dense linears of their shapes, and a whole mixture of experts.
 
     Every call takes another weight: the checkpoint's own, and copies of them where these together would stay in the last-level
     cache. Biases are left out. On a GPU the time is that of calls from Python, not of a CUDA graph.
@@ -226,23 +90,15 @@ def bench(  # noqa: PLR0913 - users name them
     source = open_model(model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted)
     computed = wanted or source.dtype
     with _threads(threads), torch.inference_mode():
+        _check_packed(source)
+        written, product_flops = decode_source(source, backend, target, computed, tokens)
         groups, fallback = _group(source, backend, target, computed)
-        copy, copied = large_copy(target)
-        copy_seconds = math.inf
-        cases: list[Case] = []
-        total = len(groups) * len(tokens)
-        for key in list(groups):
-            # Its weights are not held any longer than they are needed.
-            rotation = _Rotation(groups.pop(key), key.backend, target, computed)
-            for T in tokens:
-                case, once = _measure(key, rotation, T, copy, seconds)
-                cases.append(case)
-                copy_seconds = min(copy_seconds, once)
-                if progress is not None:
-                    progress(len(cases), total)
+        cases, bandwidth = _measure_all(groups, tokens, target, computed, seconds, progress)
         used = torch.get_num_threads()
     name = str(computed).removeprefix("torch.")
-    return Bench(source.name, backend, str(target), name, used, copied / copy_seconds, tuple(cases), fallback)
+    return Bench(
+        source.name, backend, str(target), name, used, bandwidth, tuple(cases), fallback, tuple(written), product_flops
+    )
 
 
 @contextmanager
@@ -264,20 +120,24 @@ class _Key:
     backend: str
 
 
+def _check_packed(source: Source) -> None:
+    """Raise UsageError where there are no packed linears."""
+    if next(_packed_weights(source), None) is None:
+        raise UsageError(
+            f"{source.name} has no linears packed by secateur to measure: make them by `secateur compress`, or, of weights "
+            "with zeros, by `secateur export --to secateur`"
+        )
+
+
 def _group(
     source: Source, backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[_Key, list[Packed]], str | None]:
     """All packed weights of a checkpoint by their key, and why `auto` could not do better than dense weights, if so.
 
     Raises:
-        UsageError: there are none, or the backend cannot compute with one of them.
+        UsageError: the backend cannot compute with one of them.
     """
     packed_weights = list(_packed_weights(source))
-    if not packed_weights:
-        raise UsageError(
-            f"{source.name} has no linears packed by secateur to measure: make them by `secateur compress`, or, of weights "
-            "with zeros, by `secateur export --to secateur`"
-        )
     groups: dict[_Key, list[Packed]] = {}
     fallback = None
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -346,6 +206,31 @@ def _copy(ready: Prepared, weight: Packed, dtype: torch.dtype) -> Prepared:
         return Prepared(ready.backend, map_tensors(ready.weight, torch.clone), ready.shape, ready.device)
     # A form of a backend's own, which may share nothing with the packed weight, or all.
     return prepare(map_tensors(weight, torch.clone), ready.backend.name, device=ready.device, dtype=dtype)
+
+
+def _measure_all(
+    groups: dict[_Key, list[Packed]],
+    tokens: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[Case], float]:
+    """All rows of figures, and the bandwidth of a copy in turn with them; groups are let go of on the way."""
+    copy, copied = large_copy(device)
+    copy_seconds = math.inf
+    cases: list[Case] = []
+    total = len(groups) * len(tokens)
+    for key in list(groups):
+        # Its weights are not held any longer than they are needed.
+        rotation = _Rotation(groups.pop(key), key.backend, device, dtype)
+        for T in tokens:
+            case, once = _measure(key, rotation, T, copy, seconds)
+            cases.append(case)
+            copy_seconds = min(copy_seconds, once)
+            if progress is not None:
+                progress(len(cases), total)
+    return cases, copied / copy_seconds
 
 
 def _measure(key: _Key, rotation: _Rotation, T: int, copy: Callable[[], object], seconds: float) -> tuple[Case, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.model.free_memory import free_memory
+from secateur.memory.free_memory import free_memory
 
 #: Memory that is gone over in turn is this many times the last-level cache, so that nothing of it is left there.
 COLD = 2
@@ -96,3 +96,10 @@ def large_copy(device: torch.device) -> tuple[Callable[[], object], int]:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size
+
+
+def large_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A product of dense matrices so large that arithmetic alone bounds it, and the floating-point operations that it takes."""
+    size = 1024 if device.type == "cpu" else 8192
+    A = torch.ones(size, size, device=device, dtype=dtype)
+    return lambda: A @ A, 2 * size**3

@@ -69,6 +69,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.sweep --text $(TEXT)
 	$(BIN)/python -m benchmarks.allocation --text $(TEXT) --part sparsity
 	$(BIN)/python -m benchmarks.allocation --text $(TEXT) --part size
+	$(BIN)/python -m benchmarks.scale bounded --text $(TEXT) --size mixture --methods wanda --max-memory 3GiB
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

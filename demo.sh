@@ -9,7 +9,7 @@ tell "A model in bfloat16, as most models come."
 say secateur export demo demo-out/smollm2 --to dense --overwrite
 
 tell "To 4 bits a weight, without training. The model writes its own calibration text."
-say secateur compress demo-out/smollm2 demo-out/smollm2-4bit --recipe gptq-4bit --samples 8 --seq-len 512 --overwrite
+say secateur compress demo-out/smollm2 demo-out/smollm2-4bit --recipe gptq-4bit --samples 6 --seq-len 512 --overwrite
 
 tell "What that cost: on the left 4 bits, on the right bfloat16."
 say secateur eval demo-out/smollm2-4bit --reference demo-out/smollm2 --windows 4 --seq-len 512

@@ -184,8 +184,8 @@ PACKED: dict[str, dict[str, Any]] = {
 
 # The files that take longest, the longest first.
 LONGEST = (
-    "test_smollm2", "test_walk", "test_quantize_pipeline", "test_memory", "test_resume", "test_ranks", "test_verify",
-    "test_gate_smollm2", "test_triton", "test_saving", "test_hostile", "test_gradients",
+    "test_smollm2", "test_walk", "test_quantize_pipeline", "test_mixtures", "test_memory", "test_resume", "test_ranks",
+    "test_verify", "test_gate_smollm2", "test_triton", "test_saving", "test_hostile", "test_gradients",
 )  # fmt: skip
 # How long an example takes is the machine's to say, which may be busy.
 hypothesis.settings.register_profile("secateur", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -123,8 +123,9 @@ class CompressedTensors:
         self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
         _check_some(self.schemes, "compressed-tensors", "`quantize` gptq or rtn")
+        merged = merges_experts(model)
         for name, experts in experts_in(model).items():
-            self._check_experts(name, experts, merges_experts(model))
+            self._check_experts(name, experts, merged)
         schemes = {_target(n): scheme for module, scheme in self.schemes.items() for n in _names(module, weights)}
         return pack_quantized.quantization_config(schemes, _other_linears(model, self.schemes, weights))
 

@@ -73,6 +73,10 @@ class InputStats:
             stats.upper_II.diagonal().fill_(1)
         return stats
 
+    def or_isotropic(self) -> InputStats:
+        """These, or what is known where no token was seen."""
+        return self if self.tokens else self.isotropic(self.features, self.level, self.square_I.device)
+
     def add(self, x_TI: Tensor, weight_T: Tensor | None = None, borrowed: int = 0) -> None:
         """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`.
 

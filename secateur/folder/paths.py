@@ -9,8 +9,9 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secateur.errors import CheckpointError, UsageError
@@ -245,3 +246,21 @@ def _mode_of(file: Path) -> int | None:
         return file.stat().st_mode
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def scratch_folder(out: str | Path, prefix: str) -> Iterator[Path]:
+    """A folder on the disk that `out` would be on, for a while. Raises UsageError where none can be made.
+
+    Args:
+        prefix: what its name begins with.
+    """
+    place = Path(out).absolute()
+    while not os.path.isdir(place):
+        place = place.parent
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=place)
+    except OSError as error:
+        raise UsageError(f"{place} cannot be written: {error.strerror or error}") from error
+    with folder as name:
+        yield Path(name)

@@ -53,13 +53,11 @@ class Copied:
 
     def __init__(self, copies_ETH: Tensor) -> None:
         self.copies_ETH = copies_ETH
-
-    @property
-    def hit(self) -> list[int]:
-        return [e for e in range(len(self.copies_ETH)) if len(self.rows(e)[0])]
+        self._rows = [sent_T.nonzero()[:, 0] for sent_T in copies_ETH.any(-1)]
+        self.hit = [e for e, token_R in enumerate(self._rows) if len(token_R)]
 
     def rows(self, e: int) -> tuple[Tensor]:
-        return (self.copies_ETH[e].any(-1).nonzero()[:, 0],)
+        return (self._rows[e],)
 
     def inputs(self, e: int) -> Tensor:
         return self.copies_ETH[e, self.rows(e)[0]]

@@ -54,6 +54,11 @@ class Piece:
         return len(range(*self.rows.indices(O))), I
 
 
+def module_of(weight: str) -> str:
+    """The name of the module of all experts, by that of one expert's weight."""
+    return weight.rsplit(".", 3)[0]
+
+
 @dataclass(frozen=True)
 class Rows:
     """What some linears of one expert are about to read.
@@ -106,10 +111,12 @@ class Experts(nn.Module):
     Args:
         fused: the module of transformers.
         names: of the projections, by the parameter that holds them.
+        name: of the module in its model.
     """
 
-    def __init__(self, fused: nn.Module, names: dict[str, tuple[str, ...]]) -> None:
+    def __init__(self, fused: nn.Module, names: dict[str, tuple[str, ...]], name: str) -> None:
         super().__init__()
+        self.name = name
         self.gated = hasattr(fused, GATE_UP)
         first: Tensor = getattr(fused, GATE_UP if self.gated else UP)
         down: Tensor = getattr(fused, DOWN)
@@ -125,8 +132,8 @@ class Experts(nn.Module):
         self.pieces: dict[str, Piece] = {}
         for e in range(self.count):
             expert = nn.Module()
-            for name, rows in zip(self.firsts, self._first_rows(first), strict=True):
-                self._add(expert, e, name, Piece(GATE_UP if self.gated else UP, e, rows, self.transposed), first)
+            for projection, rows in zip(self.firsts, self._first_rows(first), strict=True):
+                self._add(expert, e, projection, Piece(GATE_UP if self.gated else UP, e, rows, self.transposed), first)
             self._add(expert, e, self.last, Piece(DOWN, e, slice(None), self.transposed), down)
             self.add_module(str(e), expert)
         for leaf in self.fused_shapes:

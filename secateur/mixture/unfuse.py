@@ -30,10 +30,10 @@ def unfuse(model: nn.Module, names: Iterable[str]) -> None:
     names = list(names)
     if not names:
         return
-    projections = _names_on_disk(model)
+    projections = _names_on_disk(get_model_conversion_mapping(model))
     with no_init_weights():  # they have no memory, and may be tens of thousands
         for name in names:
-            model.set_submodule(name, Experts(model.get_submodule(name), projections))
+            model.set_submodule(name, Experts(model.get_submodule(name), projections, name))
 
 
 def experts_in(model: nn.Module) -> dict[str, Experts]:
@@ -106,10 +106,10 @@ def _speaks_of_experts(part: str, module: nn.Module) -> bool:
 # --- names on disk
 
 
-def _names_on_disk(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def _names_on_disk(conversions: Iterable[Any]) -> dict[str, tuple[str, ...]]:
     """What checkpoints call the projections of an expert, by the parameter that they are fused into."""
     names = dict(_NAMES)
-    for sources, target in _merges(model):
+    for sources, target in _merges(conversions):
         leaf = target.rpartition(".")[2]
         if leaf in names:
             names[leaf] = tuple(source.removesuffix(".weight").rpartition(".")[2] for source in sources)
@@ -118,22 +118,22 @@ def _names_on_disk(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def merges_experts(model: Any) -> bool:
     """Whether checkpoints of a model's family hold each projection of each expert, which transformers merges as it loads."""
-    return next(_merges(model), None) is not None
+    return next(_merges(get_model_conversion_mapping(model)), None) is not None
 
 
-def moved_experts(model: nn.Module) -> Iterable[tuple[str, str]]:
-    """Where experts lie in checkpoints and where in the model, the ends of both names, if they differ."""
+def moved_experts(conversions: Iterable[Any]) -> Iterable[tuple[str, str]]:
+    """Where experts lie in checkpoints and where in a model, by its conversions: the ends of both names, if they differ."""
     moves = {}
-    for sources, target in _merges(model):
+    for sources, target in _merges(conversions):
         before, after = sources[0].partition(".*.")[0], target.rpartition(".")[0]
         if before != after:
             moves[before] = after
     return moves.items()
 
 
-def _merges(model: Any) -> Iterator[tuple[list[str], str]]:
+def _merges(conversions: Iterable[Any]) -> Iterator[tuple[list[str], str]]:
     """By which names transformers finds the projections of experts that it fuses, and that of what it fuses them to."""
-    for conversion in get_model_conversion_mapping(model):
+    for conversion in conversions:
         if isinstance(conversion, WeightConverter) and any(
             isinstance(operation, MergeModulelist) for operation in conversion.operations
         ):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.errors import CheckpointError
-from secateur.mixture.experts import Piece
+from secateur.mixture.experts import Piece, module_of
 from secateur.mixture.unfuse import experts_in, merges_experts
 from secateur.model.weights import ModelWeights
 
@@ -78,5 +78,5 @@ class FusedTensors:
 
 def _split(name: str) -> tuple[str, str]:
     """The name of a weight of an expert as that of the module of all experts, and the rest."""
-    module = ".".join(name.split(".")[:-3])
+    module = module_of(name)
     return module, name.removeprefix(f"{module}.")

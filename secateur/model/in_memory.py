@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from secateur.errors import UsageError, one_line
+from secateur.folder.paths import scratch_folder
 from secateur.folder.reader import LoadedTensors
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.model.source import Source, open_source, with_revision
@@ -82,22 +82,15 @@ def open_files(
         raise UsageError("`revision` is for files, and the model is in memory: leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("processes of torchrun share no object: save the model, and give the folder to all of them")
-    place = Path(out).absolute().parent
-    while not os.path.isdir(place):
-        place = place.parent
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".secateur-model-", dir=place)
-    except OSError as error:
-        raise UsageError(f"{place} cannot be written: {error.strerror or error}") from error
-    with folder as name:
+    with scratch_folder(Path(out).absolute().parent, ".secateur-model-") as folder:
         try:
             loaded: Any = model
-            loaded.save_pretrained(name)
+            loaded.save_pretrained(folder)
             if tokenizer is not None:
-                tokenizer.save_pretrained(name)
+                tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"the model cannot be saved in {place}: {one_line(error)}") from error
-        yield replace(open_source(name, trust_remote_code, dtype=dtype), name=_name_of(loaded))
+            raise UsageError(f"the model cannot be saved in {folder.parent}: {one_line(error)}") from error
+        yield replace(open_source(str(folder), trust_remote_code, dtype=dtype), name=_name_of(loaded))
 
 
 def _name_of(model: Any) -> str:

@@ -5,7 +5,7 @@ T: tokens, N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +196,7 @@ class Stage:
 
 
 def find_stages(
-    block: nn.Module, call: BlockCall, linears: Mapping[str, Linear], experts: Mapping[str, Experts], at_once: int
+    block: nn.Module, call: BlockCall, linears: Mapping[str, Linear], of_experts: Collection[str], at_once: int
 ) -> tuple[list[Stage], dict[str, int]]:
     """The linears of a block by the input that they read, in the order in which they are reached.
 
@@ -206,7 +206,7 @@ def find_stages(
         block: with everything but its experts in place.
         call: how it is called.
         linears: that are looked at, by name.
-        experts: of the whole model, by name.
+        of_experts: names of linears that are an expert's.
         at_once: how many experts are visited together.
 
     Returns:
@@ -214,8 +214,6 @@ def find_stages(
     """
     seen: dict[str | Stage, list[tuple[Any, ...]]] = {}
     alive: list[Tensor] = []  # no tensor may be freed and its address be used again
-    names = {id(module): name for name, module in experts.items()}
-    within = {f"{name}.{linear}" for name, module in experts.items() for linear in module.linears}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -226,21 +224,20 @@ def find_stages(
         return hook
 
     def announce(module: Experts, rows: Sequence[Rows]) -> bool:
-        prefix = names[id(module)]
-        called = [[f"{prefix}.{linear}" for linear in each.linears] for each in rows]
+        called = [[f"{module.name}.{linear}" for linear in each.linears] for each in rows]
         groups = [chosen for group in called if (chosen := [name for name in group if name in linears])]
-        chunk = (prefix, rows[0].expert)
+        chunk = (module.name, rows[0].expert)
         seen[Stage(groups, chunk, tuple(name for group in called for name in group))] = []
         return False  # their weights may not be there
 
-    handles = [m.register_forward_pre_hook(watch(name)) for name, m in linears.items() if name not in within]
+    handles = [m.register_forward_pre_hook(watch(name)) for name, m in linears.items() if name not in of_experts]
     try:
         with visited(block, lambda _: Visit(announce, at_once)):
             call.run(block, call.hidden)
     finally:
         for handle in handles:
             handle.remove()
-    return _stages(seen), {name: 1 if name in within else len(seen.get(name, ())) for name in linears}
+    return _stages(seen), {name: 1 if name in of_experts else len(seen.get(name, ())) for name in linears}
 
 
 def _stages(seen: Mapping[str | Stage, list[tuple[Any, ...]]]) -> list[Stage]:

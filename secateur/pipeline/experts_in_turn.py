@@ -78,11 +78,9 @@ class ExpertsInTurn:
     @contextmanager
     def visited(self, block: nn.Module, announced: Announced) -> Iterator[None]:
         """Within the context, the experts of a block announce what they read."""
-        names = {id(module): name for name, module in self.prepared.experts.items()}
 
         def announce(experts: Experts, rows: Sequence[Rows]) -> bool:
-            prefix = names[id(experts)]
-            return announced(tuple(f"{prefix}.{linear}" for each in rows for linear in each.linears), rows)
+            return announced(tuple(f"{experts.name}.{linear}" for each in rows for linear in each.linears), rows)
 
         with visited(block, lambda experts: self.turns.visit(experts, announce)):
             yield
@@ -101,20 +99,21 @@ class ExpertsInTurn:
         linear = self.prepared.linear(name)
         weight = linear.get_parameter("weight")
         if weight.is_meta:
-            kept = self._kept(name)
-            stored = kept if kept is not None else self.prepared.solved_weight(name)
-            if stored is None:
-                stored = self.prepared.weights.checked(f"{name}.weight", weight)
-            place(linear, "weight", stored.to(self.prepared.device, weight.dtype))
+            place(linear, "weight", self._stored(name, weight).to(self.prepared.device, weight.dtype))
         elif self.turns.keep is not None and name in self.prepared.chosen and name not in self._in_place:
             # Solved just now.
             self.turns.keep.mkdir(exist_ok=True)
             save_file({name: weight.detach().cpu().contiguous()}, self.turns.keep / f"{name}.safetensors")
         self._in_place.add(name)
 
-    def _kept(self, name: str) -> Tensor | None:
+    def _stored(self, name: str, expected: Tensor) -> Tensor:
+        """The new weight of a linear that is solved, in this run or an earlier one; else that of the source."""
         file = None if self.turns.keep is None else self.turns.keep / f"{name}.safetensors"
-        return StoredTensors([file])[name] if file is not None and file.exists() else None
+        if file is not None and file.exists():
+            return StoredTensors([file])[name]
+        if name in self.prepared.solved:
+            return self.prepared.solved[name]()
+        return self.prepared.weights.checked(f"{name}.weight", expected)
 
     def leave(self) -> None:
         """Let go of all weights of experts."""

@@ -272,7 +272,7 @@ def _pass(walker: Walker, catcher: Catcher, ids_NS: Tensor, number: int, linears
             left.enter_context(turns.visited(block, announced))
             call.run(block, call.hidden)
             peaks.append((n, live.peak))
-    if number and block is not prepared.blocks[0]:
+    if number:
         release(block)
     forward = Polynomial.through(peaks)
     inner = [prepared.experts[stage.chunk[0]] for stage in firsts if stage.chunk is not None]

@@ -110,11 +110,6 @@ class Prepared:
             W_OI = weight_matrix(linear)
         return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
 
-    def solved_weight(self, name: str) -> Tensor | None:
-        """The new weight of an expert's linear that an earlier run has solved; None where none has."""
-        found = self.solved.get(name)
-        return None if found is None else found()
-
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
         return weight.removesuffix(".weight") == weight or weight.removesuffix(".weight") not in self.chosen

@@ -100,10 +100,7 @@ def solve(
     Raises:
         RepeatedError: a solved weight overflows the dtype that it is to be written in.
     """
-    seen = stats
-    if not stats.tokens:
-        stats = InputStats.isotropic(stats.features, stats.level, stats.square_I.device)
-    stack = stacked(plan, problems, stats)
+    stack = stacked(plan, problems, stats.or_isotropic())
     notes: list[str] = []
     if pruned is None:
         pruned = prune(plan, stack)
@@ -118,7 +115,7 @@ def solve(
         notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
         results = (_quantized(plan, weight) for weight in quantized)
     dense = stack.split(stack.W_OI)
-    solutions = [_pack(p, d, result, seen) for p, d, result in zip(problems, dense, results, strict=True)]
+    solutions = [_pack(p, d, result, stats) for p, d, result in zip(problems, dense, results, strict=True)]
     names = ", ".join(problem.name for problem in problems)
     return solutions, [f"{names}: {note}" for note in notes]
 

@@ -195,7 +195,7 @@ class Walker:
             at_once: how many experts are visited together.
         """
         called = BlockCall(probe.hidden, call.args, call.kwargs)
-        stages, times = find_stages(block, called, linears, self.prepared.experts, at_once)
+        stages, times = find_stages(block, called, linears, self.prepared.of_experts, at_once)
         self.prepared.check_reached({name for name, n in times.items() if n == 0})
         return stages, any(n > 1 for n in times.values())
 

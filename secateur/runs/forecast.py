@@ -5,12 +5,9 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,7 @@ import torch
 from secateur.checkpoint.verify import verify
 from secateur.core.ranks import Ranks
 from secateur.core.stats import Level
-from secateur.errors import UsageError
-from secateur.folder.paths import check_named
+from secateur.folder.paths import check_named, scratch_folder
 from secateur.folder.writer import SHARD_BYTES
 from secateur.memory.footprint import Footprint, Settings
 from secateur.memory.free_memory import free_memory
@@ -118,7 +114,7 @@ def forecast(  # noqa: PLR0913 - users name them
         if step.linear is None:  # linears are nobody's concern here
             progress(step)
 
-    with torch.no_grad(), _scratch(out) as folder:
+    with torch.no_grad(), scratch_folder(out, ".secateur-plan-") as folder:
         progress(Progress("opening the model"))
         began = time.perf_counter()
         source = open_source(model, trust_remote_code, dtype=resolved.dtype)
@@ -126,20 +122,6 @@ def forecast(  # noqa: PLR0913 - users name them
         opened = time.perf_counter() - began
         job = Job(source, recipe, resolved, ranks, batch_tokens, limit, say)
         return _forecast(job, goal, folder, opened)
-
-
-@contextmanager
-def _scratch(out: str | Path) -> Iterator[Path]:
-    """A folder on the disk that `out` would be on, for a while. Raises UsageError where none can be made."""
-    place = Path(out).absolute()
-    while not os.path.isdir(place):
-        place = place.parent
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".secateur-plan-", dir=place)
-    except OSError as error:
-        raise UsageError(f"{place} cannot be written: {error.strerror or error}") from error
-    with folder as name:
-        yield Path(name)
 
 
 def _forecast(job: Job, goal: Goal | None, folder: Path, opened: float) -> Forecast:

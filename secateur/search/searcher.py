@@ -149,7 +149,7 @@ class Searcher:
         found: dict[str, float] = {}
 
         def look(names: list[str], stats: InputStats) -> None:
-            seen = _or_isotropic(stats)
+            seen = stats.or_isotropic()
             for name in names:
                 found[name] = outlier_share(wanda_score(self.prepared.problem(name, None).W_OI, seen))
 
@@ -168,7 +168,7 @@ class Searcher:
         with self.clock("solving"):
             for _, same in groupby(choices, lambda choice: choice.sparsity):  # one mask for several bits
                 plans = [self.job.plan.of(choice) for choice in same]
-                pruned = prune(plans[0], stacked(plans[0], problems, _or_isotropic(stats)))
+                pruned = prune(plans[0], stacked(plans[0], problems, stats.or_isotropic()))
                 found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
         return found
 
@@ -222,13 +222,6 @@ class Searcher:
     def _bytes_on_disk(self, solution: Solution) -> int:
         weight = self.prepared.weights.name_to_write(f"{solution.name}.weight")
         return solution.report.bytes + sum(map(entry_bytes, solution.tensors(weight)))
-
-
-def _or_isotropic(stats: InputStats) -> InputStats:
-    """Statistics, also of an expert that no text reaches: as `solve` has it."""
-    if stats.tokens:
-        return stats
-    return InputStats.isotropic(stats.features, stats.level, stats.square_I.device)
 
 
 def _each(look: Callable[[list[str], InputStats], object]) -> Solve:

@@ -139,6 +139,16 @@ def test_outliers_are_over_five_times_the_mean():
 # --- what a change does to the predictions
 
 
+@torch.no_grad()
+def true_divergence(model, ids_NS, W_OI, change_OI):
+    """KL(before ‖ after) of a change of one weight, in nats a token, by running the model twice."""
+    before = model(ids_NS).logits.double().log_softmax(-1)
+    W_OI += change_OI
+    after = model(ids_NS).logits.double().log_softmax(-1)
+    W_OI -= change_OI
+    return (before.exp() * (before - after)).sum(-1).mean().item()
+
+
 def test_effects_are_the_divergence_of_small_changes(model_of, tmp_path):
     model = secateur.load(model_of("llama"))
     ids_NS = torch.randint(0, model.config.vocab_size, (24, 48), generator=torch.Generator().manual_seed(3))
@@ -148,12 +158,7 @@ def test_effects_are_the_divergence_of_small_changes(model_of, tmp_path):
     for name in names:
         W_OI = model.get_submodule(name).weight
         change_OI = 0.02 * W_OI.std() * torch.randn(W_OI.shape, generator=generator)
-        with torch.no_grad():
-            before = model(ids_NS).logits.double().log_softmax(-1)
-            W_OI += change_OI
-            after = model(ids_NS).logits.double().log_softmax(-1)
-            W_OI -= change_OI
-        true = (before.exp() * (before - after)).sum(-1).mean().item()
+        true = true_divergence(model, ids_NS, W_OI, change_OI)
         [twice, found, nothing] = effects.divergence(name, [2 * change_OI, change_OI, 0 * change_OI])
         assert found == pytest.approx(true, rel=0.35), name
         assert twice == pytest.approx(4 * found, rel=1e-4)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from mixtures import known, random_model
+from test_allocation import true_divergence
 
 import secateur
 from secateur import Calibration, Choice, Recipe, UsageError
@@ -68,12 +69,7 @@ def test_effects_of_experts_are_the_divergence_of_small_changes_over_all_tokens(
     for linear in names:
         W_OI = model.get_submodule(linear).weight
         change_OI = 0.02 * W_OI.std() * torch.randn(W_OI.shape, generator=generator)
-        with torch.no_grad():
-            before = model(ids_NS).logits.double().log_softmax(-1)
-            W_OI += change_OI
-            after = model(ids_NS).logits.double().log_softmax(-1)
-            W_OI -= change_OI
-        true = (before.exp() * (before - after)).sum(-1).mean().item()
+        true = true_divergence(model, ids_NS, W_OI, change_OI)
         assert 0 < effects.reached(linear) < effects.tokens
         [found] = effects.divergence(linear, [change_OI])
         assert found == pytest.approx(true, rel=0.6), linear

@@ -11,7 +11,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from secateur.errors import CheckpointError, UsageError
 from secateur.kernels.module import PackedLinear
-from secateur.mixture.experts import Experts, Piece
+from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in, fused_in, unfuse
 from secateur.model.transformers.names import spellings, stored_as
 from secateur.model.transformers.packed_modules import place_of
@@ -23,7 +23,7 @@ def packed_experts(model: nn.Module, packed: Iterable[str]) -> dict[str, Experts
     Args:
         packed: the names of packed weights, in the files and as transformers calls them.
     """
-    owners = {name.rsplit(".", 3)[0] for name in packed}
+    owners = set(map(module_of, packed))
     fused = [name for name in fused_in(model) if owners.intersection(spellings(model, name))]
     unfuse(model, fused)
     return {n: module for n, module in experts_in(model).items() if owners.intersection(spellings(model, n))}
@@ -42,23 +42,18 @@ def check_names_sort(experts: Mapping[str, Experts]) -> None:
         ) from error
 
 
-def hide_weights(experts: Mapping[str, Experts]) -> list[nn.Module]:
-    """Let linears of experts that are not packed have no weight while transformers loads: it would take it for a missing one.
-
-    Returns:
-        The linears.
-    """
-    hidden = [linear for _, linear, _ in _linears(experts) if not isinstance(linear, PackedLinear)]
-    for linear in hidden:
-        linear._parameters["weight"] = None
-    return hidden
+def hide_weights(experts: Mapping[str, Experts]) -> None:
+    """Let linears of experts that are not packed have no weight while transformers loads, which would miss it in the files."""
+    for _, linear, _ in _linears(experts):
+        if not isinstance(linear, PackedLinear):
+            linear._parameters["weight"] = None
 
 
 def fill_weights(experts: Mapping[str, Experts], read: Callable[[str, Piece], Tensor], model: Any) -> None:
     """Give such linears their weights."""
     for name, linear, piece in _linears(experts):
         if not isinstance(linear, PackedLinear) and linear._parameters["weight"] is None:
-            dtype = experts[name.rsplit(".", 3)[0]].dtype
+            dtype = experts[module_of(name)].dtype
             W_OI = read(name, piece).to(place_of(model, name), dtype)
             linear._parameters["weight"] = nn.Parameter(W_OI.contiguous(), requires_grad=False)
 
@@ -89,7 +84,7 @@ def read_dense(model: Any, stored: Mapping[str, Tensor], known: dict[str, str], 
     found = stored_as(model, name, stored, known)
     if found is not None:
         return stored[found]
-    fused = stored_as(model, f"{name.rsplit('.', 3)[0]}.{piece.parameter}", stored, known)
+    fused = stored_as(model, f"{module_of(name)}.{piece.parameter}", stored, known)
     if fused is None:
         raise CheckpointError(f"{name} is missing in the files")
     return piece.of(stored[fused])

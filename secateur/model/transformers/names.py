@@ -19,8 +19,9 @@ def spellings(model: Any, name: str) -> tuple[str, str, str]:
 
 def renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
     """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    moves = list(moved_experts(model))
+    conversions = get_model_conversion_mapping(model)
+    renamings = [t for t in conversions if isinstance(t, WeightRenaming)]
+    moves = list(moved_experts(conversions))
     found = {}
     for name in stored:
         new = name

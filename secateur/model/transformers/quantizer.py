@@ -37,7 +37,7 @@ from secateur.formats.stored_weights import (
     quantization_config,
 )
 from secateur.kernels.backends import AUTO, check_backend
-from secateur.mixture.experts import Experts, Piece
+from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
 from secateur.model.transformers.expert_modules import (
     check_names_sort,
@@ -232,7 +232,7 @@ class SecateurQuantizer(HfQuantizer):
         scales of 16 bits are other numbers.
         """
         packed = self._packed(model, name)
-        if self._whole and name.rsplit(".", 3)[0] in self._experts and packed is not None:
+        if self._whole and module_of(name) in self._experts and packed is not None:
             return packed.decode(name, self.stored).to(model.dtype)
         parameter = model.get_parameter(name)
         if packed is not None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from secateur.evaluation.quality import Evaluation, Runner, evaluate
     from secateur.folder.manifest import Problem
     from secateur.model.load import load
-    from secateur.model.transformers.quantizer import backend
     from secateur.pipeline.outcome import Progress, Report
+    from secateur.plugin.quantizer import backend
     from secateur.recipes.built_in import recipe
     from secateur.recipes.recipe import Calibration, Choice, Recipe
     from secateur.recipes.strings import parse_recipes
@@ -88,7 +88,7 @@ _HOMES = {
     "evaluation.quality": ["Evaluation", "Runner", "evaluate"],
     "folder.manifest": ["Problem"],
     "model.load": ["load"],
-    "model.transformers.quantizer": ["backend"],
+    "plugin.quantizer": ["backend"],
     "pipeline.outcome": ["Progress", "Report"],
     "recipes.built_in": ["recipe"],
     "recipes.recipe": ["Calibration", "Choice", "Recipe"],

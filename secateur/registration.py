@@ -79,7 +79,7 @@ class _Later:
         self._name = name
 
     def _real(self) -> Any:
-        from secateur.model.transformers import quantizer
+        from secateur.plugin import quantizer
 
         return getattr(quantizer, self._name)
 

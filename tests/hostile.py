@@ -19,7 +19,7 @@ import secateur
 from secateur.errors import SecateurError
 from secateur.folder.manifest import MANIFEST_NAME, seal
 from secateur.folder.reader import INDEX_NAME, SINGLE_NAME
-from secateur.model.transformers.packed_modules import packed_linears
+from secateur.plugin.packed_modules import packed_linears
 
 # Far above what the tiny folders need, which have ten kilobytes, and far below what their numbers can ask for.
 MEMORY = 512 * 2**20

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.formats.foreign import FOREIGN
+from secateur.foreign import FOREIGN
 from secateur.formats.stored_weights import QUANT_METHOD
 
 CARD_NAME = "README.md"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
-from secateur.formats.foreign import pack_quantized, spqr_quant
+from secateur.foreign import pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.stored_weights import quantization_config
 from secateur.mixture.experts import Experts

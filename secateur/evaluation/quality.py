@@ -27,7 +27,7 @@ from secateur.model.load import load_source, open_device, parse_dtype
 from secateur.model.located import conflicts, stored_names
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton
-from secateur.model.transformers.packed_modules import memory_footprint, packed_linears
+from secateur.plugin.packed_modules import memory_footprint, packed_linears
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.folder.reader import StoredTensors, weight_files
-from secateur.formats.foreign import FOREIGN
+from secateur.foreign import FOREIGN
 from secateur.formats.layouts.layout import LAYOUT_VERSION, Layout, layout_from_config, part_names
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 

@@ -12,7 +12,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
 from secateur.errors import UsageError, one_line
-from secateur.model.transformers.packed_modules import SHARED_OUT, hide_sizes, main_device, show_sizes
+from secateur.plugin.packed_modules import SHARED_OUT, hide_sizes, main_device, show_sizes
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.source import Source, open_source, with_revision
 from secateur.model.structure import build_skeleton
-from secateur.model.transformers.expert_modules import fuse_again
-from secateur.model.transformers.quantizer import SecateurConfig, SecateurQuantizer, current_backend
-from secateur.model.transformers.quantizer import backend as for_backend
 from secateur.model.weights import ModelWeights, materialise, tie
+from secateur.plugin.expert_modules import fuse_again
+from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer, current_backend
+from secateur.plugin.quantizer import backend as for_backend
 
 _LOG = logging.getLogger(__name__)
 # What people call devices whose name is another.

@@ -13,7 +13,7 @@ from secateur.errors import CheckpointError
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.mixture.experts import Piece
 from secateur.mixture.unfuse import experts_in
-from secateur.model.transformers.names import renamed, stored_as
+from secateur.plugin.names import renamed, stored_as
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 from secateur.model.block_names import generalise, split_name
 from secateur.model.located import conflicts, locate, part_of
 from secateur.model.source import Source
-from secateur.model.transformers.names import stored_as
-from secateur.model.transformers.quantizer import backend
+from secateur.plugin.names import stored_as
+from secateur.plugin.quantizer import backend
 
 # What quantizers call the numbers that turn codes into weights, beside the weight or below its name.
 _SCALE = re.compile(r"(?P<owner>.+?)\.(weight[._])?[^.]*(scale|absmax|scb|zero_point|qzeros)[^.]*", re.IGNORECASE)

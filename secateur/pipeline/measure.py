@@ -22,12 +22,12 @@ from secateur.memory.live_bytes import LiveBytes
 from secateur.model.block_names import split_name
 from secateur.model.structure import Linear, block_linears, parameters_outside, weight_matrix
 from secateur.model.weights import release
-from secateur.pipeline.capture import BlockCall, BodyCalls
-from secateur.pipeline.experts_in_turn import ExpertsInTurn, Turns
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Problem, solve
-from secateur.pipeline.walker import Catcher, Walker, only_in_head
 from secateur.recipes.plan import Plan
+from secateur.walking.capture import BlockCall, BodyCalls
+from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
+from secateur.walking.walker import Catcher, Walker, only_in_head
 
 # Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
 _PROBES = (8, 32)

@@ -18,13 +18,13 @@ from secateur.model.block_names import lists_of, patterns_of, split_name
 from secateur.model.fused_tensors import FusedTensors
 from secateur.model.structure import is_transposed, parameters_outside
 from secateur.model.weights import OTHER_DTYPE, converted, place
-from secateur.pipeline.clock import Clock
 from secateur.pipeline.outcome import LinearReport, Progress
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Solution
 from secateur.unfinished.hidden import HiddenStates
 from secateur.unfinished.kept_inputs import KeptInputs
 from secateur.unfinished.partial import Partial
+from secateur.walking.clock import Clock
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,9 +21,7 @@ from secateur.errors import UsageError
 from secateur.memory.footprint import Footprint, Settings
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows, calibrate
-from secateur.pipeline.capture import BodyCalls
 from secateur.pipeline.choose_settings import choose_settings
-from secateur.pipeline.clock import Clock
 from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
@@ -32,9 +30,11 @@ from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.recorder import Recorder
 from secateur.pipeline.solve import Solution
 from secateur.pipeline.team import Team
-from secateur.pipeline.walk import Gathered
-from secateur.pipeline.walker import Journey, Walker
 from secateur.unfinished.partial import Partial
+from secateur.walking.capture import BodyCalls
+from secateur.walking.clock import Clock
+from secateur.walking.walk import Gathered
+from secateur.walking.walker import Journey, Walker
 
 
 @dataclass(frozen=True)

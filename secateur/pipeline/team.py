@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from secateur.core.ranks import Ranks
 from secateur.core.stats import InputStats, Level
 from secateur.model.structure import weight_matrix
-from secateur.pipeline.clock import Clock
 from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Solution, solve
 from secateur.recipes.recipe import Choice
+from secateur.walking.clock import Clock
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_files
 from secateur.model.load import open_device
 from secateur.model.source import Source, save_config, save_untied
-from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.outcome import Progress, Report
 from secateur.pipeline.run import Run, run, versions
@@ -36,6 +35,7 @@ from secateur.recipes.recipe import Recipe
 from secateur.search.goal import Goal, goal_of
 from secateur.search.search import search
 from secateur.unfinished.partial import partial_folder
+from secateur.walking.clock import Clock
 
 
 def compress(  # noqa: PLR0913 - users name them

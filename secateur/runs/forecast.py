@@ -26,14 +26,11 @@ from secateur.model.load import open_device
 from secateur.model.source import open_source, with_revision
 from secateur.model.structure import weight_matrix
 from secateur.pipeline.calibrate import whole_memory, windows_of
-from secateur.pipeline.capture import BodyCalls
 from secateur.pipeline.choose_settings import choose_settings
-from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
-from secateur.pipeline.walk import Gathered
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.goals import with_methods
 from secateur.recipes.plan import plan
@@ -44,6 +41,9 @@ from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
 from secateur.unfinished.partial import Partial
+from secateur.walking.capture import BodyCalls
+from secateur.walking.clock import Clock
+from secateur.walking.walk import Gathered
 
 # Batches that the first block is measured with; and how long it may take, in seconds, to be measured again with all warm.
 _BATCHES = 2

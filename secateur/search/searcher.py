@@ -20,15 +20,11 @@ from secateur.folder.writer import entry_bytes
 from secateur.model.structure import weight_matrix
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows
-from secateur.pipeline.capture import BodyCalls
 from secateur.pipeline.choose_settings import choose_settings
-from secateur.pipeline.clock import Clock
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.solve import Solution, prune, solve, stacked
-from secateur.pipeline.walk import Gathered, Solve
-from secateur.pipeline.walker import Walker
 from secateur.prune.wanda import wanda_score
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.candidates import Candidate, Library, near_the_mean
@@ -36,6 +32,10 @@ from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
 from secateur.search.unreached import expect_unreached, share_of
+from secateur.walking.capture import BodyCalls
+from secateur.walking.clock import Clock
+from secateur.walking.walk import Gathered, Solve
+from secateur.walking.walker import Walker
 
 # Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
 TOKENS, _WINDOW = 2048, 256

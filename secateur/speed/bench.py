@@ -33,7 +33,7 @@ from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.in_memory import open_model
 from secateur.model.load import open_device, parse_dtype
 from secateur.model.source import Source
-from secateur.model.transformers.packed_modules import packed_linears
+from secateur.plugin.packed_modules import packed_linears
 from secateur.speed.bench_result import Bench, Case
 from secateur.speed.decoding import decode_source
 from secateur.speed.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn

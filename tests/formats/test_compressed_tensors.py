@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.checkpoint.export import export
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.foreign.compressed_tensors import CompressedTensors
+from secateur.foreign.compressed_tensors import CompressedTensors
 from secateur.model.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")

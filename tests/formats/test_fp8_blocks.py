@@ -19,8 +19,8 @@ import secateur
 from secateur.checkpoint.export import export
 from secateur.checkpoint.inspect import inspect
 from secateur.errors import CheckpointError
-from secateur.formats.foreign import fp8_blocks as subject
-from secateur.formats.foreign.fp8_blocks import FP8Blocks
+from secateur.foreign import fp8_blocks as subject
+from secateur.foreign.fp8_blocks import FP8Blocks
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.model.source import open_source
 

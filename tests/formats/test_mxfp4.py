@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.checkpoint.export import export
 from secateur.errors import CheckpointError
-from secateur.formats.foreign.mxfp4 import MXFP4, MXFP4Experts
+from secateur.foreign.mxfp4 import MXFP4, MXFP4Experts
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.model.source import open_source
 

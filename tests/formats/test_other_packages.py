@@ -45,7 +45,7 @@ from secateur.checkpoint.export import export
 from secateur.checkpoint.inspect import inspect
 from secateur.evaluation.quality import Text, evaluate
 from secateur.model.source import open_source
-from secateur.model.transformers.packed_modules import packed_linears
+from secateur.plugin.packed_modules import packed_linears
 from transformers import AutoModelForCausalLM
 
 source, text, out = sys.argv[1:]

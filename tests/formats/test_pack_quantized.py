@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import secateur
 from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.foreign.compressed_tensors import CompressedTensors
-from secateur.formats.foreign.pack_quantized import PackQuantized, Scheme, pack, packed_weights, quantization_config
+from secateur.foreign.compressed_tensors import CompressedTensors
+from secateur.foreign.pack_quantized import PackQuantized, Scheme, pack, packed_weights, quantization_config
 from secateur.formats.layouts.codebook import Table
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.stored_weights import open_weights

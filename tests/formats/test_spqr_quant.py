@@ -28,7 +28,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.foreign.spqr_quant import PARTS, SpQRFormat, SpQRQuant, config, pack
+from secateur.foreign.spqr_quant import PARTS, SpQRFormat, SpQRQuant, config, pack
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.formats.layouts.two_level_int import TwoLevel

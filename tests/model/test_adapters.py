@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import secateur
 from secateur.errors import UsageError
 from secateur.kernels.module import PackedLinear
-from secateur.model.transformers.packed_modules import packed_linears
+from secateur.plugin.packed_modules import packed_linears
 
 peft = pytest.importorskip("peft")
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import UsageError
-from secateur.model.transformers.packed_modules import main_device, packed_linears
+from secateur.plugin.packed_modules import main_device, packed_linears
 
 IDS_NS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(3))
 LOAD = {"secateur": secateur.load, "transformers": AutoModelForCausalLM.from_pretrained}

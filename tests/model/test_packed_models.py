@@ -15,7 +15,7 @@ import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.kernels.cpu import cpu_backend
 from secateur.kernels.module import PackedLinear
-from secateur.model.transformers.packed_modules import packed_linears
+from secateur.plugin.packed_modules import packed_linears
 
 IDS_NS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(3))
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))

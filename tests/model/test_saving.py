@@ -25,7 +25,7 @@ from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.packed_weight import PackedWeight
 from secateur.kernels.cpu import cpu_backend
-from secateur.model.transformers.packed_modules import PackedPlainLinear, packed_linears
+from secateur.plugin.packed_modules import PackedPlainLinear, packed_linears
 
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 BACKENDS = [pytest.param("cpu", marks=has_cpu), "torch", "dense"]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.folder.writer import ShardWriter, assemble
-from secateur.model.transformers import quantizer as hf
+from secateur.plugin import quantizer as hf
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 

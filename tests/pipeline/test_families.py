@@ -14,8 +14,8 @@ from secateur.checkpoint.export import export
 from secateur.checkpoint.inspect import inspect
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
-from secateur.pipeline import walker
-from secateur.pipeline.capture import BlockCalls
+from secateur.walking import walker
+from secateur.walking.capture import BlockCalls
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 

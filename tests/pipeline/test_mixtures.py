@@ -16,8 +16,8 @@ import secateur
 from secateur.checkpoint.inspect import inspect
 from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.memory.footprint import Settings
-from secateur.model.transformers.packed_modules import packed_linears
 from secateur.pipeline import run as run_module
+from secateur.plugin.packed_modules import packed_linears
 
 IDS_NS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(3))
 SAMPLES, SEQ_LEN = 8, 32

@@ -19,9 +19,9 @@ from secateur.errors import CheckpointError, SecateurError, UsageError
 from secateur.folder import writer
 from secateur.memory.footprint import Settings
 from secateur.pipeline import run as run_module
-from secateur.pipeline import walker
 from secateur.unfinished import kept_inputs
 from secateur.unfinished import partial as partial_module
+from secateur.walking import walker
 
 BLOCKS = 5
 SAMPLES, SEQ_LEN = 8, 24

@@ -22,7 +22,7 @@ from secateur.evaluation.gate.baseline import Baseline
 from secateur.evaluation.quality import evaluate
 from secateur.kernels.cpu import cpu_backend
 from secateur.model.source import open_source
-from secateur.model.transformers.packed_modules import packed_linears
+from secateur.plugin.packed_modules import packed_linears
 
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 pytestmark = [needs_demo, pytest.mark.usefixtures("dense_backend", "repository")]

@@ -30,8 +30,8 @@ from secateur.model.block_names import generalise
 from secateur.model.source import open_source
 from secateur.model.structure import weight_matrix
 from secateur.pipeline import calibrate as windows_module
-from secateur.pipeline import walker
 from secateur.unfinished.hidden import HiddenStates
+from secateur.walking import walker
 
 pytestmark = pytest.mark.usefixtures("dense_backend")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.foreign.format import Foreign, foreign
+from secateur.foreign.format import Foreign, foreign
 from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.layout import Decoder, Layout, check_parts
 from secateur.formats.layouts.packed_int import Uniform

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.foreign import pack_quantized
-from secateur.formats.foreign.format import Foreign, foreign
+from secateur.foreign import pack_quantized
+from secateur.foreign.format import Foreign, foreign
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import Decoder, Layout
 from secateur.formats.layouts.nm import NMBits

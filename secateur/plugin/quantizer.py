@@ -39,7 +39,7 @@ from secateur.formats.stored_weights import (
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
-from secateur.model.transformers.expert_modules import (
+from secateur.plugin.expert_modules import (
     check_names_sort,
     fill_weights,
     fuse_again,
@@ -49,8 +49,8 @@ from secateur.model.transformers.expert_modules import (
     read_dense,
     taken_apart,
 )
-from secateur.model.transformers.names import renamed, spellings, stored_as, used_renamings
-from secateur.model.transformers.packed_modules import (
+from secateur.plugin.names import renamed, spellings, stored_as, used_renamings
+from secateur.plugin.packed_modules import (
     PackedLinear,
     densify,
     hide_sizes,

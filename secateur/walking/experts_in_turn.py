@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from secateur.folder.reader import StoredTensors
 from secateur.mixture.experts import Experts, Rows, Visit, visited
 from secateur.model.weights import place
-from secateur.pipeline.capture import Stage
 from secateur.pipeline.prepared import Prepared
+from secateur.walking.capture import Stage
 
 # Tokens that an expert sees at least, where nothing is said: as many, or one for so many of its inputs.
 _LEAST, _INPUTS_OF_A_TOKEN = 256, 4

@@ -13,8 +13,8 @@ from secateur.errors import CheckpointError, UsageError
 from secateur.kernels.module import PackedLinear
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in, fused_in, unfuse
-from secateur.model.transformers.names import spellings, stored_as
-from secateur.model.transformers.packed_modules import place_of
+from secateur.plugin.names import spellings, stored_as
+from secateur.plugin.packed_modules import place_of
 
 
 def packed_experts(model: nn.Module, packed: Iterable[str]) -> dict[str, Experts]:

@@ -24,10 +24,10 @@ from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
 from secateur.mixture.experts import Rows
 from secateur.model.structure import Linear
-from secateur.pipeline.capture import BlockCall, Stage
-from secateur.pipeline.clock import Clock
-from secateur.pipeline.experts_in_turn import ExpertsInTurn
 from secateur.unfinished.hidden import HiddenStates
+from secateur.walking.capture import BlockCall, Stage
+from secateur.walking.clock import Clock
+from secateur.walking.experts_in_turn import ExpertsInTurn
 
 #: Linears that read the same input, and the statistics of it over the batches of all processes.
 Gathered = tuple[list[str], InputStats]

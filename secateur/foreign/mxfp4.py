@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.formats.foreign.format import Foreign, foreign
-from secateur.formats.foreign.stacked import Stacked, dtype_of, with_dtype
+from secateur.foreign.format import Foreign, foreign
+from secateur.foreign.stacked import Stacked, dtype_of, with_dtype
 from secateur.formats.layouts.layout import check_parts
 from secateur.formats.layouts.packed_weight import PackedWeight
 

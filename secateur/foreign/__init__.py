@@ -4,7 +4,7 @@ Those of other packages are modules that the entry points of `format.GROUP` name
 """
 
 from secateur.core.registry import import_all, import_others
-from secateur.formats.foreign.format import FOREIGN, GROUP
+from secateur.foreign.format import FOREIGN, GROUP
 
 import_all(__name__, __path__)
 import_others(GROUP, "formats")

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.foreign.format import Foreign, foreign
+from secateur.foreign.format import Foreign, foreign
 from secateur.formats.layouts.layout import Decoder, check_parts
 from secateur.formats.layouts.packed_weight import PackedWeight
 from secateur.formats.layouts.two_level_int import TwoLevel

@@ -20,13 +20,13 @@ from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Settings
 from secateur.model.structure import Linear, parameters_outside
 from secateur.model.weights import Ahead, materialise, place, tie
-from secateur.pipeline.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
-from secateur.pipeline.clock import Clock
-from secateur.pipeline.experts_in_turn import ExpertsInTurn, Turns
 from secateur.pipeline.job import Job
 from secateur.pipeline.prepared import Prepared
-from secateur.pipeline.walk import Gathered, Passage, Solve, Target, Way, in_batches, walk
 from secateur.unfinished.hidden import HiddenStates
+from secateur.walking.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
+from secateur.walking.clock import Clock
+from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
+from secateur.walking.walk import Gathered, Passage, Solve, Target, Way, in_batches, walk
 
 _PROBE_TOKENS = 8
 # Where the next block is read while one is solved. On a CPU that would take the cores from solving.

@@ -121,7 +121,7 @@ def measure_without_inputs(prepared: Prepared, exact: bool) -> Footprint:
 
 
 def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Footprint:
-    """What a run will hold in memory, from the first block and the first with experts, or from the body.
+    """What a run will hold in memory, from the first block of each kind, or from the body.
 
     Args:
         ids_NS: the windows of this process.
@@ -138,7 +138,8 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
     else:
         block_bytes = sizes.block
         passed = [
-            _pass(walker, catcher, on_device, number, _like_chosen(prepared, number)) for number in _measured(walker)
+            _pass(walker, catcher, on_device, number, _like_chosen(prepared, number))
+            for number in prepared.first_of_kinds
         ]
     solving = _Solving(prepared, exact)
     groups = [solving.group(names, kept) for each in passed for names, kept in each.held]
@@ -160,12 +161,6 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
         experts=max((module.count for module in prepared.experts.values()), default=0),
         processes=walker.ranks.size,
     )
-
-
-def _measured(walker: Walker) -> list[int]:
-    """The first block, which is in place, and the first that is one of a mixture of experts."""
-    mixed = [number for number in range(len(walker.prepared.blocks)) if walker.has_experts(number)]
-    return sorted({0, *mixed[:1]})
 
 
 def _like_chosen(prepared: Prepared, number: int) -> dict[str, Linear]:

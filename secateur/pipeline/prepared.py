@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -99,6 +100,24 @@ class Prepared:
         """The linears of a block that are to be compressed, by name."""
         linears = block_linears(self.blocks[number], self.block_names[number])
         return {name: linear for name, linear in linears.items() if name in self.chosen}
+
+    @cached_property
+    def kinds(self) -> list[frozenset[str]]:
+        """Of each block, what its linears are called: those of one kind have the same."""
+        return [
+            frozenset(name.removeprefix(f"{prefix}.") for name in block_linears(block, prefix))
+            for block, prefix in zip(self.blocks, self.block_names, strict=True)
+        ]
+
+    @property
+    def first_of_kinds(self) -> list[int]:
+        """The first block of each kind."""
+        return [self.kinds.index(kind) for kind in dict.fromkeys(self.kinds)]
+
+    def has_experts(self, number: int) -> bool:
+        """Whether a block is one of a mixture of experts."""
+        prefix = self.block_names[number]
+        return any(name.startswith(f"{prefix}.") for name in self.experts)
 
     def problem(self, name: str, fisher_OI: Tensor | None) -> Problem:
         """A linear as it is to be solved; one that is not in place is read."""

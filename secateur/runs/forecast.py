@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: memory by measuring small pieces, time and disk from its first block.
+"""What a run will take, before it is started: memory by measuring small pieces, time and disk from one block of each kind.
 
 N: windows, S: tokens of a window.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from secateur.pipeline.choose_settings import choose_settings
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
+from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.goals import with_methods
@@ -45,7 +47,7 @@ from secateur.walking.capture import BodyCalls
 from secateur.walking.clock import Clock
 from secateur.walking.walk import Gathered
 
-# Batches that the first block is measured with; and how long it may take, in seconds, to be measured again with all warm.
+# Batches that a block is measured with; and how long that may take, in seconds, to be done again with all warm.
 _BATCHES = 2
 # Windows that gradients are measured on.
 _GRADIENTS = 2
@@ -95,7 +97,9 @@ def forecast(  # noqa: PLR0913 - users name them
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Forecast:
-    """Tell what `compress` would take in one process, by compressing the first block on a part of the text.
+    """Tell what `compress` would take in one process, by compressing a block of each kind on a part of the text.
+
+    Blocks whose linears have the same names are of one kind.
 
     Args:
         model, recipe, device, batch_tokens, max_memory, revision, trust_remote_code, progress: see `compress`.
@@ -127,7 +131,7 @@ def forecast(  # noqa: PLR0913 - users name them
 def _forecast(job: Job, goal: Goal | None, folder: Path, opened: float) -> Forecast:
     """What a job would take, found out in a folder for what is written on the way; its model took `opened` seconds to open."""
     begun = _measured(job, folder)
-    seconds, disk = _extrapolate(begun.run, begun.share)
+    seconds, disk = _extrapolate(begun)
     seconds["opening"] += opened
     host, on_device = begun.need.peaks(begun.settings)
     if job.device.type != "cuda":
@@ -152,18 +156,21 @@ def _forecast(job: Job, goal: Goal | None, folder: Path, opened: float) -> Forec
 
 @dataclass(frozen=True)
 class _Measured:
-    """A run that has ended after its first block.
+    """A run that has compressed a block of each kind and no more.
 
     Attributes:
         run: that has.
-        share: of the windows that went through it.
+        share: of the windows that went through them.
         need, settings: what the whole run holds in memory, and how it would be carried out.
+        seconds: of each block that was compressed, in the order of the records, by phase; the first one's are all from the
+            beginning.
     """
 
     run: Run
     share: float
     need: Footprint
     settings: Settings
+    seconds: dict[int, dict[str, float]]
 
     @property
     def scratch(self) -> int:
@@ -174,23 +181,23 @@ class _Measured:
 
 
 def _measured(job: Job, folder: Path) -> _Measured:
-    """Compress the first block; twice, where it takes no time: then all is warm."""
+    """Compress a block of each kind; twice, where it takes no time: then all is warm."""
     known: _Measured | None = None
     for attempt in range(2):
-        job.say("measuring the first block")
+        job.say("measuring a block of each kind")
         job.source.sound.clear()  # a run would check them
         partial = Partial(folder / f"out-{attempt}", job.ranks)
         partial.open(overwrite=False, resume=False)
         began = time.perf_counter()
-        known = _first_block(begin(job, partial, Clock(job.device)), known)
+        known = _compressed(begin(job, partial, Clock(job.device)), known)
         if time.perf_counter() - began > _SOON:
             break
     assert known is not None
     return known
 
 
-def _first_block(run: Run, known: _Measured | None) -> _Measured:
-    """Compress the first block on some of the windows; `known`: from an earlier time."""
+def _compressed(run: Run, known: _Measured | None) -> _Measured:
+    """Compress a block of each kind on some of the windows; `known`: from an earlier time."""
 
     def settle(measure: Callable[[bool], Footprint]) -> tuple[Footprint, Settings]:
         if known is not None:
@@ -198,25 +205,42 @@ def _first_block(run: Run, known: _Measured | None) -> _Measured:
         need = measure(True)
         return need, choose_settings(lambda _: need, run.job.limit, run.job.device, run.job.batch_tokens)
 
-    windows, walker = run.windows, run.walker
+    windows, walker, kinds = run.windows, run.walker, run.prepared.first_of_kinds
     if windows is not None:
         gather_fisher(run, windows.ids_NS[:_GRADIENTS])
     if windows is None or run.job.plan.level == Level.NONE:
         need, settings = settle(lambda exact: measure_without_inputs(run.prepared, exact))
         run.recorder.write_outside()
-        solve_block_without_inputs(run, 0)
-        return _Measured(run, 1.0, need, settings)
+        seconds = _timed(run, kinds, lambda number: solve_block_without_inputs(run, number))
+        return _Measured(run, 1.0, need, settings, seconds)
     ids_NS = windows.ids_NS
     catcher = walker.enter(ids_NS)
     need, settings = settle(lambda exact: measure(walker, catcher, ids_NS, exact))
     run.recorder.write_outside()
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
     journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file, len(ids_NS))
-    if isinstance(catcher, BodyCalls):
-        solve_body(run, journey, range(1))
-    else:
-        solve_block(run, journey, 0)
-    return _Measured(run, len(few_NS) / len(ids_NS), need, settings)
+
+    def compress(number: int) -> None:
+        if isinstance(catcher, BodyCalls):
+            solve_body(run, journey, range(number, number + 1))
+        else:
+            walker.read(number)
+            solve_block(
+                run, journey, number
+            )  # one that is not the first sees what the first made, for what comes between
+
+    seconds = _timed(run, [0] if isinstance(catcher, BodyCalls) else kinds, compress)
+    return _Measured(run, len(few_NS) / len(ids_NS), need, settings, seconds)
+
+
+def _timed(run: Run, numbers: list[int], compress: Callable[[int], None]) -> dict[int, dict[str, float]]:
+    """Compress blocks; what each took by phase, the first with all before it."""
+    seconds: dict[int, dict[str, float]] = {}
+    for number in numbers:
+        before = dict(run.clock.seconds) if seconds else {}
+        compress(number)
+        seconds[number] = {phase: spent - before.get(phase, 0.0) for phase, spent in run.clock.seconds.items()}
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -268,26 +292,37 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     return _Searched(seconds, prepared.whole_memory, int(2 * rows), result)
 
 
-def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:
-    """Seconds by phase and bytes of the checkpoint, from those of a run that has ended after its first block."""
-
-    def weights(names: Iterable[str]) -> int:
-        return sum(weight_matrix(run.prepared.linear(name)).numel() for name in names)
-
-    measured = dict(run.clock.seconds)
+def _extrapolate(measured: _Measured) -> tuple[dict[str, float], int]:
+    """Seconds by phase and bytes of the checkpoint, from those of a run that has compressed a block of each kind."""
+    run, prepared = measured.run, measured.run.prepared
+    first, *_ = begun = [dict(seconds) for seconds in measured.seconds.values()]
+    seconds = defaultdict(float, opening=first.pop("opening"))
+    gradients = first.pop("gradients", 0.0)
+    if gradients:
+        assert run.windows is not None
+        seconds["gradients"] = gradients * max(1, len(run.windows.ids_NS) / _GRADIENTS)
+    times = _times(prepared, list(measured.seconds))
+    for spent, more in zip(begun, times, strict=True):
+        for phase in spent:
+            seconds[phase] += spent[phase] * more / (measured.share if phase in ("forward", "statistics") else 1)
     began = time.perf_counter()
     folder = put_together(run, run.report())
     verify(folder, trust_remote_code=run.job.source.trust_remote_code)  # it lacks blocks: what counts is the time
     ending = time.perf_counter() - began
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    blocks = weights(run.prepared.chosen) / max(weights(run.prepared.chosen_in(0)), 1)
-    block = sum(size for size, _ in run.partial.records[1]["files"].values())
-    disk = int(written + (blocks - 1) * block)
-    seconds = {"opening": measured.pop("opening")}
-    if "gradients" in measured:
-        assert run.windows is not None
-        seconds["gradients"] = measured.pop("gradients") * max(1, len(run.windows.ids_NS) / _GRADIENTS)
-    for phase, spent in measured.items():
-        seconds[phase] = spent * blocks / (share if phase in ("forward", "statistics") else 1)
+    sizes = [sum(size for size, _ in record["files"].values()) for record in run.partial.records[1:]]
+    disk = int(written + sum((more - 1) * size for more, size in zip(times, sizes, strict=True)))
     seconds["ending"] = ending * disk / written
-    return seconds, disk
+    return dict(seconds), disk
+
+
+def _times(prepared: Prepared, numbers: list[int]) -> list[float]:
+    """How many times the weights of each of some blocks all the blocks of its kind have."""
+
+    def weights(number: int) -> int:
+        return sum(weight_matrix(linear).numel() for linear in prepared.chosen_in(number).values())
+
+    all_of: defaultdict[frozenset[str], int] = defaultdict(int)
+    for number, kind in enumerate(prepared.kinds):
+        all_of[kind if len(numbers) > 1 else prepared.kinds[0]] += weights(number)
+    return [all_of[prepared.kinds[number]] / max(weights(number), 1) for number in numbers]

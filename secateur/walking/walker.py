@@ -199,11 +199,6 @@ class Walker:
         self.prepared.check_reached({name for name, n in times.items() if n == 0})
         return stages, any(n > 1 for n in times.values())
 
-    def has_experts(self, number: int) -> bool:
-        """Whether a block is one of a mixture of experts."""
-        prefix = self.prepared.block_names[number]
-        return any(name.startswith(f"{prefix}.") for name in self.prepared.experts)
-
 
 @dataclass
 class Journey:
@@ -236,7 +231,7 @@ class Journey:
     def pass_unsolved(self, number: int) -> None:
         """Run the inputs of a block that is in place through it; what comes out is the next one's."""
         outputs = self.waiting(number + 1)
-        if self.walker.has_experts(number):
+        if self.walker.prepared.has_experts(number):
             self._walk(number, {}, outputs, Level.NONE, lambda _: None)
         else:
             self.passage(number, outputs).run()

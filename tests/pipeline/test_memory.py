@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import mixtures
 import processes
 import pytest
 import torch
@@ -377,6 +378,20 @@ def test_the_size_on_disk_is_foretold(options, model_of, text_file, tmp_path):
     assert all(seconds >= 0 for seconds in told.seconds.values())
     looks_at_text = options not in ({"prune": "magnitude", "sparsity": 0.5}, {"quantize": "squeezellm"})
     assert (told.settings is not None) == looks_at_text
+
+
+@pytest.mark.parametrize("name", mixtures.known(["deepseek_v3", "nemotron_h"]))
+@pytest.mark.parametrize("options", [{"prune": "wanda"}, {"quantize": "rtn"}], ids=str)
+def test_blocks_of_each_kind_are_measured(name, options, text_file, build, tmp_path):
+    """The first block has no experts, and is smaller than the others by far."""
+    sizes = {"layers_block_type": ["mamba", "moe", "attention", "moe", "moe"], "num_hidden_layers": 5}
+    sizes = sizes if name == "nemotron_h" else {"num_hidden_layers": 5}
+    model = build(tmp_path / "model", mixtures.config_of(name, **sizes))
+    recipe = secateur.Recipe(**options, calibration=secateur.Calibration(str(text_file), 8, 32))
+    told = secateur.forecast(str(model), recipe, out=tmp_path / "not")
+    report = secateur.compress(str(model), tmp_path / "out", recipe)
+    assert told.disk == pytest.approx(report.bytes, rel=0.05)
+    assert set(report.phases) == set(told.seconds)
 
 
 def test_plan_on_the_command_line(says, model_of, text_file, tmp_path, monkeypatch):

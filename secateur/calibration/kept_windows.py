@@ -101,9 +101,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
 
 
+def _writing_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a model writes its text: in half precision only where the processor computes in it by itself."""
+    if device.type == "cuda" or (stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return stored
+    return torch.float32
+
+
 def _kept_file(source: Source, settings: Calibration, device: torch.device) -> Path:
     drawn = [settings.samples, settings.seq_len, settings.seed, TEXT_TOKENS, BATCH_TEXTS]
-    values = [source.hashes, *drawn, device.type, torch.__version__, *(["bos"] if settings.bos else [])]
+    place = [device.type, str(_writing_dtype(source.dtype, device))]
+    values = [source.hashes, *drawn, *place, torch.__version__, *(["bos"] if settings.bos else [])]
     return cache_folder() / f"self-{hash_of_values(values)[:32]}.safetensors"
 
 
@@ -123,8 +131,7 @@ def _self_sampled(
     begin, start = _beginning(source, settings.bos)
     check_room(seq_len, begin)
     say("letting the model write its calibration text")
-    # In float32 on a CPU: half precision is emulated by most.
-    model = load_source(source, source.dtype if device.type == "cuda" else torch.float32, device)
+    model = load_source(source, _writing_dtype(source.dtype, device), device)
     ids_NS = sample_windows(
         model,
         start,

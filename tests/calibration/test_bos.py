@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import secateur
-from secateur.calibration import sampling
+from secateur.calibration import kept_windows, sampling
 from secateur.calibration.fisher import fisher
 from secateur.calibration.kept_windows import calibration_ids
 from secateur.calibration.tokens import Named, bos_ids, cut, hash_of, windows
@@ -26,6 +26,7 @@ from secateur.evaluation.quality import evaluate
 from secateur.evaluation.reference import keep_reference
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
+from secateur.model.load import load_source
 from secateur.model.source import open_source
 from secateur.recipes.command_line import flags_of
 from secateur.recipes.recipe import Calibration, Recipe
@@ -369,6 +370,23 @@ def test_text_that_the_model_wrote_begins_as_it_was_sampled(template, cache, own
     if len(start) == 1:
         same = [ids_of(model, settings("self", bos, samples=5, seq_len=20))[0] for bos in (True, False)]
         assert torch.equal(*same)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_writes_in_half_precision_where_the_processor_computes_in_it(
+    native, stored, cache, model_of, monkeypatch
+):
+    used = []
+
+    def load(source, dtype, device):
+        used.append(dtype)
+        return load_source(source, dtype, device)
+
+    monkeypatch.setattr(kept_windows, "load_source", load)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    ids_of(model_of("llama", stored), settings("self", samples=5))
+    assert used == [torch.bfloat16 if native and stored == torch.bfloat16 else torch.float32]
 
 
 @pytest.mark.parametrize("source", ["text", "self"])

@@ -19,6 +19,7 @@ from secateur.commands.shared_options import (
     Device,
     Dtype,
     JsonFile,
+    MaxMemory,
     Quiet,
     SeqLen,
     TextField,
@@ -41,6 +42,7 @@ class Compare:
     windows: Windows = 16
     bos: Bos = None
     batch_tokens: WindowTokens = None
+    max_memory: MaxMemory = None
     dtype: Dtype = "float32"
     device: Device = "auto"
     json_file: JsonFile = None
@@ -55,7 +57,7 @@ class Compare:
         from secateur.evaluation.quality import Runner
 
         text = Text(self.data, self.seq_len, self.windows, None, self.text_field, self.bos is not False)
-        runner = Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code)
+        runner = Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory)
         found = compare(self.models, text, runner=runner, progress=counter(self.quiet))
         if not self.quiet and not takes_stdout(self.json_file):
             self._print(found)

@@ -20,6 +20,7 @@ from secateur.commands.shared_options import (
     Device,
     Dtype,
     JsonFile,
+    MaxMemory,
     Model,
     Quiet,
     Reference,
@@ -59,6 +60,7 @@ class Eval:
     cache: Cache = None
     cache_tokens: CacheTokens = 1024
     batch_tokens: WindowTokens = None
+    max_memory: MaxMemory = None
     dtype: Dtype = "float32"
     device: Device = "cpu"
     json_file: JsonFile = None
@@ -77,7 +79,7 @@ class Eval:
             self.model,
             self.reference,
             Text(self.data, self.seq_len, self.windows, self.stride, self.text_field, self.bos is not False),
-            runner=Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code),
+            runner=Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory),
             cache=self.cache,
             cache_tokens=self.cache_tokens or None,
             by_block=self.by_block,

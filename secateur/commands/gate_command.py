@@ -19,6 +19,7 @@ from secateur.commands.shared_options import (
     Debug,
     Device,
     JsonFile,
+    MaxMemory,
     Quiet,
     Reference,
     Revision,
@@ -70,6 +71,7 @@ class Gate:
     confidence: Annotated[str | None, typer.Option(help="Confidence that a rise is no chance (default: 95%).")] = None
     cache: Cache = None
     batch_tokens: WindowTokens = None
+    max_memory: MaxMemory = None
     dtype: Annotated[
         str | None, typer.Option(help="Precision to compute in (default: the baseline's; --write: float32).")
     ] = None
@@ -104,7 +106,7 @@ class Gate:
         """What measuring takes, whether it is to write a baseline or to compare with one."""
         from secateur.evaluation.quality import Runner
 
-        runner = Runner(dtype, self.device, self.batch_tokens, self.trust_remote_code)
+        runner = Runner(dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory)
         return {
             "reference": self.reference,
             "runner": runner,

@@ -92,7 +92,7 @@ class Sweep:
             self.model,
             [(name, self._calibrated(recipe)) for name, recipe in parse_recipes(self.recipes)],
             Text(self.data, self.seq_len, self.windows, self.stride, self.text_field, self.bos is not False),
-            Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code),
+            Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory),
             self.cache_tokens or None,
             self.max_memory,
             self.keep_models,

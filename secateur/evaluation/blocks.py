@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import UsageError
+from secateur.evaluation.streamed import StreamedModel
 from secateur.model.structure import body_of, find_blocks
 
 
@@ -48,9 +49,7 @@ def block_errors(
     """
     names = find_blocks(model).modules
     blocks, dense_blocks = list(names.values()), list(find_blocks(reference).modules.values())
-    widths = {each.get_input_embeddings().embedding_dim for each in (model, reference)}
-    if [type(block) for block in blocks] != [type(block) for block in dense_blocks] or len(widths) > 1:
-        raise UsageError("`by_block` compares block with block: the reference must be the model that was compressed")
+    _check_alike(model, blocks, reference, dense_blocks)
     model.eval()
     reference.eval()
     squares = torch.zeros(len(blocks), 3, dtype=torch.float64)  # of own errors, carried errors, and outputs
@@ -84,6 +83,44 @@ def block_errors(
             body_of(model)(input_ids=ids, use_cache=False)
         if progress is not None:
             progress(k + 1, len(ids_KS))
+    return _errors(list(names), squares)
+
+
+@torch.no_grad()
+def streamed_block_errors(
+    model: StreamedModel,
+    reference: StreamedModel,
+    ids_KS: Tensor,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[BlockError]:
+    """The same for models whose blocks are read one after another; `progress` is called with (blocks done, blocks in total)."""
+    own, dense = model.stream, reference.stream
+    _check_alike(model.model, own.blocks, reference.model, dense.blocks)
+    squares = torch.zeros(len(own.blocks), 3, dtype=torch.float64)
+    carried, clean = (stream.enter(ids_KS, texts=2, blocks=2) for stream in (own, dense))
+    for number in range(len(own.blocks)):
+        with own.block(number) as block, dense.block(number):
+            inputs = map(clean.hiddens.read, range(len(clean.batches)))
+            both = zip(inputs, dense.outputs(clean, number), own.outputs(carried, number), strict=True)
+            for x_NSH, (i, h_NSH), (_, moved_NSH) in both:
+                squares[number, 0] += _square(clean.calls[i][number].run(block, x_NSH) - h_NSH)
+                squares[number, 1] += _square(moved_NSH - h_NSH)
+                squares[number, 2] += _square(h_NSH)
+        if progress is not None:
+            progress(number + 1, len(own.blocks))
+    return _errors(own.block_names, squares)
+
+
+def _check_alike(model: Any, blocks: list[nn.Module], reference: Any, others: list[nn.Module]) -> None:
+    """Raise UsageError where two models have different blocks."""
+    widths = {each.get_input_embeddings().embedding_dim for each in (model, reference)}
+    if [type(block) for block in blocks] != [type(block) for block in others] or len(widths) > 1:
+        raise UsageError("`by_block` compares block with block: the reference must be the model that was compressed")
+
+
+def _errors(names: list[str], squares: Tensor) -> list[BlockError]:
+    """Of the squares of own errors, of carried ones and of outputs of each block."""
     total = squares[:, 2].clamp(min=torch.finfo(torch.float64).tiny)
     own, carried = (squares[:, 0] / total).tolist(), (squares[:, 1] / total).tolist()
     return [BlockError(name, own[i], carried[i]) for i, name in enumerate(names)]

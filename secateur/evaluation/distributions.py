@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.evaluation.kl import kl, log_rest
 from secateur.evaluation.routing import Routing, routing_of, watched
@@ -67,11 +67,16 @@ class Window:
         return (slice(start, min(start + size, self.count)) for start in range(0, self.count, size))
 
 
+def is_whole(model: Any) -> bool:
+    """Whether a model is one of transformers, and not a `StreamedModel`."""
+    return isinstance(model, nn.Module)
+
+
 def predict(model: Any, ids_WS: Tensor, scored: list[int], routing: bool = True) -> list[Window]:
     """Run a model over windows, each from an empty context.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or a `StreamedModel`.
         ids_WS: the windows, run as one batch.
         scored: how many predictions of each are wanted, the last ones.
         routing: whether to look at where a mixture of experts sends its tokens.
@@ -80,26 +85,36 @@ def predict(model: Any, ids_WS: Tensor, scored: list[int], routing: bool = True)
         For each window what gives its distributions: log-probabilities are computed in float32, whatever the dtype of the
         model, when they are asked for.
     """
+    if not is_whole(model):
+        streamed: list[Window] = model.predict(ids_WS, scored, routing)
+        return streamed
     with ExitStack() as stack:
         calls = stack.enter_context(watched(model)) if routing else []
         logits_WSV = model(input_ids=ids_WS.to(model.device), use_cache=False).logits
     W, S = ids_WS.shape
     routings = routing_of(calls, W, S, scored)
 
-    def window(logits_PV: Tensor, target_P: Tensor, routing: Routing) -> Window:
-        def rows(chunk: slice) -> Distributions:
-            log_p_BV = logits_PV[chunk].log_softmax(1, dtype=torch.float32)
-            loss_B = -log_p_BV.gather(1, target_P[chunk, None])[:, 0]
-            return Distributions(log_p_BV, loss_B, log_p_BV.argmax(1))
-
-        P, V = logits_PV.shape
-        return Window(P, V, rows, routing)
-
     found = []
     each = zip(logits_WSV, ids_WS.to(logits_WSV.device), scored, routings, strict=True)
     for logits_SV, ids_S, count, layers in each:
-        found.append(window(logits_SV[:-1][-count:], ids_S[-count:], layers))
+        logits_PV = logits_SV[:-1][-count:]
+        P, V = logits_PV.shape
+        found.append(window_of(logits_PV.__getitem__, P, V, ids_S[-count:], layers))
     return found
+
+
+def window_of(
+    logits: Callable[[slice], Tensor], count: int, vocabulary: int, target_P: Tensor, routing: Routing
+) -> Window:
+    """A window whose distributions are computed, when they are asked for, of logits that some function gives."""
+
+    def rows(chunk: slice) -> Distributions:
+        logits_BV = logits(chunk)
+        log_p_BV = logits_BV.log_softmax(1, dtype=torch.float32)
+        loss_B = -log_p_BV.gather(1, target_P[chunk, None].to(log_p_BV.device))[:, 0]
+        return Distributions(log_p_BV, loss_B, log_p_BV.argmax(1))
+
+    return Window(count, vocabulary, rows, routing)
 
 
 def shortened(whole: Distributions, tokens: int) -> Distributions:

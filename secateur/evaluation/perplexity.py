@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.calibration.tokens import is_one_of
 from secateur.errors import SecateurError, UsageError
 from secateur.evaluation.distributions import Window, divergence, predict
 from secateur.evaluation.routing import compare_routing
+from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.uncertainty import interval
 from secateur.model.source import longest_window
 
@@ -30,7 +31,7 @@ class Reference(Protocol):
 
 
 class LiveReference:
-    """A model that is run beside the one that is measured."""
+    """A model that is run beside the one that is measured, of transformers or a `StreamedModel`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -234,7 +235,7 @@ def measure(
     evaluation mode.
 
     Args:
-        model: a causal language model of transformers, on any device.
+        model: a causal language model of transformers, on any device, or a `StreamedModel`.
         ids_KS: the windows, of at least 2 tokens each.
         reference: another one with the same tokens, or what is kept of its predictions.
         stride: by how many tokens a window begins after the one before, where they overlap; each token is then scored once,
@@ -251,10 +252,11 @@ def measure(
     K, S = ids_KS.shape
     if K < 1 or S < 2:
         raise UsageError(f"{K} windows of {S} tokens hold no prediction: `windows` starts at 1 and `seq_len` at 2")
-    other: Reference | None = LiveReference(reference) if isinstance(reference, torch.nn.Module) else reference
+    live = isinstance(reference, nn.Module | StreamedModel)
+    other: Reference | None = LiveReference(reference) if live else reference
     for each in (model, other.model) if isinstance(other, LiveReference) else (model,):
         check_fits(each, ids_KS)
-        each.eval()
+        ready(each, progress)
     cut = CutText(ids_KS, stride, bos)
     scored = cut.scored
     found: list[list[Tensor]] = []
@@ -272,7 +274,8 @@ def measure(
                 )
             found.append(_score(window, beside, cut.place_of(k)))
 
-    for some in batches(K, S, batch_tokens, model):
+    at_once = reference if isinstance(reference, StreamedModel) else model
+    for some in batches(K, S, batch_tokens, at_once):
         score(some)
         if progress is not None:
             progress(len(found), K)
@@ -281,12 +284,22 @@ def measure(
 
 
 def batches(K: int, S: int, batch_tokens: int | None, model: Any) -> list[slice]:
-    """Which windows run together, see `measure`."""
+    """Which windows run together, see `measure`; where blocks are read one after another, all do."""
+    if isinstance(model, StreamedModel):
+        return [slice(0, K)]
     if batch_tokens is None:
         vocabulary = model.config.get_text_config().vocab_size
         batch_tokens = S if model.device.type == "cpu" else min(_BATCH_TOKENS, _BATCH_LOGITS // vocabulary)
     size = max(1, batch_tokens // S)
     return [slice(start, min(start + size, K)) for start in range(0, K, size)]
+
+
+def ready(model: Any, progress: Callable[[int, int], None] | None) -> None:
+    """Have a model stand ready to be measured; one whose blocks are read one after another tells of them."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    elif progress is not None:
+        model.report(progress)
 
 
 def _score(window: Window, reference: Window | None, where: str) -> list[Tensor]:
@@ -309,7 +322,7 @@ def _score(window: Window, reference: Window | None, where: str) -> list[Tensor]
 
 def padded(rows: list[Tensor], P: int) -> Tensor:
     """Rows that end at the last position, as a matrix."""
-    return torch.stack([torch.nn.functional.pad(row_P, (P - len(row_P), 0), value=math.nan) for row_P in rows])
+    return torch.stack([nn.functional.pad(row_P, (P - len(row_P), 0), value=math.nan) for row_P in rows])
 
 
 def check_finite(values_P: Tensor, name: str, where: str) -> None:
@@ -335,6 +348,7 @@ def check_fits(model: Any, ids_KS: Tensor) -> None:
     positions = longest_window(model.config)
     if positions is not None and positions < S:
         raise UsageError(f"windows of {S} tokens are longer than the model's {positions} positions: lower `seq_len`")
-    size, largest = model.get_input_embeddings().num_embeddings, int(ids_KS.max())
+    whole = model.model if isinstance(model, StreamedModel) else model
+    size, largest = whole.get_input_embeddings().num_embeddings, int(ids_KS.max())
     if largest >= size:
         raise UsageError(f"the text has token {largest}, but the model only {size}: its tokenizer is another model's")

@@ -17,17 +17,20 @@ from transformers import PreTrainedModel
 from secateur._version import __version__
 from secateur.calibration.tokens import hash_of
 from secateur.errors import UsageError
-from secateur.evaluation.blocks import BlockError, block_errors
+from secateur.evaluation.blocks import BlockError, block_errors, streamed_block_errors
 from secateur.evaluation.eval_text import Text, scored_bytes
 from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
+from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
+from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_model
 from secateur.model.load import load_source, open_device, parse_dtype
 from secateur.model.located import conflicts, stored_names
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton
 from secateur.plugin.packed_modules import memory_footprint, packed_linears
+from secateur.walking.block_stream import BlockStream
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,15 @@ class Runner:
         device: where.
         batch_tokens: run at a time, see `measure`.
         trust_remote_code: whether code that comes with a model may run.
+        max_memory: the most memory of the host that may be in use, in bytes or in words such as `4GiB`. With a limit models are
+            run block by block, all windows through one before the next is read; None: whole.
     """
 
     dtype: str = "float32"
     device: str = "cpu"
     batch_tokens: int | None = None
     trust_remote_code: bool = False
+    max_memory: str | int | None = None
 
     def open(self, model: str | PreTrainedModel, tokenizer: Any = None, **options: Any) -> Source:
         """Open whatever `compress` takes as MODEL; `options` are those of `open_model`."""
@@ -112,8 +118,12 @@ class Runner:
         return open_model(model, tokenizer, trust_remote_code=self.trust_remote_code, dtype=dtype, **options)
 
     def load(self, source: Source) -> Any:
-        """The model of an open source, its weights unpacked, ready to run."""
-        return load_source(source, parse_dtype(self.dtype) or source.dtype, open_device(self.device))
+        """The model of an open source, its weights unpacked, ready to run; a `StreamedModel` where memory is limited."""
+        dtype, device = parse_dtype(self.dtype) or source.dtype, open_device(self.device)
+        limit = limit_memory(self.max_memory)
+        if limit is None or source.loaded is not None:
+            return load_source(source, dtype, device)
+        return StreamedModel(BlockStream(source, dtype, device, limit, self.batch_tokens))
 
     def keep(
         self,
@@ -204,6 +214,8 @@ def evaluate(  # noqa: PLR0913 - users name them
     check_tasks(tasks, few_shot, limit)
     if reference is None and (by_block or cache is not None):
         raise UsageError(f"`{'by_block' if by_block else 'cache'}` needs a `reference` to compare with")
+    if tasks and runner.max_memory is not None:
+        raise UsageError("`tasks` run a model whole: leave `max_memory` out, or the tasks")
     if cache is not None and isinstance(reference, PreTrainedModel):
         raise UsageError(
             "`cache` keeps what a model in files predicts, and `reference` is in memory: leave one of them out"
@@ -216,7 +228,8 @@ def evaluate(  # noqa: PLR0913 - users name them
     asked: dict[str, Any] = {"few_shot": few_shot, "limit": limit, "trust_remote_code": runner.trust_remote_code}
     scores = run_tasks(loaded, opened.tokenizer, tasks, reference=dense, progress=task_progress, **asked)
     found = opened.measure(loaded, dense, kept, progress)
-    blocks = tuple(block_errors(loaded, dense, opened.cut.ids_KS, progress=progress)) if by_block else None
+    compare = streamed_block_errors if isinstance(loaded, StreamedModel) else block_errors
+    blocks = tuple(compare(loaded, dense, opened.cut.ids_KS, progress=progress)) if by_block else None
     return dataclasses.replace(found, blocks=blocks, tasks=scores, seconds=time.monotonic() - began)
 
 

@@ -29,6 +29,7 @@ from secateur.evaluation.perplexity import (
     check_finite,
     check_fits,
     padded,
+    ready,
 )
 from secateur.evaluation.routing_files import ROUTING_PREFIX, kept_routing, layers_of, read_routing
 from secateur.folder.manifest import hash_of_values
@@ -159,7 +160,7 @@ def keep_reference(
         _check_cache(cache)
         model = load()
         check_fits(model, cut.ids_KS)
-        model.eval()
+        ready(model, progress)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for some in batches(K, S, batch_tokens, model):

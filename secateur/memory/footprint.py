@@ -182,7 +182,6 @@ class Footprint:
         on_device, on_host, settings = least
         if host is not None and on_host > host:
             raise UsageError(
-                f"`max_memory` {words(host)} is too little for this model and method, which need "
-                f"{enough(on_host)} at least"
+                f"`max_memory` {words(host)} is too little for this run, which needs {enough(on_host)} at least"
             )
         return settings

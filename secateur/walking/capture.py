@@ -146,6 +146,21 @@ class BlockCalls:
             )
         return caught
 
+    def finish(self, model: nn.Module, x_NSH: Tensor) -> Any:
+        """What a model makes of the outputs of its last block: norm, head, and whatever else comes after the blocks."""
+
+        def forward(i: int, block: nn.Module) -> Callable[..., Any]:
+            def pass_on(*args: Any, **kwargs: Any) -> Any:
+                hidden = x_NSH if i + 1 == len(self._blocks) else BlockCall.of(args, kwargs).hidden
+                return hidden if self._extra is None else (hidden, *[None] * self._extra)
+
+            return pass_on
+
+        with _replaced(self._blocks, forward):
+            return model(
+                input_ids=torch.zeros(x_NSH.shape[:2], dtype=torch.int64, device=x_NSH.device), use_cache=False
+            )
+
     def _share(self, place: tuple[Any, ...], value: Any) -> Any:
         """`value` with every tensor replaced by an equal one that stood in the same place of an earlier call or block."""
         if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ N: windows, S: tokens of a window.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from secateur.errors import RepeatedError
 from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Settings
 from secateur.model.structure import Linear, parameters_outside
-from secateur.model.weights import Ahead, materialise, place, tie
+from secateur.model.weights import Ahead, ModelWeights, materialise, place, tie
 from secateur.pipeline.job import Job
 from secateur.pipeline.prepared import Prepared
 from secateur.unfinished.hidden import HiddenStates
@@ -62,10 +62,12 @@ class Walker:
         with self.clock("opening"):
             for name, _ in parameters_outside(prepared.model, prepared.blocks):
                 # The head computes logits, which nobody reads here.
-                if not only_in_head(prepared.model, name) and not self._keep_mapped(name):
+                if not only_in_head(prepared.model, name) and not keep_mapped(
+                    prepared.model, name, prepared.weights, prepared.compute_dtype, prepared.device
+                ):
                     materialise(prepared.model, "", [name], prepared.weights, prepared.device)
             tie(prepared.model)
-            self._move_buffers()
+            move_buffers(prepared.model, prepared.device)
         self.read(0)
         probe_1S = ids_NS[:1, :_PROBE_TOKENS].to(prepared.device)
         try:
@@ -77,27 +79,6 @@ class Walker:
             for number in range(len(prepared.blocks)):
                 self.read(number, whole=True)
         return BodyCalls(prepared.model, probe_1S)
-
-    def _keep_mapped(self, name: str) -> bool:
-        """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
-        weights, dtype = self.prepared.weights, self.prepared.compute_dtype
-        owner_name, _, leaf = name.rpartition(".")
-        owner = self.prepared.model.get_submodule(owner_name)
-        # A subclass may compute with its rows, in their dtype.
-        if type(owner) is not nn.Embedding or self.prepared.device.type != "cpu" or name not in weights:
-            return False
-        if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
-            return False  # for `materialise` to say so
-        weights.release()
-        place(owner, leaf, weights[name])
-        owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
-        return True
-
-    def _move_buffers(self) -> None:
-        for module in self.prepared.model.modules():
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
-                    place(module, leaf, buffer.to(self.prepared.device))
 
     def leave(self) -> None:
         """Let go of what is outside the blocks."""
@@ -122,7 +103,7 @@ class Walker:
             names = self._names(number, whole)
             if any(_tensor(block, name).is_meta for name in names):
                 materialise(block, prefix, names, prepared.weights, prepared.device, ahead=self._ahead)
-                self._read_shared(block, prefix, names)
+                read_shared(block, prefix, names, prepared.weights, prepared.twins, prepared.device)
             if self._ahead is not None and number + 1 < len(prepared.blocks):
                 self._ahead.start(
                     prepared.block_names[number + 1], prepared.blocks[number + 1], self._names(number + 1, whole)
@@ -133,17 +114,6 @@ class Walker:
         prefix, of_experts = self.prepared.block_names[number], self.prepared.of_experts
         names = list(self.prepared.blocks[number].state_dict())
         return [name for name in names if whole or f"{prefix}.{name}".removesuffix(".weight") not in of_experts]
-
-    def _read_shared(self, block: nn.Module, prefix: str, names: list[str]) -> None:
-        """Give a block the weights that it shares with another and that are stored under the other's name."""
-        weights, twins = self.prepared.weights, self.prepared.twins
-        for name in names:
-            twin = next((twin for twin in twins.get(f"{prefix}.{name}", ()) if twin in weights), None)
-            if twin is not None and f"{prefix}.{name}" not in weights:
-                owner = block.get_submodule(name.rpartition(".")[0])
-                leaf = name.rpartition(".")[2]
-                tensor = weights.checked(twin, owner.get_parameter(leaf))
-                place(owner, leaf, tensor.to(self.prepared.device, owner.get_parameter(leaf).dtype))
 
     def catch(
         self,
@@ -327,3 +297,44 @@ def only_in_head(model: Any, name: str) -> bool:
     """Whether a parameter is of the head alone, which computes logits."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return owner is model.get_output_embeddings() and owner is not model.get_input_embeddings()
+
+
+def keep_mapped(model: nn.Module, name: str, weights: ModelWeights, dtype: torch.dtype, device: torch.device) -> bool:
+    """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    # A subclass may compute with its rows, in their dtype.
+    if type(owner) is not nn.Embedding or device.type != "cpu" or name not in weights:
+        return False
+    if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
+        return False  # for `materialise` to say so
+    weights.release()
+    place(owner, leaf, weights[name])
+    owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
+    return True
+
+
+def read_shared(
+    block: nn.Module,
+    prefix: str,
+    names: Iterable[str],
+    weights: ModelWeights,
+    twins: Mapping[str, Collection[str]],
+    device: torch.device,
+) -> None:
+    """Give a block the weights that it shares with another and that are stored under the other's name."""
+    for name in names:
+        twin = next((twin for twin in twins.get(f"{prefix}.{name}", ()) if twin in weights), None)
+        if twin is not None and f"{prefix}.{name}" not in weights:
+            owner = block.get_submodule(name.rpartition(".")[0])
+            leaf = name.rpartition(".")[2]
+            tensor = weights.checked(twin, owner.get_parameter(leaf))
+            place(owner, leaf, tensor.to(device, owner.get_parameter(leaf).dtype))
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move what a model has computed itself to a device."""
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                place(module, leaf, buffer.to(device))

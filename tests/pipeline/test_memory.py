@@ -185,7 +185,7 @@ def test_the_fastest_way_that_fits_is_chosen(need):
         ((s.pause, s.hidden) for s in chosen), key=lambda s: (not s[0], s[1])
     )
     need.choose(least + MiB, None, None)
-    with pytest.raises(UsageError, match=r"`max_memory` .* is too little for this model and method, which need"):
+    with pytest.raises(UsageError, match=r"`max_memory` .* is too little for this run, which needs"):
         need.choose(least - MiB, None, None)
 
 
@@ -309,7 +309,7 @@ def test_a_run_keeps_to_its_limit(prune, more, middling, text_file, tmp_path):
     refused = run("100MB")
     assert refused.returncode == 2
     least = re.fullmatch(
-        r"error: --max-memory 100.0 MB is too little for this model and method, which need ([\d.]+) MB at least\n",
+        r"error: --max-memory 100.0 MB is too little for this run, which needs ([\d.]+) MB at least\n",
         refused.stderr,
     )
     assert least is not None, refused.stderr

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.shared_options import Backend, Debug, Device, Dtype, Model, Revision, Trust, Verify
+from secateur.commands.shared_options import Backend, Debug, Device, Dtype, MaxMemory, Model, Revision, Trust, Verify
 
 
 @command("generate")
@@ -27,6 +27,7 @@ class Generate:
     dtype: Dtype = "auto"
     device: Device = "auto"
     backend: Backend = "auto"
+    max_memory: MaxMemory = None
     verify: Verify = False
     revision: Revision = None
     trust_remote_code: Trust = False
@@ -45,6 +46,7 @@ class Generate:
             dtype=self.dtype,
             device=self.device,
             backend=self.backend,
+            max_memory=self.max_memory,
             verify=self.verify,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,

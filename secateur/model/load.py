@@ -16,9 +16,11 @@ from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
+from secateur.memory.room import limit_memory
 from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.source import Source, open_source, with_revision
+from secateur.model.streaming import load_streamed
 from secateur.model.structure import build_skeleton
 from secateur.model.weights import ModelWeights, materialise, tie
 from secateur.plugin.expert_modules import fuse_again
@@ -80,7 +82,7 @@ def load(  # noqa: PLR0913 - users name them
     trust_remote_code: bool = False,
     verify: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
-    max_memory: Mapping[Any, Any] | None = None,
+    max_memory: str | int | Mapping[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
 ) -> Any:
     """Load a model that secateur can read, as a transformers model ready to run.
@@ -98,7 +100,8 @@ def load(  # noqa: PLR0913 - users name them
             in any case.
         device_map: shares the model out between devices, the CPU's memory and disk, as transformers' `from_pretrained` does,
             instead of `device`. The model lies in the CPU's memory before; packed weights stay there in place of going to disk.
-        max_memory: what `device_map="auto"` may fill.
+        max_memory: what `device_map="auto"` may fill. Without a `device_map`, the most memory of the host that the process may
+            have in use, in bytes or in words such as `4GiB`: what is more is read from the files each time that it is wanted.
         offload_folder: where what goes to disk goes.
 
     Raises:
@@ -112,10 +115,17 @@ def load(  # noqa: PLR0913 - users name them
     if device_map is not None:
         if target.type != "cpu":
             raise UsageError("device and device_map both say where the model goes: leave one of them out")
+        if isinstance(max_memory, str | int):
+            raise UsageError("with a device_map max_memory says what each device may hold: {'cpu': '4GiB'}")
         placement = Placement(device_map, max_memory, offload_folder)
-    elif max_memory is not None or offload_folder is not None:
-        raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
+    elif isinstance(max_memory, Mapping) or offload_folder is not None:
+        raise UsageError(
+            "offload_folder, and max_memory by device, are for a device_map: add device_map='auto', or give one size"
+        )
     source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype)
+    limit = None if isinstance(max_memory, Mapping) else limit_memory(max_memory)
+    if limit is not None and placement is None:
+        return load_within(source, dtype or source.dtype, target, limit, backend)
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 
@@ -174,6 +184,19 @@ def load_source(
         quantizer.postprocess_model(model)
         if not quantizer.older_names(model):
             model._weight_conversions = []  # else transformers saves it under the names of older releases
+    _set_generation(source, model)
+    return model
+
+
+def load_within(
+    source: Source, dtype: torch.dtype, device: torch.device, limit: int, backend: str, tokens: int | None = None
+) -> Any:
+    """A model of an open source of which no more than `limit` bytes are to be in memory, see `load_streamed`."""
+    if device.type != "cpu":
+        raise UsageError("`max_memory` is a limit on the host's memory, for the CPU: leave it or `device` out")
+    if source.loaded is not None:
+        raise UsageError(f"{source.name} is in memory already: leave `max_memory` out")
+    model = load_streamed(source, dtype, limit, backend, **({} if tokens is None else {"tokens": tokens}))
     _set_generation(source, model)
     return model
 

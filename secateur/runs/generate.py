@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from secateur.errors import UsageError
 from secateur.kernels.backends import AUTO, check_backend
+from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_model
-from secateur.model.load import load_source, open_device, parse_dtype
+from secateur.model.load import load_source, load_within, open_device, parse_dtype
 
 
 def generate(  # noqa: PLR0913 - users name them
@@ -26,11 +27,15 @@ def generate(  # noqa: PLR0913 - users name them
     dtype: str = "auto",
     device: str = "cpu",
     backend: str = AUTO,
+    max_memory: str | int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
 ) -> str:
-    """What a model writes after a prompt, without the prompt. `tokenizer`, `verify` and `revision` are as in `evaluate`.
+    """What a model writes after a prompt, without the prompt.
+
+    `tokenizer`, `verify` and `revision` are as in `evaluate`, `max_memory` as in `load`: what memory does not hold is read for
+    every token.
 
     Raises:
         SecateurError: the model cannot be loaded, or has no chat template although `chat` asks for it.
@@ -38,7 +43,7 @@ def generate(  # noqa: PLR0913 - users name them
     check_backend(backend)
     if not 0 <= temperature < math.inf:
         raise UsageError(f"`temperature` {temperature:g} is not possible: give 0 or more, such as 0.7")
-    target = open_device(device)
+    target = open_device("cpu" if max_memory is not None and device == "auto" else device)
     source = open_model(
         model,
         tokenizer,
@@ -48,16 +53,22 @@ def generate(  # noqa: PLR0913 - users name them
         dtype=parse_dtype(dtype),
     )
     tokenizer = source.tokenizer()
-    loaded = load_source(source, parse_dtype(dtype) or source.dtype, target, backend=backend)
     if chat:
         if not tokenizer.chat_template:
             raise UsageError(f"{source.name} has no chat template: leave `chat=True` out")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.device)
-    if batch["input_ids"].shape[1] == 0:
+    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    length = batch["input_ids"].shape[1]
+    if length == 0:
         raise UsageError("the prompt is empty: give at least one word")
+    limit, loaded_dtype = limit_memory(max_memory), parse_dtype(dtype) or source.dtype
+    if limit is None:
+        loaded = load_source(source, loaded_dtype, target, backend=backend)
+    else:
+        loaded = load_within(source, loaded_dtype, target, limit, backend, length + max_new_tokens)
+    batch = batch.to(loaded.device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -70,4 +81,4 @@ def generate(  # noqa: PLR0913 - users name them
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
-    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, length:], skip_special_tokens=True)

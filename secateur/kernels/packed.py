@@ -2,7 +2,7 @@
 
 O: output features, I: input features, K: stored weights of a row (I of them, or as many as are kept), B: bytes of a row's
 mask, ⌈I/8⌉, V: values, S: bytes of a stream, G: groups of the row with most, Γ: groups of all rows together, R: some rows,
-N: outliers.
+N: outliers, T: tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.sparse import SparseSemiStructuredTensor
 
 from secateur.kernels.bits import unpack_bits
@@ -86,6 +87,10 @@ class Packed(ABC):
     def expanded(self) -> Tensor:
         """The same as `dense`, as fast as it can be had."""
         return self.dense()
+
+    def linear(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + bias, `[T, O]` in the dtype of x, by operations that torch can trace on any device."""
+        return linear(x_TI, self.dense().to(x_TI.dtype), bias_O)
 
 
 @dataclass(frozen=True)

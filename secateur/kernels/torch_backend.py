@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from secateur.kernels.backends import backend
 from secateur.kernels.packed import Packed, map_tensors
@@ -38,7 +37,8 @@ class Torch:
         return map_tensors(weight, lambda tensor: tensor.to(device))
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return linear(x_TI, weight.dense().to(x_TI.dtype), bias_O)
+        found: Tensor = weight.linear(x_TI, bias_O)
+        return found
 
     def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
         return times_rows(grad_TO, weight.shape[1], weight.dense_rows())

@@ -11,7 +11,7 @@ VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' secateur/_version.py)
 # it carries; what it would run the model with takes minutes to compile, and is left out. spqr_quant is wanted for its decoder
 # on the CPU, against which export is tested; it would bring a CUDA compiler. The kernels are compiled against the torch that is
 # installed, hence --no-build-isolation.
-$(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c $(wildcard secateur/kernels/cpu/*)
+$(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c secateur/solvers/_viterbi.c $(wildcard secateur/kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf

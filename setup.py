@@ -14,13 +14,14 @@ TORCH_TARGET, TORCH_TARGET_VERSION = (2, 10), "0x020a000000000000"
 # optional: without a compiler the package installs all the same, and runs on its plain torch code.
 extensions = [
     Extension(
-        "secateur.kernels._expand",
-        sources=["secateur/kernels/_expand.c"],
+        f"secateur.{name}",
+        sources=[f"secateur/{name.replace('.', '/')}.c"],
         define_macros=[("Py_LIMITED_API", "0x030a0000")] if STABLE else [],
         py_limited_api=STABLE,
         extra_compile_args=[] if os.name == "nt" else ["-O3"],
         optional=True,
     )
+    for name in ("kernels._expand", "solvers._viterbi")
 ]
 
 try:

@@ -10,16 +10,13 @@ The C kernel serves 16-bit and 32-bit floats on the CPU; plain torch serves ever
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from secateur.solvers.pieces import run_pieces
 
 _native: Any
 try:
@@ -200,40 +197,6 @@ def _run_rows(step: int, values: Tensor | None, bitmask_OB: Tensor, W_OI: Tensor
         reached = _native.run(step, _isa, addresses, (rows[i], rows[i + 1], I, size), (starts[i], starts[i + 1]))
         return step == _MASK or bool(reached == starts[i + 1])
 
-    if not _run_pieces(run, pieces, min(threads, pieces)):
+    if not run_pieces(run, pieces, min(threads, pieces)):
         # Counted just now: only a file that is memory-mapped and being written to gets here.
         raise ValueError("the bit mask changed while it was being read")
-
-
-def _run_pieces(run: Callable[[int], bool], pieces: int, threads: int) -> bool:
-    """Whether all of `run(0), …, run(pieces - 1)` are true.
-
-    The calling thread starts at once and the others join as they wake, which can take as long as a whole small linear.
-    """
-    left = itertools.count()
-
-    def work() -> bool:
-        done = True
-        while (i := next(left)) < pieces:
-            done = run(i) and done
-        return done
-
-    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-    try:
-        done = work()
-    finally:
-        # Whatever happens here, an interrupt included, no thread may outlive the tensors it reads and writes.
-        started = [other for other in others if not other.cancel()]
-        wait(started)
-    return done and all(other.result() for other in started)
-
-
-@lru_cache(maxsize=1)
-def _pool(workers: int) -> ThreadPoolExecutor:
-    """Kept from call to call: starting threads takes as long as expanding a small linear."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="secateur-kernels")
-
-
-if hasattr(os, "register_at_fork"):
-    # Threads do not survive a fork; the child makes its own.
-    os.register_at_fork(after_in_child=_pool.cache_clear)

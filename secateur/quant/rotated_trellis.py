@@ -20,7 +20,6 @@ from secateur.core.quantized import Quantized
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
-from secateur.errors import UsageError
 from secateur.formats.layouts.trellis_rings import BITS, TrellisCodes
 from secateur.quant.grid_options import bits_option
 from secateur.quant.storage import storage_dtype
@@ -50,6 +49,7 @@ class RotatedTrellis:
     all_bits: ClassVar[tuple[int, ...]] = BITS
     level: ClassVar[Level] = Level.GRAM
     needs_fisher: ClassVar[bool] = False
+    unpruned: ClassVar[str] = "its rotation leaves no weight zero; leave one of them out, or quantize by gptq or spqr"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -58,12 +58,10 @@ class RotatedTrellis:
         """Code the weights, carrying on the error.
 
         Raises:
-            ValueError: a weight or the statistics are not finite.
+            ValueError: a weight or the statistics are not finite, or the weights were pruned.
         """
         if pruned is not None:
-            raise UsageError(
-                "`quantize` trellis and `prune` do not go together: its rotation leaves no zeros; give gptq or spqr instead"
-            )
+            raise ValueError(f"trellis does not go with pruned weights: {self.unpruned}")
         if not torch.isfinite(stack.W_OI).all():
             raise ValueError("trellis cannot code the weights: some are not finite")
         scales = _Scales.of(stack, _GAIN[self.bits])

@@ -4,6 +4,8 @@ pruning at the same bytes.
     python -m benchmarks.quantize --text wiki.test.raw --part reference
     python -m benchmarks.quantize --text wiki.test.raw --part curve --plot docs/quantization.svg
     python -m benchmarks.quantize --text wiki.test.raw --part sparse
+    python -m benchmarks.quantize --text wiki.test.raw --part trellis
+    python -m benchmarks.quantize --part encode
 
 Bits are those of the linears with everything on disk counted. What was measured once is kept in the work folder by its options
 (--again measures anew), so a run that was stopped goes on.
@@ -12,8 +14,12 @@ Bits are those of the linears with everything on disk counted. What was measured
 from __future__ import annotations
 
 import shlex
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.protocol import (
     arguments,
@@ -26,6 +32,7 @@ from benchmarks.protocol import (
     split_text,
     table,
 )
+from secateur.solvers.trellis import encode
 
 LLMC, AUTHORS = "llm-compressor 0.14.0.1", "the authors' code"
 SPQR = "--quantize spqr --bits 3 --group-size 16 --outlier-threshold 0.2 --no-search-range"
@@ -66,6 +73,7 @@ CURVE: dict[str, list[str]] = {
         "--quantize squeezellm --bits 3 --outlier-share 0 --sensitive-share 0",
         "--quantize squeezellm --bits 4 --sensitivity hessian",
     ],
+    "Trellis": [f"--quantize trellis --bits {bits}" for bits in (2, 3, 4)],
 }
 SPARSE: list[str] = [
     "--prune sparsegpt --sparsity 0.5 --quantize gptq --bits 3 --group-size 64",
@@ -79,13 +87,16 @@ SPARSE: list[str] = [
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=("reference", "curve", "sparse"), required=True)
+    parser.add_argument("--part", choices=("reference", "curve", "sparse", "trellis", "encode"), required=True)
     parser.add_argument("--plot", type=Path, help="where the curve goes, as SVG or PNG")
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     args = parser.parse_args()
+    prepare(args)
+    if args.part == "encode":
+        print(f"{machine()}\n")
+        return table(["bits", "states", "million weights a second"], list(_encoding()))
     if args.text is None:
         parser.error("--text is needed")
-    prepare(args)
     model = plain_model(args.work, dithered=True)
     evaluation, calibration = split_text(args.text, args.work, model)
 
@@ -123,12 +134,27 @@ def main() -> None:
         table(["setting", "bits", "outliers", "perplexity"], [_cells(f) for found in curves.values() for f in found])
         if args.plot:
             _plot(curves, perplexity(model, evaluation), args.plot)
+    elif args.part == "trellis":
+        rows = [[*_cells(f), f"{f['seconds']:.0f}"] for f in map(measured, CURVE["Trellis"])]
+        table(["setting", "bits", "outliers", "perplexity", "seconds"], rows)
     else:
         found = sorted(map(measured, SPARSE + CURVE["SpQR"] + CURVE["GPTQ, groups of 64"]), key=lambda f: f["bits"])
         table(
             ["setting", "bits", "outliers", "perplexity", "removed"],
             [[*_cells(f), f"{f['sparsity']:.0%}" if f["sparsity"] else "–"] for f in found],
         )
+
+
+def _encoding() -> Iterator[list[str]]:
+    """How fast symbols are found for weights in rings of 256, the best of five runs."""
+    for bits, state_bits in ((2, 12), (3, 12), (4, 12), (3, 8), (3, 10), (3, 14), (3, 16)):
+        x_NT = torch.randn(2 ** (21 - state_bits), 256, generator=torch.Generator().manual_seed(0))
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            encode(x_NT, bits, state_bits)
+            seconds.append(time.perf_counter() - start)
+        yield [str(bits), str(2**state_bits), f"{x_NT.numel() / min(seconds) / 1e6:.2f}"]
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
@@ -140,7 +166,7 @@ def _plot(curves: dict[str, list[dict[str, Any]]], dense: float, file: Path) -> 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for marker, (name, points) in zip("soDv^", curves.items(), strict=False):
+    for marker, (name, points) in zip("soDv^*", curves.items(), strict=False):
         points = sorted(points, key=lambda f: f["bits"])
         axes.plot([f["bits"] for f in points], [f["perplexity"] for f in points], marker, label=name, linestyle=":")
     axes.axhline(dense, color="grey", linewidth=1)

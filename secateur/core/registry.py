@@ -61,7 +61,10 @@ class Refiner(Protocol):
 
 
 class Quantizer(Protocol):
-    """Rounds weights to a grid or table. Attributes: see `Pruner`; `all_bits`: what `bits` may be, rising."""
+    """Rounds weights to a grid or table. Attributes: see `Pruner`; `all_bits`: what `bits` may be, rising.
+
+    One that cannot quantize pruned weights has another, `unpruned`: why not, and what to do instead.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]

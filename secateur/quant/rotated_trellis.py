@@ -20,7 +20,6 @@ from secateur.core.quantized import Quantized
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
-from secateur.errors import UsageError
 from secateur.formats.layouts.trellis_rings import BITS, TrellisCodes
 from secateur.quant.grid_options import bits_option
 from secateur.quant.storage import storage_dtype
@@ -31,8 +30,9 @@ from secateur.solvers.trellis import STATE_BITS, encode, ring_of
 
 #: The most features that are rotated together.
 BLOCK = 128
-# By how much standard normal weights are scaled for the codes, which have no tails: what gives the least error.
-_GAIN = {2: 1.0, 3: 0.93, 4: 0.9}
+# By how much standard normal weights are scaled for the codes, which have no tails: what gives the least error in the sweep, on
+# linears of two blocks of a model of 135 M parameters; 5 % more or less costs 0.5 % of the error.
+_GAIN = {2: 0.95, 3: 0.9, 4: 0.87}
 
 
 @quantizer
@@ -49,6 +49,7 @@ class RotatedTrellis:
     all_bits: ClassVar[tuple[int, ...]] = BITS
     level: ClassVar[Level] = Level.GRAM
     needs_fisher: ClassVar[bool] = False
+    unpruned: ClassVar[str] = "its rotation leaves no weight zero; leave one of them out, or quantize by gptq or spqr"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -57,25 +58,28 @@ class RotatedTrellis:
         """Code the weights, carrying on the error.
 
         Raises:
-            ValueError: a weight or the statistics are not finite.
+            ValueError: a weight or the statistics are not finite, or the weights were pruned.
         """
         if pruned is not None:
-            raise UsageError(
-                "`quantize` trellis and `prune` do not go together: its rotation leaves no zeros; give gptq or spqr instead"
-            )
+            raise ValueError(f"trellis does not go with pruned weights: {self.unpruned}")
         if not torch.isfinite(stack.W_OI).all():
             raise ValueError("trellis cannot code the weights: some are not finite")
         scales = _Scales.of(stack, _GAIN[self.bits])
-        U_II, used = inverse_cholesky(scales.rotated_gram(stack), self.damping)
-        W_IO = scales.rotated_weights(stack)
+        gram_II = scales.rotated_gram(stack)
+        # Those that have most of the energy first: the others are then there to make up for them.
+        order_I = gram_II.diagonal().argsort(descending=True, stable=True)
+        U_II, used = inverse_cholesky(gram_II[order_I][:, order_I], self.damping)
+        del gram_II
+        W_IO = scales.rotated_weights(stack)[order_I]
         state_bits = self.states.bit_length() - 1
-        coding = _Coding(self.bits, [(size, *ring_of(size, self.bits, state_bits)) for size in stack.rows], W_IO)
+        rings = [(size, *ring_of(size, self.bits, state_bits)) for size in stack.rows]
+        coding = _Coding(self.bits, rings, order_I.tolist(), W_IO)
         sweep(W_IO, U_II, coding, len(W_IO))
         del U_II, W_IO
         notes = stack.notes(self.damping, used)
         found = []
         pieces = map(stack.split, (stack.W_OI, coding.symbol_IO.T, scales.out_O))
-        for (size, T, L), W_OI, symbol_OI, out_O in zip(coding.rings, *pieces, strict=True):
+        for (size, T, L), W_OI, symbol_OI, out_O in zip(rings, *pieces, strict=True):
             codes = TrellisCodes(self.bits, L, T, BLOCK, symbol_OI.contiguous(), out_O, scales.in_I)
             codes = _refitted(codes, W_OI, stack.stats, self.damping)
             found.append(Quantized(codes, (size, stack.features), stack.dtype, notes=notes))
@@ -126,12 +130,14 @@ class _Coding:
 
     Attributes:
         rings: rows of each linear, T and L.
-        symbol_IO: uint8, what has been settled.
+        swept: the input that is settled at each stop.
+        symbol_IO: uint8, what has been settled, inputs in natural order.
     """
 
-    def __init__(self, bits: int, rings: list[tuple[int, int, int]], W_IO: Tensor) -> None:
+    def __init__(self, bits: int, rings: list[tuple[int, int, int]], swept: list[int], W_IO: Tensor) -> None:
         self.bits = bits
         self.rings = rings
+        self.swept = swept
         self.symbol_IO = torch.empty_like(W_IO, dtype=torch.uint8)
 
     def enter(self, first: int, W_SO: Tensor) -> None:
@@ -143,7 +149,7 @@ class _Coding:
         for (T, L), run in groupby(self.rings, key=lambda ring: ring[1:]):  # those that are alike are coded together
             last = first + sum(size for size, _, _ in run)
             symbol_RT, value_RT = encode(w_O[first:last].view(-1, T), self.bits, L)
-            self.symbol_IO[i, first:last] = symbol_RT.view(-1)
+            self.symbol_IO[self.swept[i], first:last] = symbol_RT.view(-1)
             settled_O[first:last] = value_RT.view(-1)
             first = last
         return settled_O

@@ -114,6 +114,9 @@ def plan(recipe: Recipe) -> Plan:
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)
+    unpruned = getattr(quantizer, "unpruned", None)
+    if pruning is not None and unpruned:
+        raise UsageError(f"`quantize` {recipe.quantize} does not go with `prune`: {unpruned}")
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if quantizer is not None and recipe.format in _SPARSE_FORMATS:

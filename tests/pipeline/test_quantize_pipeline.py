@@ -39,6 +39,8 @@ METHODS = {
     "spqr-share": ("spqr", {"outlier_share": 0.02, "search_range": False, "damping": 0.1}),
     "squeezellm": ("squeezellm", {"bits": 2, "sensitivity": "hessian", "outlier_share": 0.02}),
     "squeezellm-fisher": ("squeezellm", {"bits": 3}),
+    "trellis": ("trellis", {"bits": 3}),
+    "trellis-2": ("trellis", {"bits": 2, "states": 256}),
 }
 PRUNINGS = {
     "alone": {},
@@ -49,6 +51,11 @@ PRUNINGS = {
 CASES = [("llama", BF16, method, pruning) for method in ("rtn", "gptq", "spqr", "squeezellm") for pruning in PRUNINGS]
 CASES += [("gpt2", FP16, m, "alone") for m in ("rtn-rows", "spqr-share", "squeezellm")]
 CASES += [("gpt2", FP16, m, "wanda 2:4") for m in ("rtn", "gptq-permuted", "spqr-natural", "squeezellm-fisher")]
+CASES += [
+    ("llama", BF16, "trellis", "alone"),
+    ("gpt2", FP16, "trellis-2", "alone"),
+    ("llama", FP32, "trellis-2", "alone"),
+]
 CASES += [("llama", FP32, "gptq-permuted", "sparsegpt 50%"), ("llama", FP32, "rtn-rows", "alone")]
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
 SOME_CASES = [
@@ -56,6 +63,8 @@ SOME_CASES = [
     ("llama", BF16, "spqr", "wanda 50%"),
     ("gpt2", FP16, "gptq-permuted", "wanda 2:4"),
     ("gpt2", FP16, "squeezellm", "alone"),
+    ("gpt2", FP16, "trellis-2", "alone"),
+    ("llama", BF16, "trellis", "alone"),
 ]
 SOME = pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
 
@@ -171,14 +180,13 @@ def test_the_mask_of_the_pruner_is_held(case, compressed):
     made = compressed(*case)
     model, packed, entries = secateur.load(made.packed), stored(made.packed), config_of(made.packed)["modules"]
     assert set(made.kept) == (set() if case[3] == "alone" else set(made.linears))
-    inner = {"rtn": "packed-int", "gptq": "packed-int", "spqr": "spqr", "squeezellm": "codebook"}[
-        case[2].partition("-")[0]
-    ]
+    inner = {"rtn": "packed-int", "gptq": "packed-int", "squeezellm": "codebook"}
+    method = case[2].partition("-")[0]
     for entry in entries.values():
         if made.kept:
             assert entry["layout"] == "sparse-int"
             entry = entry["codes"]
-        assert entry["layout"] == inner
+        assert entry["layout"] == inner.get(method, method)
     for linear, keep_OI in made.kept.items():
         weight = model.get_parameter(f"{linear}.weight")
         W_OI = weight.T if made.transposed else weight

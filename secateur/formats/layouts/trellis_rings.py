@@ -98,7 +98,7 @@ class Trellis(Layout):
         symbol_NT = codes.symbol_OI.view(-1, self.ring, I).transpose(1, 2).reshape(-1, self.ring)
         return {
             "codes": pack_bits(symbol_NT, self.bits).view(O // self.ring, I, -1),
-            "scale_in": codes.scale_in_I,
+            "scale_in": codes.scale_in_I.clone(),  # which linears of one input have in common
             "scale_out": codes.scale_out_O,
             "shape": torch.tensor(weight.shape),
         }

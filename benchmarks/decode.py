@@ -5,22 +5,27 @@
 For each model and form, a process of its own loads the folder, writes 48 tokens by `generate`, and tells the time from `load`
 to the first token, the median time of the tokens after it, and the memory that it holds (its own, less what the interpreter
 with torch and transformers held before). The forms take turns, `--rounds` times; medians of the rounds are printed. The 1.1 B
-Llama has random weights. PYTHON is an interpreter with llama-cpp-python and gguf: the same weights as Q4_0, all of them.
+Llama has random weights; trellis codes are random, too, since to search for them takes minutes and changes no time. PYTHON is
+an interpreter with llama-cpp-python and gguf: the same weights as Q4_0, all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur
 from benchmarks.protocol import arguments, machine, plain_model, prepare, random_llama, sharded_mixture, table
+from benchmarks.random_packed import trellis
+from secateur.formats.layouts.trellis_rings import Trellis
 
 TOKENS = 48
 SIZES = {
@@ -38,6 +43,7 @@ FORMS = {
     "bitmap 50 %": secateur.Recipe(prune="magnitude", sparsity=0.5),
     "packed-int 4 bits": secateur.Recipe(quantize="rtn", quantization={"search_range": False}),
 }
+TRELLIS_BITS = 3
 
 CODE = """
 import json, sys, time
@@ -141,6 +147,32 @@ def run(python: str, code: str, *args: str) -> dict[str, float]:
     return found
 
 
+def random_trellis(source: Path, folder: Path) -> Path:
+    """A folder with random trellis codes in place of the linears of a model's blocks, of weights as large as its; made once."""
+    if folder.exists():
+        return folder
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    modules = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        W_OI = tensors.pop(name)
+        weight = trellis(*W_OI.shape, TRELLIS_BITS)
+        weight.scale_out_O.mul_(W_OI.float().std())
+        layout = Trellis(TRELLIS_BITS, weight.state_bits, weight.ring, 128, weight.dtype)
+        codes = layout.store(weight)
+        codes["codes"] = codes["codes"].view(W_OI.shape[0] // weight.ring, W_OI.shape[1], -1)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in codes.items()}
+        modules[name.removesuffix(".weight")] = layout.to_config()
+    save_file(tensors, part / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "secateur", "layout_version": 1, "modules": modules}
+    (part / "config.json").write_text(json.dumps(config))
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, part)
+    return part.rename(folder)
+
+
 def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__)
     parser.add_argument("--models", default="smollm2,1.1b", help="smollm2, 1.1b, mixture: which, with commas between")
@@ -172,6 +204,9 @@ def main() -> None:
             else:
                 jobs[f"{form}, packed"] = (sys.executable, code, ("auto", str(folder)))
                 jobs[f"{form}, unpacked"] = (sys.executable, code, ("dense", str(folder)))
+        if name != "mixture":
+            folder = random_trellis(source, args.work / f"{name}-trellis")
+            jobs[f"trellis {TRELLIS_BITS} bits, packed"] = (sys.executable, code, ("auto", str(folder)))
         if args.llama and name == "1.1b":
             gguf = args.work / "llama-1.1b-q4_0.gguf"
             if not gguf.exists():

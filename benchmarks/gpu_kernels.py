@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.random_packed import BF16, bitmap, packed_int, spqr, two_of_four
+from benchmarks.random_packed import BF16, bitmap, packed_int, spqr, trellis, two_of_four
 from secateur import kernels
 from secateur.errors import one_line
 from secateur.kernels.packed import Packed, map_tensors, nbytes
@@ -37,12 +37,14 @@ CASES: dict[str, tuple[Callable[[int, int], Packed], str]] = {
     # One outlier in 64 columns.
     "SpQR 3 bits, triton": (partial(spqr, bits=3, group_size=16, outlier_share=1 / 64), "triton"),
     "packed-int 4 bits, triton": (partial(packed_int, bits=4, group_size=128), "triton"),
+    "trellis 3 bits, triton": (partial(trellis, bits=3), "triton"),
 }
 # Case, tokens, and how many times as fast as dense it is to be.
 GOALS = (
     ("2:4, cuda-2:4", 4096, 1.3),
     ("bitmap 50 %, triton", 1, 1.5),
     ("SpQR 3 bits, triton", 1, 2.5),
+    ("trellis 3 bits, triton", 1, 2.5),
 )
 
 

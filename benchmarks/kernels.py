@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.protocol import arguments, machine, table
-from benchmarks.random_packed import BF16, bitmap, codebook, packed_int, sparse_int, spqr, two_of_four
+from benchmarks.random_packed import BF16, bitmap, codebook, packed_int, sparse_int, spqr, trellis, two_of_four
 from secateur import kernels
 from secateur.kernels.cpu import cpu_backend
 from secateur.kernels.packed import Packed, map_tensors, nbytes
@@ -54,6 +54,9 @@ CASES: dict[str, tuple[Callable[[int, int], Packed], torch.dtype]] = {
     "spqr 3 bits, groups of 16, 1.4 % outliers": (partial(spqr, bits=3, group_size=16, outlier_share=0.014), BF16),
     "spqr 4 bits, groups of 64, 0.3 % outliers": (partial(spqr, bits=4, group_size=64, outlier_share=0.003), BF16),
     "codebook 4 bits": (partial(codebook, bits=4), BF16),
+    "trellis 2 bits": (partial(trellis, bits=2), BF16),
+    "trellis 3 bits": (partial(trellis, bits=3), BF16),
+    "trellis 4 bits": (partial(trellis, bits=4), BF16),
     "sparse-int 50 %, 4 bits": (partial(sparse_int, density=0.5, bits=4, group_size=64), BF16),
 }
 
@@ -149,7 +152,9 @@ def use(instructions: str | None, parser: argparse.ArgumentParser) -> str:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", default="1", help="inputs of a call, with commas between")
-    parser.add_argument("--instructions", choices=("plain", "avx2", "avx512"), help="of our kernels; default: the best")
+    parser.add_argument(
+        "--instructions", choices=("plain", "avx2", "avx512vnni", "avx512"), help="of our kernels; default: the best"
+    )
     parser.add_argument("--only", default="", help="of our cases, those with this in their name")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()

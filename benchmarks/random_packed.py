@@ -18,6 +18,9 @@ from secateur.formats.layouts.two_level_int import TwoLevelGrid
 from secateur.kernels.bits import bytes_of
 from secateur.kernels.expand import compress_bitmap, count_rows
 from secateur.kernels.packed import CodedWeight, Grid, SparseRows, SparseWeight, padded
+from secateur.kernels.trellis_weight import TrellisWeight
+from secateur.solvers.hadamard import block_of
+from secateur.solvers.trellis import STATE_BITS, ring_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 _TILE_ROWS = 16
@@ -79,6 +82,15 @@ def sparse_int(O: int, I: int, density: float, bits: int, group_size: int) -> Co
         None,
         None,
     )
+
+
+def trellis(O: int, I: int, bits: int, state_bits: int = STATE_BITS, block: int = 128) -> TrellisWeight:
+    """Codes of a trellis, in the rings that a weight of this size has."""
+    ring, state_bits = ring_of(O, bits, state_bits)
+    codes = padded(_codes(O // ring * I * bytes_of(ring, bits), 8))
+    blocks = block_of(O, block), block_of(I, block)
+    scales = (torch.rand(O) + 0.5).to(FP16), (torch.rand(I) + 0.5).to(FP16)
+    return TrellisWeight((O, I), BF16, bits, state_bits, ring, *blocks, codes, *scales)
 
 
 def _uniform(count: int, bits: int, group_size: int, symmetric: bool) -> UniformGrid:

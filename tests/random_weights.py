@@ -13,7 +13,10 @@ from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.codebook import Table
 from secateur.formats.layouts.nm import NMBits
 from secateur.formats.layouts.packed_int import Uniform
+from secateur.formats.layouts.trellis_rings import Trellis
 from secateur.formats.layouts.two_level_int import TwoLevel
+from secateur.kernels.bits import bytes_of
+from secateur.solvers.trellis import ring_of
 
 FP16, FP32 = torch.float16, torch.float32
 
@@ -112,3 +115,19 @@ def load_sparse(O, I, density=0.5, dtype=FP32, pattern=None, seed=0):
         W_OI[rank_OI >= n] = 0
         layout = NMBits(n, m)
     return layout.load(layout.pack(W_OI)), W_OI
+
+
+def load_trellis(O, I, bits=3, state_bits=12, ring=None, block=128, whole=False, seed=0):
+    """A random weight in trellis codes as kernels take it. `whole`: the scales of its inputs are whole numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    if ring is None:
+        ring, state_bits = ring_of(O, bits, state_bits)
+    codes = torch.randint(0, 256, (O // ring, I, bytes_of(ring, bits)), generator=draw, dtype=torch.uint8)
+    if ring * bits % 8:
+        codes[..., -1] &= 2 ** (ring * bits % 8) - 1
+    scale_out, scale_in = (torch.randn(n, generator=draw).to(FP16) for n in (O, I))
+    if whole:
+        scale_in = torch.tensor([-2, -1, 1, 2]).half()[torch.randint(0, 4, (I,), generator=draw)]
+    shape = torch.tensor([O, I])
+    parts = {"codes": codes, "scale_in": scale_in, "scale_out": scale_out, "shape": shape}
+    return Trellis(bits, state_bits, ring, block, FP32).load(parts)

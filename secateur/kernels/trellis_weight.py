@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,14 @@ class TrellisWeight(Packed):
     codes_S: Tensor
     scale_out_O: Tensor
     scale_in_I: Tensor
+
+    @property
+    def kernels(self) -> str:
+        return "trellis"
+
+    def operands(self) -> tuple[Any, ...]:
+        form = self.bits, self.state_bits, self.ring, self.block_out, self.block_in
+        return *form, self.codes_S, self.scale_out_O, self.scale_in_I
 
     @property
     def unit(self) -> int:

@@ -161,7 +161,7 @@ def test_what_follows_a_row_is_not_part_of_it():
 def test_expanded_some_rows_at_a_time(make, monkeypatch):
     from secateur.kernels.triton import triton_linear
 
-    monkeypatch.setattr(triton_linear, "_EXPANDED", 5 * 32)
+    monkeypatch.setattr(triton_linear, "EXPANDED", 5 * 32)
     check(make()[0], inputs(300, 32), inputs(1, 11)[0])
 
 
@@ -210,7 +210,7 @@ def test_what_it_cannot_do_it_says(monkeypatch):
     ],
 )
 def test_gradients(make, T, monkeypatch):
-    monkeypatch.setattr("secateur.kernels.triton.triton_linear._EXPANDED", 1 << 10)  # in several pieces
+    monkeypatch.setattr("secateur.kernels.triton.triton_linear.EXPANDED", 1 << 10)  # in several pieces
     weight, W_OI = make()
     dtype = weight.dtype
     O, I = weight.shape

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "plain.h"
+#include "trellis.h"
 
 using namespace secateur;
 
@@ -263,12 +264,65 @@ void check_coded(const std::vector<const Kernels*>& all, int64_t number) {
   }
 }
 
+// Their codes need no padding: whatever is read is inside.
+void check_trellis(const std::vector<const Kernels*>& all, int64_t number) {
+  Memory memory;
+  Trellis w = {};
+  w.I = one_of<int64_t>({1, 2, 31, 255, 256, 257, 600});
+  w.bits = int(2 + below(3));
+  w.ring = one_of<int64_t>({1, 5, 15, 16, 17, 32, 48, 80, 112, 240, 256});
+  w.states = int(std::min<int64_t>(w.ring * w.bits, 2 + below(15)));
+  w.bytes = (w.ring * w.bits + 7) / 8;
+  const int64_t bands = 1 + below(2), band = below(bands), O = bands * w.ring, T = below(9);
+  w.codes = memory.exactly(random_bytes(bands * w.I * w.bytes));
+  Inputs in = random_inputs(memory, T, w.I, INPUTS_AT_ONCE, (w.I + INPUTS_AT_ONCE - 1) / INPUTS_AT_ONCE, false);
+  const int64_t first = INPUTS_AT_ONCE * below((w.I + INPUTS_AT_ONCE - 1) / INPUTS_AT_ONCE), last = first + 1 + below(w.I - first);
+  // The sums are of whole groups, which the last one here need not be.
+  for (int64_t t = 0; t < T; t++) {
+    float* const sums = const_cast<float*>(in.group_sum) + t * in.sums;
+    sums[(last - 1) / INPUTS_AT_ONCE] = 0;
+    for (int64_t i = (last - 1) / INPUTS_AT_ONCE * INPUTS_AT_ONCE; i < last; i++)
+      sums[(last - 1) / INPUTS_AT_ONCE] += in.x[t * in.stride + i];
+  }
+  const bool bf16 = chance(0.5);
+  const int64_t size = bf16 ? 2 : 4, count = (last - first) * w.ring;
+  // No byte more than the band of the last token and of the last input.
+  const int64_t outputs = T ? (T - 1) * O + w.ring : 0;
+  const Floats x = memory.values(2 * w.I, one_of<Float>({Float::f32, Float::bf16, Float::f16}), true);
+  const Floats scale = memory.values(w.I, one_of<Float>({Float::f32, Float::bf16, Float::f16}), true);
+  const int64_t block = std::min<int64_t>(w.I & -w.I, one_of<int64_t>({1, 2, 8, 16, 128}));
+  float *want = memory.floats(outputs), *want_in = memory.floats(w.I);
+  uint8_t* want_weights = memory.exactly(std::vector<uint8_t>(count * size));
+  trellis_plain.dot(w, in, band, first, last, want, O);
+  trellis_plain.expand(w, band, first, last, want_weights, w.ring, bf16);
+  trellis_plain.rotate_in(x, w.I, scale, w.I, block, want_in);
+  for (const Kernels* kernels : all) {
+    float *y = memory.floats(outputs), *to = memory.floats(w.I);
+    uint8_t* weights = memory.exactly(std::vector<uint8_t>(count * size));
+    kernels->trellis->dot(w, in, band, first, last, y, O);
+    for (int64_t t = 0; t < T; t++) {
+      float largest = 0;
+      for (int64_t i = 0; i < in.stride; i++) largest += std::fabs(in.x[t * in.stride + i]);
+      for (int64_t o = 0; o < w.ring; o++)
+        if (!(std::fabs(y[t * O + o] - want[t * O + o]) <= 1e-5f * largest * 2 * MIDDLE)) fail("trellis dot", *kernels, number);
+    }
+    kernels->trellis->expand(w, band, first, last, weights, w.ring, bf16);
+    if (std::memcmp(weights, want_weights, count * size)) fail("trellis expand", *kernels, number);
+    kernels->trellis->rotate_in(x, w.I, scale, w.I, block, to);
+    compare_row(to, want_in, w.I, 1e-5f * 64 * 128, *kernels, number);
+    kernels->trellis->rotate_out(to, scale, 0.25f, w.I, block);
+    trellis_plain.rotate_out(want_in, scale, 0.25f, w.I, block);
+    compare_row(to, want_in, w.I, 1e-5f * 64 * 128 * 128 * 8, *kernels, number);
+    trellis_plain.rotate_in(x, w.I, scale, w.I, block, want_in);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   if (count > 1 && !std::strcmp(arguments[1], "unpadded")) padding = 0;
   std::vector<const Kernels*> all;
-  for (const Kernels* kernels : {&plain_kernels, avx2_kernels(), avx512_kernels()})
+  for (const Kernels* kernels : {&plain_kernels, avx2_kernels(), vnni_kernels(), avx512_kernels()})
     if (kernels) {
       all.push_back(kernels);
       std::printf("%s\n", kernels->name);
@@ -276,6 +330,7 @@ int main(int count, char** arguments) {
   for (int64_t number = 0; number < 3000; number++) {
     check_sparse(all, number);
     check_coded(all, number);
+    if (number % 4 == 0) check_trellis(all, number);
   }
   std::printf("all agree\n");
 }

@@ -362,8 +362,9 @@ def test_no_file_is_in_memory_while_the_first_block_is_solved(own_model, text_fi
         {"prune": "wanda", "pattern": "2:4"},
         {"quantize": "gptq"},
         {"quantize": "squeezellm"},
+        {"quantize": "trellis"},
     ],
-    ids=["magnitude", "wanda 2:4", "gptq", "squeezellm"],
+    ids=["magnitude", "wanda 2:4", "gptq", "squeezellm", "trellis"],
 )
 def test_the_size_on_disk_is_foretold(options, model_of, text_file, tmp_path):
     model = model_of("llama", num_hidden_layers=6)

@@ -27,6 +27,7 @@ WAYS = {
     "packed-int": {"quantize": "gptq", "quantization": {"bits": 4, "group_size": 16}},
     "spqr": {"quantize": "spqr", "quantization": {"bits": 3, "group_size": 16}},
     "codebook": {"quantize": "squeezellm", "quantization": {"bits": 3}},
+    "trellis": {"quantize": "trellis", "quantization": {"bits": 3}},
     "sparse-int": {
         "prune": "wanda",
         "sparsity": 0.5,

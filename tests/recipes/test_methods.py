@@ -121,7 +121,7 @@ def test_options_of_pruners_count(model_of, text_file, tmp_path):
 def test_the_command_line_gives_an_option_to_each_method_that_has_it(says):
     code, _, err = says("compress", "x", "y", "--prune", "wanda", "--sparsity", "0.5", "--bits", "4")
     assert code == 2
-    assert "--bits is an option of gptq, rtn, spqr, squeezellm: wanda would not heed it" in err
+    assert "--bits is an option of gptq, rtn, spqr, squeezellm, trellis: wanda would not heed it" in err
     code, _, err = says("compress", "x", "y", "--quantize", "gptq", "--group-size", "column")
     assert code == 2
     assert "--group-size column is not possible with gptq" in err

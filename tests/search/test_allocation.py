@@ -217,6 +217,7 @@ def test_bits_are_shared_within_the_size_of_the_uniform_recipe(base, model_of, t
         {"quantize": "gptq"},
         {"quantize": "spqr"},
         {"quantize": "squeezellm"},
+        {"quantize": "trellis"},
         {"prune": "sparsegpt"},
         {"prune": "wanda", "quantize": "rtn"},
     ],

@@ -12,6 +12,7 @@
 #include <immintrin.h>
 
 #include "plain.h"
+#include "trellis.h"
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2"))), apply_to = function)
@@ -500,7 +501,7 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
   }
 }
 
-const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16};
+const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_avx2};
 
 }  // namespace
 }  // namespace secateur

@@ -1,4 +1,4 @@
-// The kernels for processors with AVX-512 as of Ice Lake (VBMI, VBMI2). Inputs and sums are float32 whatever the inputs were:
+// The kernels for processors with AVX-512 as of Ice Lake (VBMI, VBMI2, VNNI). Inputs and sums are float32 whatever the inputs were:
 // bfloat16 products (vdpbf16ps) were measured and are no faster.
 //
 // Bits of a mask expand values in one instruction (vpexpandw, vpexpandd). Codes of up to four bits are taken from any bit of a
@@ -12,6 +12,7 @@
 #include <immintrin.h>
 
 #include "plain.h"
+#include "trellis.h"
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,bmi2,popcnt,fma,f16c"))), apply_to = function)
@@ -461,7 +462,7 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
   }
 }
 
-const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16};
+const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi};
 
 }  // namespace
 }  // namespace secateur
@@ -477,7 +478,7 @@ const Kernels* avx512_kernels() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vbmi") ||
-      !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("fma"))
+      !__builtin_cpu_supports("avx512vbmi2") || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("fma"))
     return nullptr;
   return &kernels;
 }

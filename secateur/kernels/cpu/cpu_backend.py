@@ -42,22 +42,27 @@ def _register_fakes() -> None:
     """What the operators return, for `torch.compile` and `torch.export`."""
 
     def fake_sparse(x: Tensor, *parts: Tensor | None) -> Tensor:
-        return fake(x, *parts, start=parts[2])
+        start = parts[2]
+        assert start is not None
+        return fake(x, *parts, outputs=start.shape[0] - 1)
 
     def fake_coded(x: Tensor, bits: int, codes: Tensor, start: Tensor, *parts: Any) -> Tensor:
-        return fake(x, codes, start, *parts, start=start)
+        return fake(x, codes, start, *parts, outputs=start.shape[0] - 1)
 
-    def fake(x: Tensor, *parts: Any, start: Tensor | None) -> Tensor:
-        assert start is not None
+    def fake_trellis(x: Tensor, *operands: Any) -> Tensor:
+        return fake(x, *operands, outputs=operands[6].shape[0])
+
+    def fake(x: Tensor, *parts: Any, outputs: Any) -> Tensor:
         # One real tensor among fake ones would otherwise be given memory that nobody fills.
         for part in parts:
             torch._check(
                 not isinstance(part, Tensor) or part.device == x.device, lambda: "secateur: parts on other devices"
             )
-        return x.new_empty(x.shape[0], start.shape[0] - 1)
+        return x.new_empty(x.shape[0], outputs)
 
     torch.library.register_fake("secateur::sparse_linear", fake_sparse)
     torch.library.register_fake("secateur::coded_linear", fake_coded)
+    torch.library.register_fake("secateur::trellis_linear", fake_trellis)
 
 
 @backend

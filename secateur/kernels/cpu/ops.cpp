@@ -1,102 +1,34 @@
 // The operators: what is checked, how inputs are laid out, how rows are dealt out to threads.
 //
-// Nothing but torch's stable ABI is used: what is compiled once works with every torch from TORCH_TARGET_VERSION on, in every Python.
-//
 // O: output features, I: input features, T: tokens, G: groups of a row.
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
 
-#include "rows.h"
+#include "operators.h"
 
 namespace secateur {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = const std::optional<Tensor>&;
-
-// From so many tokens on, rows are unpacked, a tile of them at a time, and multiplied by torch.
-constexpr int64_t FROM_TOKENS = 9;
-// A tile of unpacked rows stays in the second-level cache, but with fewer rows torch's products are slow.
-constexpr int64_t TILE_BYTES = 1 << 20, LEAST_ROWS = 128;
-// A thread is not woken for less: to wake one takes about as long.
-constexpr int64_t WEIGHTS_PER_THREAD = 1 << 17;
-
-const Kernels*& chosen() {
-  static const Kernels* kernels = avx512_kernels() ? avx512_kernels() : avx2_kernels() ? avx2_kernels() : &plain_kernels;
+const Kernels*& in_use() {
+  static const Kernels* kernels = avx512_kernels() ? avx512_kernels() : vnni_kernels() ? vnni_kernels() : avx2_kernels() ? avx2_kernels() : &plain_kernels;
   return kernels;
 }
 
-// "avx512", "avx2" or "plain"; what is there when this processor cannot run them is left unchanged, and false is returned.
+// "avx512", "avx512vnni", "avx2" or "plain"; what is there when this processor cannot run them is left unchanged, and false is
+// returned.
 bool use(const std::string& name) {
-  const Kernels* kernels = name == "avx512" ? avx512_kernels() : name == "avx2" ? avx2_kernels() : name == "plain" ? &plain_kernels : nullptr;
-  if (kernels) chosen() = kernels;
+  const Kernels* kernels = name == "avx512"       ? avx512_kernels()
+                           : name == "avx512vnni" ? vnni_kernels()
+                           : name == "avx2"       ? avx2_kernels()
+                           : name == "plain"      ? &plain_kernels
+                                                  : nullptr;
+  if (kernels) in_use() = kernels;
   return kernels != nullptr;
 }
 
-std::string using_now() { return chosen()->name; }
-
-Float float_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Float::f32;
-    case ScalarType::BFloat16:
-      return Float::bf16;
-    case ScalarType::Half:
-      return Float::f16;
-    default:
-      STD_TORCH_CHECK(false, "secateur: values are float32, bfloat16 or float16, not ", torch::headeronly::toString(t.scalar_type()));
-  }
-}
-
-void check(const Tensor& t, ScalarType dtype, int64_t at_least, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous() && t.numel() >= at_least, "secateur: ", name,
-                  " is not a contiguous ", torch::headeronly::toString(dtype), " of at least ", at_least,
-                  " elements in the CPU's memory");
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-
-Tensor empty(int64_t rows, int64_t columns, ScalarType dtype) {
-  const int64_t sizes[] = {rows, columns};
-  return torch::stable::empty({sizes, 2}, dtype);
-}
-
-Tensor as_dtype(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
-
-// Calls `body` with the values of a tensor of any dtype that there is here.
-template <class Body>
-void with_values(const Tensor& t, const Body& body) {
-  switch (float_of(t)) {
-    case Float::f32:
-      return body(data<float>(t));
-    case Float::bf16:
-      return body(data<torch::headeronly::BFloat16>(t));
-    case Float::f16:
-      return body(data<torch::headeronly::Half>(t));
-  }
-}
-
-Floats floats_of(const Tensor& t, int64_t at_least, const char* name) {
-  check(t, t.scalar_type(), at_least, name);
-  // Null is for what a weight does not have; it may have a scale for each of no groups.
-  static const float none = 0;
-  return {t.numel() ? t.data_ptr() : &none, float_of(t)};
-}
+std::string using_now() { return in_use()->name; }
 
 template <class T>
 const T* optional_data(Maybe t, ScalarType dtype, int64_t at_least, const char* name) {
@@ -133,15 +65,7 @@ Laid lay_out(const Tensor& x, int64_t group_size, int64_t G, bool split, const i
     if (split)
       for (int64_t i = 0; i < stride; i++) splits[t * stride + (i & ~31) + (i & 1) * 16 + (i % 32) / 2] = to[i];
     for (int64_t g = 0; g < sums; g++) {
-      // Eight sums, so that the compiler can add up side by side.
-      float total[8] = {};
-      const int64_t end = std::min((g + 1) * group_size, I);
-      int64_t i = std::min(g * group_size, I);
-      for (; i + 8 <= end; i += 8)
-        for (int j = 0; j < 8; j++) total[j] += to[i + j];
-      for (; i < end; i++) total[0] += to[i];
-      for (int j = 1; j < 8; j++) total[0] += total[j];
-      group_sums[t * sums + g] = total[0];
+      group_sums[t * sums + g] = sum_of(to, std::min(g * group_size, I), std::min((g + 1) * group_size, I));
     }
   }
   laid.in = {T, stride, rows, split ? splits : nullptr, G ? group_sums : nullptr, sums};
@@ -179,8 +103,6 @@ Tensor in_order(const Tensor& x, const int32_t* order, ScalarType dtype) {
   });
   return found;
 }
-
-int64_t grain(int64_t I) { return std::max<int64_t>(1, WEIGHTS_PER_THREAD / std::max<int64_t>(I, 1)); }
 
 // x Wᵀ by unpacking tiles of rows; `row(r, w, scratch)` unpacks one in float32, columns in stored order.
 template <class Row>
@@ -220,12 +142,6 @@ Tensor by_tiles(const Tensor& x, Maybe order, Maybe bias, int64_t O, int64_t flo
     }
   }
   return as_dtype(y, x.scalar_type());
-}
-
-void check_input(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), "secateur: the CPU kernels take inputs in the CPU's memory, not on another device");
-  STD_TORCH_CHECK(x.dim() == 2, "secateur: the input is [tokens, features]");
-  float_of(x);
 }
 
 Tensor sparse_linear(const Tensor& x_any, const Tensor& values, const Tensor& mask, const Tensor& start, Maybe bias) {
@@ -317,6 +233,8 @@ Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, cons
 }
 
 }  // namespace
+
+const Kernels* chosen() { return in_use(); }
 
 STABLE_TORCH_LIBRARY(secateur, m) {
   m.def("sparse_linear(Tensor x, Tensor values, Tensor mask, Tensor start, Tensor? bias) -> Tensor");

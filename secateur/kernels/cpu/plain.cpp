@@ -1,6 +1,7 @@
 // The kernels for processors of which nothing is known.
 
 #include "plain.h"
+#include "trellis.h"
 
 namespace secateur {
 namespace {
@@ -62,6 +63,6 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
 
 }  // namespace
 
-const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16};
+const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_plain};
 
 }  // namespace secateur

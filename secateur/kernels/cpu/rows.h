@@ -71,6 +71,8 @@ constexpr int MOST_ROWS = 4;
 // Floats of scratch that a kernel wants for a weight of these sizes: rows, and for each row done at a time six of groups.
 constexpr int64_t scratch_floats(int64_t I, int64_t G) { return 3 * round_up(I) + MOST_ROWS * 6 * round_up(G + WIDTH); }
 
+struct TrellisKernels;
+
 // Kernels for the rows from `first` to before `last`. `y` is [T, O], of which these columns are set.
 struct Kernels {
   const char* name;
@@ -81,11 +83,14 @@ struct Kernels {
   void (*coded_row)(const Coded&, int64_t r, float* w, float* scratch);
   // float32 to bfloat16, to the nearest and ties to even. Both vectors have room for round_up(n).
   void (*to_bf16)(const float* from, uint16_t* to, int64_t n);
+  const TrellisKernels* trellis;
 };
 
 extern const Kernels plain_kernels;
 // Null where they were not compiled, or this processor cannot run them.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+// AVX2, and AVX-512 where it does without VBMI.
+const Kernels* vnni_kernels();
 
 }  // namespace secateur

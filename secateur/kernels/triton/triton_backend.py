@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 
 from secateur.kernels.backends import backend
 from secateur.kernels.packed import FLOAT_DTYPES, CodedWeight, Packed, SparseWeight, map_tensors
+from secateur.kernels.trellis_weight import TrellisWeight
 from secateur.kernels.triton.triton_weight import CHUNK, TritonWeight
 
 
@@ -47,16 +49,15 @@ class Triton:
         return _PREPARED[weight.kernels](weight)
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        from secateur.kernels.triton.triton_linear import linear
-
+        linear = _module_of(weight).linear
+        found: Tensor
         if weight.packed.order_I is not None:
             x_TI = x_TI[:, weight.packed.order_I]
-        return linear(weight, x_TI.contiguous(), bias_O)
+        found = linear(weight, x_TI.contiguous(), bias_O)
+        return found
 
     def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
-        from secateur.kernels.triton.triton_linear import gradient
-
-        grad_TI = gradient(weight, grad_TO.contiguous())
+        grad_TI: Tensor = _module_of(weight).gradient(weight, grad_TO.contiguous())
         if weight.packed.order_I is None:
             return grad_TI
         return torch.empty_like(grad_TI).index_copy_(1, weight.packed.order_I.long(), grad_TI)
@@ -103,4 +104,17 @@ def _coded(weight: CodedWeight) -> TritonWeight:
     return TritonWeight(weight.shape, tensors, constants, weight)
 
 
-_PREPARED: dict[str, Callable[[Any], TritonWeight]] = {"sparse": _sparse, "coded": _coded}
+def _trellis(weight: TrellisWeight) -> TritonWeight:
+    words, rest = divmod(weight.ring * weight.bits, 32)
+    words = 0 if rest else words
+    codes = weight.codes_S.view(torch.int32) if words else weight.codes_S
+    constants = {"BITS": weight.bits, "STATES": weight.state_bits, "RING": weight.ring, "WORDS": words}
+    return TritonWeight(weight.shape, {"codes": codes}, constants, weight)
+
+
+def _module_of(weight: TritonWeight) -> Any:
+    """The kernels for a weight, which only now need Triton."""
+    return import_module(f"{__package__}.triton_{'trellis' if weight.packed.kernels == 'trellis' else 'linear'}")
+
+
+_PREPARED: dict[str, Callable[[Any], TritonWeight]] = {"sparse": _sparse, "coded": _coded, "trellis": _trellis}

@@ -32,16 +32,16 @@ from secateur.kernels.triton.triton_tiles import coded_tile, sparse_tile
 from secateur.kernels.triton.triton_weight import CHUNK, TritonWeight
 
 # Above them, weights are expanded into memory. Products of float32 take no tensor cores, and more registers than there are.
-_TILED_TOKENS, _TILED_TOKENS_FLOAT32 = 256, 32
+TILED_TOKENS, TILED_TOKENS_FLOAT32 = 256, 32
 # Weights that are expanded at a time: 64 MiB in 16 bits, about what the cache of an H100 holds.
-_EXPANDED = 1 << 25
+EXPANDED = 1 << 25
 # Programs of four warps that fill an H100: four for each of 132 multiprocessors.
-_PROGRAMS = 4 * 132
-_MAX_SPLITS = 8
+PROGRAMS = 4 * 132
+MAX_SPLITS = 8
 
 
 @triton.jit
-def _multiply(sum_R, W_RC, x_TI, column, token_P, T, I, C: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr):
+def multiply(sum_R, W_RC, x_TI, column, token_P, T, I, C: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr):
     """Add a tile times its inputs: to `[R, C]`, not yet summed over columns, for one token; to `[R, P]` for more."""
     column_C = column + tl.arange(0, C)
     if P == 1:
@@ -76,7 +76,7 @@ def _multiply_outliers(start_O1, column_N, value_N, x_IT, row_R, token_P, split,
 
 
 @triton.jit
-def _store(sum_RP, y, bias_O, row_R, token_P, split, O, T, S: tl.constexpr):
+def store(sum_RP, y, bias_O, row_R, token_P, split, O, T, S: tl.constexpr):
     """Write the tile of the output, or, where columns are split, of this split's share `[S, T, O]` of it."""
     inside_RP = (row_R[:, None] < O) & (token_P[None, :] < T)
     if S == 1 and bias_O is not None:
@@ -95,10 +95,10 @@ def _sparse_linear(x_TI, y, bias_O, O, I, T, values_V, bitmask_OB, start_OW,
     sum_R = tl.full([R, C if P == 1 else P], 0.0, tl.float32)
     for column in range(split * C, I, S * C):
         W_RC = sparse_tile(values_V, bitmask_OB, start_OW, row, column, O, I, R, C)
-        sum_R = _multiply(sum_R, W_RC, x_TI, column, token_P, T, I, C, P, WIDE)
+        sum_R = multiply(sum_R, W_RC, x_TI, column, token_P, T, I, C, P, WIDE)
     if P == 1:
         sum_R = tl.sum(sum_R, 1)[:, None]
-    _store(sum_R, y, bias_O, row + tl.arange(0, R), token_P, split, O, T, S)
+    store(sum_R, y, bias_O, row + tl.arange(0, R), token_P, split, O, T, S)
 
 
 @triton.jit
@@ -114,14 +114,14 @@ def _coded_linear(x_TI, y, bias_O, O, I, T, codes_S, scale, zero, second, x_IT, 
     sum_R = tl.full([R, C if P == 1 else P], 0.0, tl.float32)
     for column in range(split * C, I, S * C):
         W_RC = coded_tile(codes_S, scale, zero, second, row, column, O, I, R, C, BITS, GRID, GROUP, TILE_ROWS, RAGGED)
-        sum_R = _multiply(sum_R, W_RC, x_TI, column, token_P, T, I, C, P, WIDE)
+        sum_R = multiply(sum_R, W_RC, x_TI, column, token_P, T, I, C, P, WIDE)
     if P == 1:
         sum_R = tl.sum(sum_R, 1)[:, None]
     if x_IT is not None:
         sum_R += _multiply_outliers(
             outlier_start_O1, outlier_column_N, outlier_value_N, x_IT, row_R, token_P, split, O, T, S, R, P, N
         )
-    _store(sum_R, y, bias_O, row_R, token_P, split, O, T, S)
+    store(sum_R, y, bias_O, row_R, token_P, split, O, T, S)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _add_splits(part_STO, y_TO, bias_O, size, O, S: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _store_dense(W_RC, W_OI, row, column, first_row, end_row, I, R: tl.constexpr, C: tl.constexpr):
+def store_dense(W_RC, W_OI, row, column, first_row, end_row, I, R: tl.constexpr, C: tl.constexpr):
     """Write a tile of the dense weight that begins with `first_row`."""
     row_R = row + tl.arange(0, R)
     column_C = column + tl.arange(0, C)
@@ -152,7 +152,7 @@ def _sparse_expand(W_OI, first_row, end_row, I, values_V, bitmask_OB, start_OW, 
     row = first_row + tl.program_id(0) * R
     column = tl.program_id(1) * C
     W_RC = sparse_tile(values_V, bitmask_OB, start_OW, row, column, end_row, I, R, C)
-    _store_dense(W_RC, W_OI, row, column, first_row, end_row, I, R, C)
+    store_dense(W_RC, W_OI, row, column, first_row, end_row, I, R, C)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def _coded_expand(W_OI, first_row, end_row, I, codes_S, scale, zero, second, BIT
     row = first_row + tl.program_id(0) * R
     column = tl.program_id(1) * C
     W_RC = coded_tile(codes_S, scale, zero, second, row, column, end_row, I, R, C, BITS, GRID, GROUP, TILE_ROWS, RAGGED)
-    _store_dense(W_RC, W_OI, row, column, first_row, end_row, I, R, C)
+    store_dense(W_RC, W_OI, row, column, first_row, end_row, I, R, C)
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def linear(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
     T = len(x_TI)
     if T == 0:
         return x_TI.new_empty(0, weight.shape[0])
-    most = _TILED_TOKENS_FLOAT32 if x_TI.dtype == torch.float32 else _TILED_TOKENS
+    most = TILED_TOKENS_FLOAT32 if x_TI.dtype == torch.float32 else TILED_TOKENS
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(x_TI):
         return _expanded(weight, x_TI, bias_O) if most < T else _tiled(weight, x_TI, bias_O)
@@ -216,7 +216,7 @@ def sizes(O: int, I: int, T: int) -> Sizes:
     else:
         R, C, P, N, warps = 64, CHUNK, 64, 2, 8  # with four, registers spill
     programs = -(-O // R) * -(-T // P)
-    return Sizes(R, C, P, min(max(1, _PROGRAMS // programs), -(-I // C), _MAX_SPLITS), N, warps)
+    return Sizes(R, C, P, min(max(1, PROGRAMS // programs), -(-I // C), MAX_SPLITS), N, warps)
 
 
 def _tiled(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -267,7 +267,7 @@ def _expanded_rows(weight: TritonWeight, like: Tensor) -> Iterator[tuple[int, Te
     the device of a tensor, and in memory that is used again."""
     O, I = weight.shape
     R, C = 4, 4 * CHUNK
-    rows = min(O, max(_EXPANDED // I // R, 1) * R)
+    rows = min(O, max(EXPANDED // I // R, 1) * R)
     W_OI = like.new_empty(rows, I)
     for first in range(0, O, rows):
         end = min(first + rows, O)

@@ -103,6 +103,6 @@ def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[f
     if not stats.tokens:
         kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
     else:
-        kind = "output" if stats.level == Level.GRAM else "independent inputs"
+        kind = "output" if stats.level >= Level.GRAM else "independent inputs"
         error, total = stats.energy(change_OI).sum(), stats.energy(dense_OI).sum()
     return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind

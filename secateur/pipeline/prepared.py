@@ -6,14 +6,14 @@ O: output features, I: input features.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.core.patterns import NM
+from secateur.core.patterns import NM, Structured
 from secateur.core.stats import Level
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
@@ -23,6 +23,7 @@ from secateur.model.block_names import how_to_ignore
 from secateur.model.load import load_source
 from secateur.model.source import Source
 from secateur.model.structure import (
+    Blocks,
     Linear,
     block_linears,
     build_skeleton,
@@ -36,8 +37,12 @@ from secateur.model.structure import (
 from secateur.model.weights import ModelWeights, check_values
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.solve import Problem
+from secateur.recipes.goals import is_open
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
+from secateur.structured.shorten import parse_numbers, without_blocks
+from secateur.structured.sites import Width
+from secateur.structured.structure_of import Structure, structure_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Prepared:
         experts: of mixtures, by name.
         of_experts: names of their linears.
         solved: gives the new weights of experts that an earlier run has solved, by the name of their linear.
+        structure: what a structured pattern makes of it.
     """
 
     source: Source
@@ -87,6 +93,12 @@ class Prepared:
     experts: Mapping[str, Experts]
     of_experts: frozenset[str]
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    structure: Structure | None = None
+
+    @property
+    def written(self) -> Source:
+        """The source, with the config that the result has."""
+        return self.source if self.structure is None else self.structure.written
 
     # --- linears
 
@@ -108,7 +120,13 @@ class Prepared:
             W_OI = stored.T if is_transposed(linear) else stored
         else:
             W_OI = weight_matrix(linear)
-        return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+        problem = Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+        if self.structure is None:
+            return problem
+        bias = getattr(linear, "bias", None)
+        if bias is not None and bias.is_meta:
+            bias = self.weights.checked(f"{name}.bias", bias).to(self.device)
+        return replace(problem, units=self.structure.units(name), bias_O=bias)
 
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
@@ -206,13 +224,22 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     compute_dtype = source.dtype if device.type == "cuda" else torch.float32
     model: Any = build_skeleton(source, compute_dtype)
     found = find_blocks(model)
+    if recipe.drop_blocks is not None:
+        source = without_blocks(source, model, found, parse_numbers(recipe.drop_blocks))
+        model = build_skeleton(source, compute_dtype)
+        found = find_blocks(model)
     for name, block in found.modules.items():
         check_unfused(block, name)
     experts = experts_in(model)
     names, twins = list(found.linears), shared_parameters(model)
     wanted = select_linears(names, recipe.targets, recipe.ignore)
     tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
-    chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+    structure = None
+    if plan.pruning is not None and isinstance(plan.pruning.pattern, Structured):
+        structure = _structure(source, model, found, plan.pruning.pattern, recipe)
+        tied, chosen = [], set(structure.widths)
+    else:
+        chosen = _without_left_alone(set(wanted) - set(tied), recipe)
     prepared = Prepared(
         source=source,
         recipe=recipe,
@@ -234,11 +261,23 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         base=psutil.Process().memory_info().rss,
         experts=experts,
         of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
+        structure=structure,
     )
     prepared.check_shapes()
     if plan.level > Level.NONE:
         prepared.check_reached(found.unreached or ())
     return prepared
+
+
+def _structure(source: Source, model: Any, found: Blocks, pattern: Structured, recipe: Recipe) -> Structure:
+    """What a structured pattern makes of a model."""
+    twins = shared_parameters(model)
+    if any(name in twins for block in found.linears for name in (f"{block}.weight",)):
+        raise UsageError(f"several modules of {source.name} share their weights, which no units can be taken from alone")
+    given = {name: Width(c.units or 0, c.groups or 1) for name, c in recipe.linears.items()} if recipe.linears else None
+    if given is None and recipe.drop_blocks is not None and pattern.units == ("blocks",):
+        given = {}
+    return structure_of(source, model, found, pattern, given, is_open(recipe))
 
 
 def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:

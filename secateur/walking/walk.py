@@ -147,7 +147,8 @@ def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage) -
             with passage.clock("statistics"):
                 for names, (x_TI, weight_T, borrowed) in _by_group(stage, rows):
                     stats = found.setdefault(names[0], InputStats.empty(x_TI.shape[-1], target.level, x_TI.device))
-                    stats.add(x_TI.reshape(-1, x_TI.shape[-1]), weight_T, borrowed)
+                    # Processes begin in turn with an even and an odd one: where each has one window, both halves have some.
+                    stats.add_windows(x_TI, windows + passage.ranks.rank, weight_T, borrowed)
                     if not stats.finite:
                         raise RepeatedError(_where_not_finite(names, x_TI, windows, passage.ranks))
             del rows
@@ -155,6 +156,8 @@ def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage) -
     for names in stage.groups:
         if names[0] not in found:
             raise RepeatedError(f"{names[0]} is not reached by calibration text: not supported")
+    for stats in found.values():
+        stats.join()
     return [(names, found[names[0]]) for names in stage.groups]
 
 

@@ -64,8 +64,6 @@ class NM:
 
 #: What may be removed as a whole.
 UNITS = ("neurons", "heads", "blocks")
-#: Whether all blocks have the same numbers of units, or each its own.
-WIDTHS = ("uniform", "per-layer")
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,12 @@ class Structured:
         sparsity: share of the weights of all blocks that go.
         units: of which kinds, some of `UNITS`.
         multiple: that the number of neurons left in a block is of; None: of 32, where the model's own number is.
-        widths: one of `WIDTHS`.
         refit: whether the weights that read the units that stay make up for those that go.
     """
 
     sparsity: float
     units: tuple[str, ...] = ("neurons",)
     multiple: int | None = None
-    widths: str = "uniform"
     refit: bool = True
 
     def __post_init__(self) -> None:
@@ -93,11 +89,11 @@ class Structured:
             )
         unknown = [unit for unit in self.units if unit not in UNITS]
         if unknown or not self.units or len(set(self.units)) < len(self.units):
-            raise UsageError(f"`units` {','.join(self.units)!r} is not possible: it can be {', '.join(UNITS)}, or several")
+            raise UsageError(
+                f"`units` {','.join(self.units)!r} is not possible: it can be {', '.join(UNITS)}, or several"
+            )
         if self.multiple is not None and self.multiple < 1:
             raise UsageError(f"`multiple` is {self.multiple}: it must be at least 1")
-        if self.widths not in WIDTHS:
-            raise UsageError(f"`widths` {self.widths!r} is not known: it can be {' or '.join(WIDTHS)}")
 
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} structured ({', '.join(self.units)})"

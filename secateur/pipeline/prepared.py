@@ -40,7 +40,7 @@ from secateur.pipeline.solve import Problem
 from secateur.recipes.goals import is_open
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
-from secateur.structured.shorten import parse_numbers, without_blocks
+from secateur.structured.shorten import dropped, without_blocks, without_dropped
 from secateur.structured.sites import Width
 from secateur.structured.structure_of import Structure, structure_of
 
@@ -224,8 +224,11 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     compute_dtype = source.dtype if device.type == "cuda" else torch.float32
     model: Any = build_skeleton(source, compute_dtype)
     found = find_blocks(model)
-    if recipe.drop_blocks is not None:
-        source = without_blocks(source, model, found, parse_numbers(recipe.drop_blocks))
+    widths = {name: Width(c.units, c.groups or 1) for name, c in recipe.linears.items() if c.units is not None}
+    drop = dropped(found, widths)
+    if drop:
+        source = without_blocks(source, model, found, drop)
+        widths = without_dropped(found, widths, drop)
         model = build_skeleton(source, compute_dtype)
         found = find_blocks(model)
     for name, block in found.modules.items():
@@ -236,7 +239,9 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
     structure = None
     if plan.pruning is not None and isinstance(plan.pruning.pattern, Structured):
-        structure = _structure(source, model, found, plan.pruning.pattern, recipe)
+        _check_own_weights(source, found, twins)
+        given = widths if recipe.linears else None
+        structure = structure_of(source, model, found, plan.pruning.pattern, given, is_open(recipe))
         tied, chosen = [], set(structure.widths)
     else:
         chosen = _without_left_alone(set(wanted) - set(tied), recipe)
@@ -269,15 +274,11 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     return prepared
 
 
-def _structure(source: Source, model: Any, found: Blocks, pattern: Structured, recipe: Recipe) -> Structure:
-    """What a structured pattern makes of a model."""
-    twins = shared_parameters(model)
-    if any(name in twins for block in found.linears for name in (f"{block}.weight",)):
-        raise UsageError(f"several modules of {source.name} share their weights, which no units can be taken from alone")
-    given = {name: Width(c.units or 0, c.groups or 1) for name, c in recipe.linears.items()} if recipe.linears else None
-    if given is None and recipe.drop_blocks is not None and pattern.units == ("blocks",):
-        given = {}
-    return structure_of(source, model, found, pattern, given, is_open(recipe))
+def _check_own_weights(source: Source, found: Blocks, twins: Collection[str]) -> None:
+    """Raise UsageError where linears of blocks share their weights with others: no units can go from one of them alone."""
+    shared = next((name for name in found.linears if f"{name}.weight" in twins), None)
+    if shared is not None:
+        raise UsageError(f"{shared} of {source.name} shares its weight with another module, so no units can go")
 
 
 def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:

@@ -173,7 +173,7 @@ def _prune_units(pruner: UnitPruner, stack: Stack, units: Units, refits: bool) -
 
 
 def _narrowed(problem: Problem, solution: Solution, pruned: Pruned) -> Solution:
-    """A solution that tells which units stay, and of the weight without the others; with a bias, where one makes up for them."""
+    """A solution that tells which units stay, and of the weight without the others; with a bias that makes up for them."""
     assert pruned.keep_U is not None
     assert problem.units is not None
     assert solution.W_OI is not None

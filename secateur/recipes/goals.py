@@ -19,7 +19,7 @@ def is_open(recipe: Recipe) -> bool:
 def has_units_to_share(recipe: Recipe) -> bool:
     """Whether units of other kinds than neurons may go, and it is not said how many of each."""
     kinds = (recipe.units or "neurons").replace(" ", "")
-    return recipe.pattern == "structured" and kinds != "neurons" and recipe.drop_blocks is None
+    return recipe.pattern == "structured" and kinds != "neurons"
 
 
 def has_target(recipe: Recipe) -> bool:

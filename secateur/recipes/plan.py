@@ -174,15 +174,19 @@ def _pruning(recipe: Recipe) -> Pruning | None:
 
 def _structured_only(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says that only a structured pattern heeds, by name."""
-    said = {"units": recipe.units, "multiple": recipe.multiple, "widths": recipe.widths, "drop_blocks": recipe.drop_blocks}
-    return {name: value for name, value in {**said, "refit": None if recipe.refit else False}.items() if value is not None}
+    said = {"units": recipe.units, "multiple": recipe.multiple}
+    return {
+        name: value for name, value in {**said, "refit": None if recipe.refit else False}.items() if value is not None
+    }
 
 
 def _structured(recipe: Recipe, pruner: Any) -> Pruning:
     """Raises UsageError where something does not go together with it."""
     if not hasattr(pruner, "keep_units"):
         known = ", ".join(sorted(name for name, each in PRUNERS.items() if hasattr(each, "keep_units")))
-        raise UsageError(f"{recipe.prune} compares single weights, and `pattern` structured whole units: `prune` can be {known}")
+        raise UsageError(
+            f"{recipe.prune} compares single weights, and `pattern` structured whole units: `prune` can be {known}"
+        )
     others = {
         "refine": recipe.refine,
         "reconstruct": recipe.reconstruct or None,
@@ -198,15 +202,19 @@ def _structured(recipe: Recipe, pruner: Any) -> Pruning:
             instead = "compress the result again for that" if name in ("quantize", "target_size") else "leave it out"
             raise UsageError(f"`{name}` does not go together with `pattern` structured: {instead}")
     if recipe.format not in ("auto", "dense"):
-        raise UsageError(f"`format` {recipe.format} is for single weights, and a structured result is dense: leave it out")
+        raise UsageError(
+            f"`format` {recipe.format} is for single weights, and a structured result is dense: leave it out"
+        )
     if recipe.sparsity is None:
-        raise UsageError("how much to prune is not said: give `sparsity`, the share of the blocks' weights to remove, like 25%")
+        raise UsageError(
+            "how much to prune is not said: give `sparsity`, the share of the blocks' weights to remove, like 25%"
+        )
     units = tuple(word.strip() for word in recipe.units.split(",")) if recipe.units is not None else ("neurons",)
-    pattern = Structured(recipe.sparsity, units, recipe.multiple, recipe.widths or "uniform", recipe.refit)
-    if recipe.allocation not in ("uniform", "search"):
-        raise UsageError(f"`allocation` {recipe.allocation} is for single weights: give search, or leave it out")
-    if pattern.widths == "per-layer" and recipe.allocation != "search" and not recipe.linears:
-        raise UsageError("`widths` per-layer needs `allocation` search, which finds the width of each block")
+    pattern = Structured(recipe.sparsity, units, recipe.multiple, recipe.refit)
+    if recipe.allocation != "uniform":
+        raise UsageError(
+            f"`allocation` {recipe.allocation} is for single weights: several `units` share what goes by what each costs anyway"
+        )
     return Pruning(pruner, None, pattern)
 
 

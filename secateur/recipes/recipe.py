@@ -79,7 +79,7 @@ class Choice:
         sparsity: share of its weights to remove; None prunes nothing.
         bits: of its codes; None does not quantize it.
         units, groups: of a structured pattern, how many neurons it reads, or how many heads in how many groups that share keys
-            and values.
+            and values; 0 for both linears of a block: it goes as a whole.
     """
 
     sparsity: float | None = None
@@ -103,9 +103,7 @@ class Recipe:
         pattern: `unstructured`, `N:M`, or `structured`: whole units go, and the result is a smaller dense model.
         units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
         multiple: of a structured pattern, that the number of neurons left is of; None: of 32, where the model's is.
-        widths: of a structured pattern, `uniform` or `per-layer`.
         refit: of a structured pattern, whether the weights that read what stays make up for what goes.
-        drop_blocks: numbers of blocks that go, with commas: what a search finds, or what is asked for.
         refine: name of the mask refiner, if any.
         targets: glob patterns of the names of linears to compress; none means all inside the blocks.
         ignore: glob patterns of linears to leave alone.
@@ -128,9 +126,7 @@ class Recipe:
     pattern: str | None = None
     units: str | None = None
     multiple: int | None = None
-    widths: str | None = None
     refit: bool = True
-    drop_blocks: str | None = None
     refine: str | None = None
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

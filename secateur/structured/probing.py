@@ -282,4 +282,3 @@ def _feeds_nothing_else(
     seen = _pass(block, call, weights, draw, cut=coupling.consumer)
     reached = _reached(seen, seen.out, list(coupling.producers), draw)
     return not any((reached[name] & feeds.some_R).any() for name, feeds in coupling.producers.items())
-

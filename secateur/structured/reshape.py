@@ -44,9 +44,7 @@ def reshaped(source: Source, model: nn.Module, probed: Probed, widths: Widths) -
     """
     chosen = [site for site in probed.sites if widths.get(site.name, site.width) != site.width]
     masks = [site.masks(site.keep_first(widths[site.name])) for site in chosen]
-    wanted = {
-        name: tuple(cut(name, tensor, masks).shape) for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    wanted = {name: tuple(cut(name, tensor, masks).shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     text = source.config.get_text_config()
     for edits in _edits(text, chosen, widths):
         edited = with_edits(source, edits)

@@ -18,6 +18,7 @@ from secateur.model.located import locate
 from secateur.model.source import Source
 from secateur.model.structure import Blocks, build_skeleton, find_blocks
 from secateur.structured.reshape import with_edits
+from secateur.structured.sites import Width
 
 # What tells blocks apart by their number alone.
 _NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
@@ -49,11 +50,22 @@ class _Renamed(Tensors):
         self._tensors.release()
 
 
-def parse_numbers(words: str) -> tuple[int, ...]:
-    """Numbers of blocks, as in `3,7,12`. Raises UsageError where they are none."""
-    if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", words):
-        raise UsageError(f"`drop_blocks` {words!r} is not understood: give numbers of blocks, the first is 0, as in 3,7,12")
-    return tuple(sorted(set(map(int, words.split(",")))))
+def dropped(blocks: Blocks, widths: Mapping[str, Width]) -> list[int]:
+    """The numbers of the blocks that are to have no units at all, in order."""
+    gone = [name for name, width in widths.items() if not width.units]
+    return [i for i, prefix in enumerate(blocks.modules) if any(name.startswith(f"{prefix}.") for name in gone)]
+
+
+def without_dropped(blocks: Blocks, widths: Mapping[str, Width], drop: Sequence[int]) -> dict[str, Width]:
+    """The widths of the linears of the other blocks, by the names that they have then."""
+    prefixes = list(blocks.modules)
+    new_of = {prefix: prefixes[i] for i, prefix in enumerate(p for n, p in enumerate(prefixes) if n not in drop)}
+    return {
+        f"{new}{name[len(old) :]}": width
+        for name, width in widths.items()
+        for old, new in new_of.items()
+        if name.startswith(f"{old}.")
+    }
 
 
 def without_blocks(source: Source, model: nn.Module, blocks: Blocks, drop: Sequence[int]) -> Source:
@@ -62,18 +74,14 @@ def without_blocks(source: Source, model: nn.Module, blocks: Blocks, drop: Seque
     Args:
         model: its skeleton.
         blocks: of it.
-        drop: their numbers, in the order in which they run.
+        drop: numbers of those, in the order in which they run, one at least.
 
     Raises:
         UsageError: it cannot be without them, and why not.
     """
     count = len(blocks.modules)
-    if not drop:
-        return source
-    if drop[-1] >= count:
-        raise UsageError(f"`drop_blocks` names block {drop[-1]}, and {source.name} has {count}: the last one is {count - 1}")
     if len(drop) == count:
-        raise UsageError(f"`drop_blocks` names all {count} blocks of {source.name}, which would leave nothing")
+        raise UsageError(f"all {count} blocks of {source.name} are to go, which would leave nothing")
     (prefix, *more) = blocks.lists
     names = [f"{prefix}.{i}" for i in range(count)]
     text = source.config.get_text_config()
@@ -108,7 +116,9 @@ def _renamed(source: Source, model: nn.Module, prefix: str, kept: Sequence[int])
         if name.startswith(f"{prefix}.")
         for number in [name[len(prefix) + 1 :].partition(".")[0]]
     }
-    pattern = re.compile(rf"({'|'.join(re.escape(f'{each}.' if each else '') for each in sorted(before, reverse=True))})(\d+)\.(.*)")
+    pattern = re.compile(
+        rf"({'|'.join(re.escape(f'{each}.' if each else '') for each in sorted(before, reverse=True))})(\d+)\.(.*)"
+    )
     new_number = {old: new for new, old in enumerate(kept)}
 
     def rename(name: str) -> str | None:
@@ -135,7 +145,9 @@ def _alike(short: Source, model: nn.Module, prefix: str, kept: Sequence[int]) ->
         return False
     if list(built) != [f"{prefix}.{i}" for i in range(len(kept))]:
         return False
-    return all(_told(built[f"{prefix}.{new}"]) == _told(model.get_submodule(f"{prefix}.{old}")) for new, old in enumerate(kept))
+    return all(
+        _told(built[f"{prefix}.{new}"]) == _told(model.get_submodule(f"{prefix}.{old}")) for new, old in enumerate(kept)
+    )
 
 
 def _told(block: nn.Module) -> list[Any]:

@@ -122,7 +122,7 @@ class Probed:
 
 
 def probe(model: nn.Module, blocks: Blocks, heads: int) -> Probed | None:
-    """Find where units can be removed; None where the model does not run without weights. Blocks that are alike are tried once."""
+    """Find where units can be removed, of blocks that are alike in one; None where the model does not run without weights."""
     modules = list(blocks.modules.values())
     calls = calls_of(model, modules)
     if calls is None:
@@ -149,4 +149,3 @@ def probe(model: nn.Module, blocks: Blocks, heads: int) -> Probed | None:
 def of_kind(sites: Sequence[Site], kind: str) -> list[Site]:
     """Those whose units are neurons, or heads."""
     return [site for site in sites if site.coupling.kind == kind]
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Structure:
     widths: Widths
     written: Source
 
-    @property
+    @cached_property
     def sites(self) -> dict[str, Site]:
         """Those that lose units, by the names of their linears."""
         by_name = {site.name: site for site in self.probed.sites}
@@ -78,17 +79,17 @@ def structure_of(
         source: of the model, without the blocks that go.
         model: its skeleton.
         blocks: of it.
-        given: what was chosen for each linear already, by name.
+        given: what was chosen for each linear already, by name; None: all blocks lose as many neurons.
         search: whether it is still to be found out: all sites of the kinds that may lose units have their own width then.
 
     Raises:
         UsageError: nothing was understood, nothing would be left, or no config gives such a model.
     """
     probed = probe(model, blocks, _heads(source))
-    kinds = [kind for kind in ("neurons", "heads") if kind in pattern.units or ("blocks" in pattern.units and search)]
+    kinds = [kind for kind in ("neurons", "heads") if kind in pattern.units or "blocks" in pattern.units]
     sites = [site for kind in kinds for site in of_kind(probed.sites, kind)] if probed is not None else []
     missing = [kind for kind in kinds if not any(site.coupling.kind == kind for site in sites)]
-    if probed is None or not sites or (missing and not search):
+    if probed is None or missing:
         what = " or ".join(missing or kinds)
         raise UsageError(
             f"no {what} of {source.name} can be told apart: in its blocks more hangs on them than what one linear reads"
@@ -98,12 +99,16 @@ def structure_of(
     widths = given if given is not None else uniform_neurons(source, probed, pattern)
     unknown = [name for name in widths if name not in {site.name for site in probed.sites}]
     if unknown:
-        raise UsageError(f"the recipe chooses how wide {unknown[0]} is to be, whose units are not understood: is it of another model?")
+        raise UsageError(
+            f"the recipe chooses how wide {unknown[0]} is to be, whose units are not understood: is it of another model?"
+        )
     by_name = {site.name: site for site in probed.sites}
     widths = {name: width for name, width in widths.items() if width != by_name[name].width}
     written = reshaped(source, model, probed, widths) if widths else source
     if written is None:
-        raise UsageError(f"no config of {source.name} gives {describe(by_name, widths)}: {_instead(source, model, probed, widths)}")
+        raise UsageError(
+            f"no config of {source.name} gives {describe(by_name, widths)}: {_instead(source, model, probed, widths)}"
+        )
     return Structure(probed, widths, written)
 
 
@@ -143,13 +148,15 @@ def uniform_neurons(source: Source, probed: Probed, pattern: Structured) -> dict
         if units < multiple:
             most = (own - multiple) / own * whole / probed.weights
             raise UsageError(
-                f"sparsity {pattern.sparsity:g} would leave no neurons: they are {whole / probed.weights:.0%} of the weights of "
-                f"the blocks of {source.name}, so at most {int(1000 * most) / 10:g}% can go; or give `units` neurons,heads"
+                f"sparsity {pattern.sparsity:g} would leave no neurons: they are {whole / probed.weights:.0%} of the weights "
+                f"of the blocks of {source.name}, so at most {int(1000 * most) / 10:g}% can go"
             )
         widths[site.name] = Width(min(units, own))
     if all(width == site.width for width, site in zip(widths.values(), sites, strict=True)):
         site = sites[0]
-        step = (site.weights(site.width) - site.weights(Width(site.coupling.units - multiple_for(site, pattern)))) * len(sites)
+        step = (
+            site.weights(site.width) - site.weights(Width(site.coupling.units - multiple_for(site, pattern)))
+        ) * len(sites)
         raise UsageError(
             f"sparsity {pattern.sparsity:g} removes nothing: neurons go in steps of {step / probed.weights:.2%}, or of fewer "
             "with a smaller `multiple`"

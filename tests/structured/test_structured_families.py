@@ -5,11 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.core.patterns import Structured
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.structured.sites import Width, probe
-from secateur.structured.structure_of import head_widths, legal_heads
+from secateur.structured.structure_of import legal_heads
 
 TOKENS = torch.arange(2, 34)[None]
 
@@ -71,7 +70,21 @@ def same(one, other):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama-tied", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "gemma2", "gemma3", "falcon", "falcon-new", "cohere"],
+    [
+        "llama",
+        "llama-tied",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "gpt2",
+        "gpt-neox",
+        "opt",
+        "gemma2",
+        "gemma3",
+        "falcon",
+        "falcon-new",
+        "cohere",
+    ],
 )
 def test_sliced_is_zeroed(family, model_of, text_file, tmp_path):
     secateur.compress(str(model_of(family)), tmp_path / "out", recipe_of(text_file, multiple=8))

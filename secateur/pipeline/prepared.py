@@ -5,6 +5,7 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,6 +100,17 @@ class Prepared:
     def written(self) -> Source:
         """The source, with the config that the result has."""
         return self.source if self.structure is None else self.structure.written
+
+    @property
+    def parameters_left(self) -> int:
+        """How many parameters the result has."""
+        structure = self.structure
+        if structure is None:
+            return self.parameters
+        shared = {name for names in self.twins.values() for name in sorted(names)[1:]}
+        tensors = self.model.state_dict(keep_vars=True)
+        cut = structure.shapes({name: t for name, t in tensors.items() if name not in shared})
+        return sum(math.prod(shape) for name, shape in cut.items() if isinstance(tensors[name], nn.Parameter))
 
     # --- linears
 
@@ -224,6 +236,7 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     compute_dtype = source.dtype if device.type == "cuda" else torch.float32
     model: Any = build_skeleton(source, compute_dtype)
     found = find_blocks(model)
+    before = len(found.modules), sum(weight_matrix(linear).numel() for linear in found.linears.values())
     widths = {name: Width(c.units, c.groups or 1) for name, c in recipe.linears.items() if c.units is not None}
     drop = dropped(found, widths)
     if drop:
@@ -242,6 +255,7 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         _check_own_weights(source, found, twins)
         given = widths if recipe.linears else None
         structure = structure_of(source, model, found, plan.pruning.pattern, given, is_open(recipe))
+        structure = replace(structure, before=before)
         tied, chosen = [], set(structure.widths)
     else:
         chosen = _without_left_alone(set(wanted) - set(tied), recipe)

@@ -186,6 +186,7 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
         "recipe": run.job.recipe.to_dict(),
         "calibration": report.calibration,
         "parameters": report.parameters,
+        **({"structure": report.structure} if report.structure is not None else {}),
         "weight_bytes": report.bytes,
         "sparsity": report.sparsity,
         "bits": report.bits,

@@ -19,6 +19,7 @@ from secateur.model.source import Source
 from secateur.model.structure import Blocks, build_skeleton, find_blocks
 from secateur.structured.reshape import with_edits
 from secateur.structured.sites import Width
+from secateur.structured.structure_of import shares_keys
 
 # What tells blocks apart by their number alone.
 _NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
@@ -85,8 +86,8 @@ def without_blocks(source: Source, model: nn.Module, blocks: Blocks, drop: Seque
     (prefix, *more) = blocks.lists
     names = [f"{prefix}.{i}" for i in range(count)]
     text = source.config.get_text_config()
-    if more or list(blocks.modules) != names or getattr(text, "num_kv_shared_layers", 0):
-        why = "its layers share keys and values" if not more else "its blocks stand in several lists"
+    if more or list(blocks.modules) != names or shares_keys(source):
+        why = "its layers share keys and values" if shares_keys(source) else "its blocks stand in several lists"
         raise UsageError(f"blocks of {source.name} cannot go: {why}; leave `blocks` out of `units`")
     kept = [i for i in range(count) if i not in drop]
     edited = with_edits(source, _edits(text, kept, count))
@@ -130,7 +131,7 @@ def _renamed(source: Source, model: nn.Module, prefix: str, kept: Sequence[int])
 
     stored = {new: name for name in source.weights.stored if (new := rename(name)) is not None}
     packed = {
-        new: replace(weight, parts={part: rename(key) for part, key in weight.parts.items()})
+        new: replace(weight, parts={part: rename(key) or key for part, key in weight.parts.items()})
         for name, weight in source.weights.packed.items()
         if (new := rename(name)) is not None
     }

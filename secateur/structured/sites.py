@@ -139,7 +139,10 @@ def probe(model: nn.Module, blocks: Blocks, heads: int) -> Probed | None:
         for coupling in couplings:
             names = [coupling.consumer, *coupling.producers]
             linears = {name: block.get_submodule(name) for name in names}
-            matrices = {name: tuple(weight_matrix(linear).shape) for name, linear in linears.items()}
+            matrices = {}
+            for name, linear in linears.items():
+                O, I = weight_matrix(linear).shape
+                matrices[name] = (O, I)
             turned = frozenset(name for name, linear in linears.items() if is_transposed(linear))
             sites.append(Site(prefix, coupling, matrices, turned))
     weights = sum(weight_matrix(linear).numel() for linear in blocks.linears.values())

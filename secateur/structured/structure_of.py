@@ -29,11 +29,13 @@ class Structure:
         probed: what was found in it.
         widths: of the sites, by name; those that are not named stay as they are.
         written: the source with the config that the result has.
+        before: how many blocks there were, and weights of their linears.
     """
 
     probed: Probed
     widths: Widths
     written: Source
+    before: tuple[int, int] = (0, 0)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -55,6 +57,11 @@ class Structure:
         ]
         return cut(name, tensor, masks)
 
+    def shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """What is left of the shapes of parameters: the same whichever units stay."""
+        masks = [site.masks(site.keep_first(self.widths[name])) for name, site in self.sites.items()]
+        return {name: tuple(cut(name, tensor, masks).shape) for name, tensor in tensors.items()}
+
     def uncut(self, name: str, left: Tensor, kept: Sequence[int]) -> Tensor:
         """The weight of a linear with zeros for what it reads of units that went."""
         site = self.sites[name]
@@ -63,11 +70,17 @@ class Structure:
         shape[dim] = keep_I.numel()
         return left.new_zeros(shape).index_copy_(dim, keep_I.nonzero()[:, 0], left)
 
-    @property
-    def weights_left(self) -> int:
-        """How many weights of the blocks' linears stay."""
+    def told(self) -> dict[str, tuple[int, int]]:
+        """What there was before and is now: weights of the blocks' linears, blocks, heads and neurons."""
+        blocks, weights = self.before
         gone = sum(site.weights(site.width) - site.weights(self.widths[name]) for name, site in self.sites.items())
-        return self.probed.weights - gone
+        found = {"weights": (weights, self.probed.weights - gone), "blocks": (blocks, len(self.probed.calls))}
+        for site in self.sites.values():
+            own, now = site.width, self.widths[site.name]
+            found[site.coupling.kind] = (own.units, now.units)
+            if site.coupling.kind == "heads":
+                found["kv_heads"] = (own.groups, now.groups)
+        return {what: each for what, each in found.items() if each[0] != each[1]}
 
 
 def structure_of(
@@ -166,13 +179,11 @@ def uniform_neurons(source: Source, probed: Probed, pattern: Structured) -> dict
 
 def _instead(source: Source, model: nn.Module, probed: Probed, widths: Widths) -> str:
     """What to ask for instead of widths that no config gives."""
-    by_name = {site.name: site for site in probed.sites}
-    kind = next(by_name[name].coupling.kind for name in widths)
-    if len({(by_name[name].coupling.kind, width) for name, width in widths.items()}) > len(
-        {by_name[name].coupling.kind for name in widths}
-    ):
-        return "transformers builds all blocks alike"
+    sites = [site for site in probed.sites if site.name in widths]
+    kind = sites[0].coupling.kind
     sites = of_kind(probed.sites, kind)
+    if len({widths.get(site.name, site.width) for site in sites}) > len({site.width for site in sites}):
+        return "transformers builds all blocks alike"
     if kind == "neurons":
         return "transformers derives the number of neurons from other sizes; give `units` heads or blocks"
     found = legal_heads(source, model, probed, sites)
@@ -189,9 +200,15 @@ def head_widths(site: Site) -> list[Width]:
     return fewer + [Width(left * each, left) for left in range(groups - 1, 0, -1)]
 
 
+def shares_keys(source: Source) -> bool:
+    """Whether layers of a model use keys and values of others."""
+    text: Any = source.config.get_text_config()
+    return bool(getattr(text, "num_kv_shared_layers", 0))
+
+
 def legal_heads(source: Source, model: nn.Module, probed: Probed, sites: Sequence[Site]) -> list[Width]:
     """Those of `head_widths` that a config gives where all blocks have them."""
-    if not sites or getattr(source.config.get_text_config(), "num_kv_shared_layers", 0):
+    if not sites or shares_keys(source):
         return []
     if len({site.width for site in sites}) > 1:
         return []

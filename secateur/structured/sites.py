@@ -121,7 +121,7 @@ class Probed:
     samples: list[Mapping[str, Tensor]]
 
 
-def probe(model: nn.Module, blocks: Blocks, heads: int) -> Probed | None:
+def find_sites(model: nn.Module, blocks: Blocks, heads: int) -> Probed | None:
     """Find where units can be removed, of blocks that are alike in one; None where the model does not run without weights."""
     modules = list(blocks.modules.values())
     calls = calls_of(model, modules)

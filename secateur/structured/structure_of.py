@@ -15,7 +15,7 @@ from secateur.errors import UsageError
 from secateur.model.source import Source
 from secateur.model.structure import Blocks
 from secateur.structured.reshape import Widths, reshaped
-from secateur.structured.sites import Probed, Site, Width, cut, of_kind, probe
+from secateur.structured.sites import Probed, Site, Width, cut, find_sites, of_kind
 
 # What the number of neurons is a multiple of where nothing else is said: kernels and formats of others take whole tiles.
 _MULTIPLE = 32
@@ -98,7 +98,7 @@ def structure_of(
     Raises:
         UsageError: nothing was understood, nothing would be left, or no config gives such a model.
     """
-    probed = probe(model, blocks, _heads(source))
+    probed = find_sites(model, blocks, _heads(source))
     kinds = [kind for kind in ("neurons", "heads") if kind in pattern.units or "blocks" in pattern.units]
     sites = [site for kind in kinds for site in of_kind(probed.sites, kind)] if probed is not None else []
     missing = [kind for kind in kinds if not any(site.coupling.kind == kind for site in sites)]

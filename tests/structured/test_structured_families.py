@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
-from secateur.structured.sites import Width, probe
+from secateur.structured.sites import Width, find_sites
 from secateur.structured.structure_of import legal_heads
 
 TOKENS = torch.arange(2, 34)[None]
@@ -58,7 +58,7 @@ def columns_that_stayed(dense, small, site):
 def sites_of(model, kind):
     source = open_source(str(model))
     skeleton = build_skeleton(source, torch.float32)
-    probed = probe(skeleton, find_blocks(skeleton), source.config.get_text_config().num_attention_heads)
+    probed = find_sites(skeleton, find_blocks(skeleton), source.config.get_text_config().num_attention_heads)
     return source, skeleton, probed, [site for site in probed.sites if site.coupling.kind == kind]
 
 

@@ -29,7 +29,9 @@ folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("bans dell")["input_ids"]])
 with torch.no_grad():
-    print(json.dumps([model.config.intermediate_size, model(ids).logits[0, -1].tolist(), model.generate(ids, max_new_tokens=4, do_sample=False).tolist()]))
+    logits = model(ids).logits[0, -1].tolist()
+    ids = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    print(json.dumps([model.config.intermediate_size, logits, ids]))
 """
 
 
@@ -175,8 +177,8 @@ def test_refit_makes_the_error_smaller(model_of, text_file, tmp_path):
 def test_bad_input_is_told_in_a_line(options, says, model_of, text_file, tmp_path):
     method = options.pop("prune", "wanda")
     given = {"prune": method, "pattern": "structured", "sparsity": 0.25, "multiple": 8, **options}
+    recipe = secateur.Recipe(calibration=secateur.Calibration(str(text_file), 8, 32), **given)
     with pytest.raises(UsageError) as error:
-        recipe = secateur.Recipe(calibration=secateur.Calibration(str(text_file), 8, 32), **given)
         secateur.compress(str(model_of("llama")), tmp_path / "out", recipe)
     assert says in str(error.value)
     assert "\n" not in str(error.value)

@@ -144,7 +144,9 @@ def _pass(
     outputs: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., Tensor | None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> Tensor | None:
+            if not isinstance(out, Tensor):  # a router's, say
+                return None
             inputs[name], outputs[name] = args[0], out
             return out.detach() if name == cut else None
 
@@ -187,7 +189,7 @@ def _coupling(consumer: str, seen: Sequence[_Seen], heads: int) -> Coupling | No
     if not some:
         return None
     neurons = _neurons(seen, consumer, before, I)
-    if neurons is not None:
+    if neurons is not None and not _mixes_tokens(seen[0], consumer, list(neurons)):
         return Coupling(consumer, "neurons", I, I, 1, neurons)
     if heads < 2 or I % heads or not _share_rows(seen, consumer, before, I // heads):
         return None
@@ -236,6 +238,14 @@ def _neurons(seen: Sequence[_Seen], consumer: str, before: Sequence[str], I: int
         if one[name].any():
             producers[name] = Feeds(number[name], number[name] + one[name])
     return producers if producers and _every_unit(producers.values(), I) else None
+
+
+def _mixes_tokens(seen: _Seen, consumer: str, producers: Sequence[str]) -> bool:
+    """Whether what a linear reads of a token hangs on other tokens: that is attention, or the state of a recurrent block."""
+    x = seen.inputs[consumer]
+    last = x.reshape(-1, x.shape[-1])[-1]
+    gradients = torch.autograd.grad(last.sum(), [seen.outputs[name] for name in producers], retain_graph=True)
+    return any((gradient.reshape(-1, gradient.shape[-1])[:-1] != 0).any() for gradient in gradients)
 
 
 def _heads(seen: Sequence[_Seen], consumer: str, before: Sequence[str], heads: int) -> dict[str, Feeds] | None:

@@ -5,6 +5,7 @@ O: output features, I: input features, R: rows of a producer, U: units.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.feature_units import Units
+from secateur.errors import one_line
 from secateur.model.structure import Blocks, is_transposed, weight_matrix
 from secateur.structured.coupling import Coupling
 from secateur.structured.probing import Call, calls_of, find_couplings
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True)
@@ -133,7 +137,11 @@ def find_sites(model: nn.Module, blocks: Blocks, heads: int) -> Probed | None:
     for (prefix, block), call in zip(blocks.modules.items(), calls, strict=True):
         kind = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
         if kind not in known:
-            known[kind] = find_couplings(block, call, heads)
+            try:
+                known[kind] = find_couplings(block, call, heads)
+            except Exception as error:  # whatever code of a block does with random weights
+                _LOG.info("%s is left as it is, for it does not run with random weights: %s", prefix, one_line(error))
+                known[kind] = [], {}
         couplings, sample = known[kind]
         samples.append(sample)
         for coupling in couplings:

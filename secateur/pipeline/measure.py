@@ -186,7 +186,8 @@ class _Solving:
     def group(self, names: list[str], held: Polynomial) -> Group:
         """Linears that read the same input, by what a window holds that pauses at them."""
         _, I = self._shape(names)
-        stats = 4 * I * (I + 2 if self._prepared.plan.level >= Level.GRAM else 2)
+        level = self._prepared.plan.level
+        stats = 4 * I * (I + 2 if level >= Level.GRAM else 2) * (2 if level >= Level.HALVES else 1)
         return Group(held, stats, self._solve(names)[0], self._expert(names[0]))
 
     def saved(self, names: list[str]) -> float:

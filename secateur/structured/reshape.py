@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.model.dialects import in_all_dialects
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.structured.probing import Call, calls_of, random_hidden, without_experts
@@ -62,7 +61,8 @@ def reshaped(source: Source, model: nn.Module, probed: Probed, widths: Widths) -
 
 def with_edits(source: Source, edits: Mapping[str, Any]) -> Source | None:
     """The source with other values in the text part of its config; None where transformers refuses them."""
-    content = in_all_dialects(source.config) if source.own_config is None else deepcopy(source.own_config)
+    # Without a file of its own, a config is written anew, in words of several releases, once it is changed.
+    content = source.config.to_dict() if source.own_config is None else deepcopy(source.own_config)
     text = source.config.get_text_config()
     part = content
     if text is not source.config:
@@ -78,7 +78,7 @@ def with_edits(source: Source, edits: Mapping[str, Any]) -> Source | None:
     for key in ("quantization_config", "compression_config"):
         config.__dict__.pop(key, None)
     config.dtype = source.config.dtype
-    return replace(source, config=config, own_config=content)
+    return replace(source, config=config, own_config=content if source.own_config is not None else None)
 
 
 def _edits(text: Any, chosen: Sequence[Site], widths: Widths) -> Iterator[dict[str, Any]]:

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from accelerate import init_empty_weights
+from family_table import tiny_config
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import secateur
+from secateur.mixture.unfuse import fused_in, unfuse
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.structured.sites import Width, find_sites
@@ -124,3 +128,41 @@ def test_heads_sliced_are_heads_zeroed(family, width, model_of, text_file, tmp_p
     dense, small = zeroed(model_of(family), tmp_path / "out", sites)
     same(dense, small)
     assert secateur.verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("olmo2", {"neurons"}),  # a norm goes over all heads
+        ("olmoe", set()),  # the same, and neurons are inside experts
+        ("mamba", set()),  # what mixes tokens is no row of neurons
+        ("mixtral", {"heads"}),
+        ("qwen2_moe", {"heads", "neurons"}),  # of the shared expert
+        ("gptj", {"heads", "neurons"}),
+    ],
+)
+def test_what_is_told_apart(family, kinds):
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING[family]))
+    with torch.no_grad():
+        model.initialize_weights()
+    unfuse(model, fused_in(model))
+    probed = find_sites(model.eval(), find_blocks(model), 4)
+    assert {site.coupling.kind for site in probed.sites} == kinds
+
+
+def test_heads_of_a_mixture(build, text_file, tmp_path):
+    folder = build(tmp_path / "model", tiny_config(CONFIG_MAPPING["qwen3_moe"], vocab_size=320, head_dim=8))
+    *_, sites = sites_of(folder, "heads")
+    chosen = {site.name: secateur.Choice(units=2, groups=2) for site in sites}
+    secateur.compress(str(folder), tmp_path / "out", recipe_of(text_file, units="heads", linears=chosen))
+    dense, small = zeroed(folder, tmp_path / "out", sites)
+    same(dense, small)
+
+
+def test_a_key_of_all_heads_stays(model_of):
+    """Falcon's queries share one key and value: only rows of queries go."""
+    *_, sites = sites_of(model_of("falcon"), "heads")
+    fused = sites[0].coupling.producers["self_attention.query_key_value"]
+    assert int(fused.some_R.sum()) == 32
+    assert int((~fused.some_R).sum()) == 16

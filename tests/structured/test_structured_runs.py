@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_gguf import make_gguf
 from transformers import AutoModelForCausalLM
 
 import secateur
@@ -116,6 +117,23 @@ def test_a_packed_model_gets_narrower(packed_of, text_file, tmp_path):
         str(packed_of("llama", "bitmap")), tmp_path / "short", recipe_of(text_file, units="blocks", sparsity=0.5)
     )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "short").config.num_hidden_layers == 1
+
+
+def test_weights_alone_need_no_text(model_of, tmp_path):
+    recipe = secateur.Recipe(prune="magnitude", pattern="structured", sparsity=0.25, multiple=8, refit=False)
+    report = secateur.compress(str(model_of("qwen3")), tmp_path / "out", recipe)
+    assert report.calibration == {"level": "none"}
+    assert secateur.verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("units", ["neurons", "blocks"])
+def test_a_gguf_file_gets_narrower_or_shorter(units, text_file, tmp_path):
+    model = make_gguf(tmp_path / "model.gguf", "F16")
+    recipe = recipe_of(text_file, units=units, sparsity=0.25 if units == "neurons" else 0.5)
+    secateur.compress(str(model), tmp_path / "out", recipe)
+    assert secateur.verify(tmp_path / "out") == []
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.intermediate_size, config.num_hidden_layers) == ((56, 2) if units == "neurons" else (96, 1))
 
 
 def test_plan_tells_the_size(model_of, text_file, tmp_path):

@@ -30,7 +30,7 @@ def tell_summary(report: Any, model: str, trusted: bool, searched: bool) -> None
         trusted: whether code that comes with the model may run, which the next commands need, too.
         searched: whether a choice was made for each linear.
     """
-    if searched:
+    if searched and report.structure is None:
         print_choices(report.linears)
     tell_notes(report.notes, "compress")
     _print_figures(report)

@@ -18,6 +18,7 @@ ROOMS = [
     ["prune", "quant", "mixture"],
     ["plugin"],
     ["model"],
+    ["structured"],
     ["recipes"],
     ["calibration", "unfinished"],
     ["pipeline", "walking"],

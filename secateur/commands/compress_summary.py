@@ -12,6 +12,13 @@ from secateur.commands.screen import err, say
 from secateur.commands.tables import Column, print_table
 
 _WORST = 3
+_STRUCTURE = {
+    "weights": "weights of the blocks' linears",
+    "blocks": "blocks",
+    "heads": "heads of a block",
+    "kv_heads": "heads of a block for keys and values",
+    "neurons": "neurons of a block",
+}
 
 
 def tell_summary(report: Any, model: str, trusted: bool, searched: bool) -> None:
@@ -23,7 +30,7 @@ def tell_summary(report: Any, model: str, trusted: bool, searched: bool) -> None
         trusted: whether code that comes with the model may run, which the next commands need, too.
         searched: whether a choice was made for each linear.
     """
-    if searched:
+    if searched and report.structure is None:
         print_choices(report.linears)
     tell_notes(report.notes, "compress")
     _print_figures(report)
@@ -42,14 +49,19 @@ def _print_figures(report: Any) -> None:
     smaller = f"{size(report.bytes)} ({report.bytes / max(report.source_bytes, 1):.0%})"
     rows: list[list[str] | None] = [
         ["size of the weight files", size(report.source_bytes), smaller],
-        [
-            "bits per weight, whole model",
-            f"{8 * report.source_bytes / parameters:.2f}",
-            f"{8 * report.bytes / parameters:.2f}",
-        ],
-        [f"bits per weight, {len(linears)} compressed linears", "", f"{report.bits:.2f}"],
     ]
-    if report.sparsity > 0:
+    if report.structure is not None:
+        rows += [[_STRUCTURE[what], f"{was:,}", f"{now:,}"] for what, (was, now) in report.structure.items()]
+    else:
+        rows += [
+            [
+                "bits per weight, whole model",
+                f"{8 * report.source_bytes / parameters:.2f}",
+                f"{8 * report.bytes / parameters:.2f}",
+            ],
+            [f"bits per weight, {len(linears)} compressed linears", "", f"{report.bits:.2f}"],
+        ]
+    if report.sparsity > 0 and report.structure is None:
         rows.append([f"weights removed, {len(linears)} compressed linears", "", f"{report.sparsity:.2%}"])
     rows += [["perplexity", "", "not measured"], None]
     for linear in sorted(linears, key=lambda each: -each.error)[:_WORST]:

@@ -1,4 +1,4 @@
-"""Which sets of weights may be kept: a share of each row, or N of every M.
+"""Which sets of weights may be kept: a share of each row, N of every M, or whole units.
 
 O: output features, I: input features, G: groups of M.
 """
@@ -62,6 +62,43 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
+#: What may be removed as a whole.
+UNITS = ("neurons", "heads", "blocks")
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Whole units of a model go, and with them every weight that computes or reads them.
+
+    Attributes:
+        sparsity: share of the weights of all blocks that go.
+        units: of which kinds, some of `UNITS`.
+        multiple: that the number of neurons left in a block is of; None: of 32, where the model's own number is.
+        refit: whether the weights that read the units that stay make up for those that go.
+    """
+
+    sparsity: float
+    units: tuple[str, ...] = ("neurons",)
+    multiple: int | None = None
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise UsageError(
+                f"sparsity {self.sparsity:g} is outside (0, 1): give the share of the blocks' weights to remove, like 25%"
+            )
+        unknown = [unit for unit in self.units if unit not in UNITS]
+        if unknown or not self.units or len(set(self.units)) < len(self.units):
+            raise UsageError(
+                f"`units` {','.join(self.units)!r} is not possible: it can be {', '.join(UNITS)}, or several"
+            )
+        if self.multiple is not None and self.multiple < 1:
+            raise UsageError(f"`multiple` is {self.multiple}: it must be at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.4g} structured ({', '.join(self.units)})"
+
+
 Pattern = Unstructured | NM
 
 # Up to this many scores a group, comparing all pairs is faster than sorting.
@@ -86,7 +123,7 @@ def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
         return Unstructured(sparsity)
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern)
     if not match:
-        raise UsageError(f"pattern {pattern!r} is not understood: use N:M such as 2:4, or 'unstructured'")
+        raise UsageError(f"pattern {pattern!r} is not understood: use N:M such as 2:4, 'unstructured' or 'structured'")
     found = NM(int(match[1]), int(match[2]))
     if sparsity is not None and not abs(sparsity - found.sparsity) <= 1e-9:
         raise UsageError(

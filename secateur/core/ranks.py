@@ -85,6 +85,8 @@ class Ranks:
                 self.add(tensor)
         stats.tokens, stats.borrowed = tokens.tolist()
         stats.forget()
+        if stats.half is not None:
+            self.add_up(stats.half)
 
     def add(self, tensor: Tensor) -> None:
         """Make a tensor the sum of those that the processes have."""

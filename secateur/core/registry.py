@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from secateur.core.feature_units import Units
 from secateur.core.patterns import Pattern
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
@@ -43,6 +44,25 @@ class Pruner(Protocol):
 
     def prune(self, stack: Stack, pattern: Pattern) -> Pruned:
         """New weights of linears that read the same input, zero where the mask is false; the mask fits the pattern."""
+        ...
+
+
+class UnitPruner(Protocol):
+    """Chooses units of input features to remove (see `Structured`). Attributes: see `Pruner`.
+
+    Attributes:
+        shifts: whether what goes is made up for by a constant, where the linear has a bias.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    shifts: ClassVar[bool]
+
+    @property
+    def level(self) -> Level: ...
+
+    def keep_units(self, stack: Stack, units: Units) -> Tensor:
+        """keep_U of a linear: which units stay, as many in each group as `units` says."""
         ...
 
 
@@ -91,7 +111,7 @@ class Quantizer(Protocol):
         ...
 
 
-PRUNERS: dict[str, type[Pruner]] = {}
+PRUNERS: dict[str, type[Pruner] | type[UnitPruner]] = {}
 REFINERS: dict[str, type[Refiner]] = {}
 QUANTIZERS: dict[str, type[Quantizer]] = {}
 #: By what a recipe calls the part that they play.

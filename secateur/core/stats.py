@@ -26,6 +26,8 @@ class Level(enum.IntEnum):
     NONE = 0
     MOMENTS = 1
     GRAM = 2
+    #: And the same of every second window by itself, on which can be tried what was found on the others.
+    HALVES = 3
 
 
 @dataclass
@@ -42,6 +44,7 @@ class InputStats:
         upper_II: Σxᵀx, float32; only the upper triangle is meaningful, see `gram`.
         borrowed: how many of the inputs are none that the linear has in the model: an expert of a mixture that few tokens are
             sent to is shown others.
+        half: those of every second window, at `Level.HALVES`.
     """
 
     level: Level
@@ -50,6 +53,7 @@ class InputStats:
     square_I: Tensor
     upper_II: Tensor | None = None
     borrowed: int = 0
+    half: InputStats | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -57,7 +61,8 @@ class InputStats:
         """Statistics of no tokens at all, for inputs of `features` features."""
         zeros_I = torch.zeros(features, device=device)
         upper_II = torch.zeros(features, features, device=device) if level >= Level.GRAM else None
-        return cls(level, 0, zeros_I, zeros_I.clone(), upper_II)
+        half = cls.empty(features, Level.GRAM, device) if level >= Level.HALVES else None
+        return cls(level, 0, zeros_I, zeros_I.clone(), upper_II, half=half)
 
     @property
     def features(self) -> int:
@@ -104,6 +109,31 @@ class InputStats:
             self.upper_II[i : i + _PANEL, i:].addmm_(x_TI[:, i : i + _PANEL].T, x_TI[:, i:])
         self.square_I = self.upper_II.diagonal().clone()
 
+    def add_windows(self, x: Tensor, first: int, weight_T: Tensor | None = None, borrowed: int = 0) -> None:
+        """The same for inputs of whole windows, `[N, S, I]`, or of single tokens `[T, I]`, of which the first has this number.
+
+        At `Level.HALVES` those of odd numbers are counted in `half` alone, until `join` is called.
+        """
+        if self.half is None:
+            self.add(x.reshape(-1, x.shape[-1]), weight_T, borrowed)
+            return
+        for stats, part in ((self, slice(first % 2, None, 2)), (self.half, slice(1 - first % 2, None, 2))):
+            x_TI = x[part].reshape(-1, x.shape[-1])
+            stats.add(x_TI, weight_T[part] if weight_T is not None else None)
+        self.borrowed += borrowed
+
+    def join(self) -> None:
+        """Count what is in `half` in."""
+        half = self.half
+        if half is None:
+            return
+        self.forget()
+        self.tokens += half.tokens
+        self.sum_I += half.sum_I
+        self.square_I += half.square_I
+        if self.upper_II is not None and half.upper_II is not None:
+            self.upper_II += half.upper_II
+
     def __add__(self, other: InputStats) -> InputStats:
         """The statistics of both sets of tokens together."""
         if (self.level, self.features) != (other.level, other.features):
@@ -121,12 +151,13 @@ class InputStats:
             self.square_I + other.square_I,
             upper_II,
             self.borrowed + other.borrowed,
+            self.half + other.half if self.half is not None and other.half is not None else None,
         )
 
     @property
     def finite(self) -> bool:
         """Whether every input seen so far was finite (and no sum overflowed float32)."""
-        return bool(torch.isfinite(self.square_I).all())
+        return bool(torch.isfinite(self.square_I).all()) and (self.half is None or self.half.finite)
 
     def upper(self) -> Tensor:
         """The Gram matrix Σxᵀx of which only the upper triangle is meaningful, `[I, I]`; not a copy.

@@ -28,8 +28,8 @@ from secateur.model.weights import place
 #: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
 LINEARS = (nn.Linear, Conv1D)
 Linear = nn.Module
-# Tokens by which is seen what a text runs.
-_TRACED_TOKENS = 8
+#: Tokens by which is seen what a text runs.
+TRACED_TOKENS = 8
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -194,18 +194,10 @@ def body_of(model: nn.Module) -> nn.Module:
 
 
 def _modules_run(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, None] | None:
-    """The names of blocks, and of linears in them, in the order in which a few tokens reach them; None: it cannot be told.
-
-    No weights are needed, and little memory: linears give zeros, and all other parameters are zeros that share one place.
-    """
+    """The names of blocks, and of linears in them, in the order in which a few tokens reach them; None: it cannot be told."""
     order: dict[str, None] = {}
-    device = next((b.device for b in model.buffers() if b.device.type != "meta"), torch.device("cpu"))
     names = {id(block): name for name, block in blocks.items()}
     names |= {id(m): n for name, block in blocks.items() for n, m in block_linears(block, name).items()}
-    parameters = [(m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None]
-    # Those of other classes, routers say, may return something else.
-    linears = [m for m in model.modules() if type(m).forward in (nn.Linear.forward, Conv1D.forward)]
-    linears = [linear for linear in linears if "forward" not in vars(linear)]
 
     def note(module: nn.Module, _: Any) -> None:
         order.setdefault(names[id(module)])
@@ -219,23 +211,38 @@ def _modules_run(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, No
     # Few tokens do not go to all experts.
     handles += [m.register_forward_pre_hook(note_all) for m in model.modules() if isinstance(m, Experts)]
     try:
+        run_without_weights(model)
+    except Exception:  # whatever a model's code does where weights are zeros
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def run_without_weights(model: nn.Module) -> None:
+    """Run the body of a model on a few tokens, for its hooks to see what is called with what.
+
+    No weights are needed, and little memory: linears give zeros, and all other parameters are zeros that share one place.
+    """
+    device = next((b.device for b in model.buffers() if b.device.type != "meta"), torch.device("cpu"))
+    parameters = [(m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None]
+    # Those of other classes, routers say, may return something else.
+    linears = [m for m in model.modules() if type(m).forward in (nn.Linear.forward, Conv1D.forward)]
+    linears = [linear for linear in linears if "forward" not in vars(linear)]
+    try:
         for owner, leaf, p in parameters:
             zeros = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
             owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
         for linear in linears:
             linear.forward = _zeros_like_output(linear)
         with torch.no_grad():
-            body_of(model)(input_ids=torch.ones(1, _TRACED_TOKENS, dtype=torch.long, device=device), use_cache=False)
-    except Exception:  # whatever a model's code does where weights are zeros
-        return None
+            body_of(model)(input_ids=torch.ones(1, TRACED_TOKENS, dtype=torch.long, device=device), use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
         for linear in linears:
             vars(linear).pop("forward", None)
         for owner, leaf, p in parameters:
             owner._parameters[leaf] = p
-    return order
 
 
 def _zeros_like_output(linear: Linear) -> Callable[[Tensor], Tensor]:

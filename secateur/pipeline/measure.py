@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.patterns import NM
+from secateur.core.feature_units import Units
+from secateur.core.patterns import NM, Structured
 from secateur.core.stats import InputStats, Level
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.folder.writer import SHARD_BYTES
@@ -180,7 +181,8 @@ class _Solving:
     def group(self, names: list[str], held: Polynomial) -> Group:
         """Linears that read the same input, by what a window holds that pauses at them."""
         _, I = self._shape(names)
-        stats = 4 * I * (I + 2 if self._prepared.plan.level >= Level.GRAM else 2)
+        level = self._prepared.plan.level
+        stats = 4 * I * (I + 2 if level >= Level.GRAM else 2) * (2 if level >= Level.HALVES else 1)
         return Group(held, stats, self._solve(names)[0], self._expert(names[0]))
 
     def saved(self, names: list[str]) -> float:
@@ -290,17 +292,21 @@ def _solving(
     """
     pattern = plan.pruning.pattern if plan.pruning is not None else None
     unit = pattern.m if isinstance(pattern, NM) else 1
+    structured = isinstance(pattern, Structured)
     peaks, written = [], 0.0
     for limit in _MEASURED_INPUTS:
         I = min(features, max(unit, limit // unit * unit))
         draw = torch.Generator().manual_seed(0)
         stats = InputStats.empty(I, plan.level, device)
-        stats.add(torch.randn(2 * I, I, generator=draw).to(device))
+        stats.add_windows(torch.randn(2 * I, I, generator=draw).to(device), 0)
+        stats.join()
         problems = []
         for i, O in enumerate(rows):
             W_OI = torch.randn(max(1, round(O * I / features)), I, generator=draw).to(device)
             fisher_OI = W_OI.square().cpu() if plan.needs_fisher else None
-            problems.append(Problem(str(i), W_OI, False, dtype, fisher_OI))
+            # Half of all units, single ones: those that take most to choose.
+            units = Units(1, I, 1, max(1, I // 2)) if structured else None
+            problems.append(Problem(str(i), W_OI, False, dtype, fisher_OI, units))
         with LiveBytes() as live:
             solutions, _ = solve(plan, problems, stats)
         peaks.append((I, live.peak))

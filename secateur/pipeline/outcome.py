@@ -65,6 +65,8 @@ class Report:
 
     Attributes:
         recipe: as `Recipe.to_dict` gives it, with the numbers of the run filled in.
+        structure: of a structured pattern, what there was before and is now, by what it is: weights of the blocks' linears,
+            blocks, heads, neurons.
         phases: seconds by what they were spent on: searching (where a choice was to be found for each linear), opening,
             gradients, reading, forward, statistics, exchange (between processes), solving, writing (of blocks), ending.
     """
@@ -80,6 +82,7 @@ class Report:
     peak_bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    structure: dict[str, tuple[int, int]] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -103,6 +106,6 @@ def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[f
     if not stats.tokens:
         kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
     else:
-        kind = "output" if stats.level == Level.GRAM else "independent inputs"
+        kind = "output" if stats.level >= Level.GRAM else "independent inputs"
         error, total = stats.energy(change_OI).sum(), stats.energy(dense_OI).sum()
     return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind

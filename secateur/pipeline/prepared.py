@@ -5,8 +5,9 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.core.patterns import NM
+from secateur.core.patterns import NM, Structured
 from secateur.core.stats import Level
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
@@ -24,6 +25,7 @@ from secateur.model.block_names import how_to_ignore
 from secateur.model.load import load_source
 from secateur.model.source import Source
 from secateur.model.structure import (
+    Blocks,
     Linear,
     block_linears,
     build_skeleton,
@@ -37,8 +39,12 @@ from secateur.model.structure import (
 from secateur.model.weights import ModelWeights, check_values
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.solve import Problem
+from secateur.recipes.goals import is_open
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
+from secateur.structured.shorten import dropped, without_blocks, without_dropped
+from secateur.structured.sites import Width
+from secateur.structured.structure_of import Structure, structure_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Prepared:
         experts: of mixtures, by name.
         of_experts: names of their linears.
         solved: gives the new weights of experts that an earlier run has solved, by the name of their linear.
+        structure: what a structured pattern makes of it.
     """
 
     source: Source
@@ -88,6 +95,23 @@ class Prepared:
     experts: Mapping[str, Experts]
     of_experts: frozenset[str]
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    structure: Structure | None = None
+
+    @property
+    def written(self) -> Source:
+        """The source, with the config that the result has."""
+        return self.source if self.structure is None else self.structure.written
+
+    @property
+    def parameters_left(self) -> int:
+        """How many parameters the result has."""
+        structure = self.structure
+        if structure is None:
+            return self.parameters
+        shared = {name for names in self.twins.values() for name in sorted(names)[1:]}
+        tensors = self.model.state_dict(keep_vars=True)
+        cut = structure.shapes({name: t for name, t in tensors.items() if name not in shared})
+        return sum(math.prod(shape) for name, shape in cut.items() if isinstance(tensors[name], nn.Parameter))
 
     # --- linears
 
@@ -127,7 +151,13 @@ class Prepared:
             W_OI = stored.T if is_transposed(linear) else stored
         else:
             W_OI = weight_matrix(linear)
-        return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+        problem = Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+        if self.structure is None:
+            return problem
+        bias = getattr(linear, "bias", None)
+        if bias is not None and bias.is_meta:
+            bias = self.weights.checked(f"{name}.bias", bias).to(self.device)
+        return replace(problem, units=self.structure.units(name), bias_O=bias)
 
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
@@ -225,13 +255,29 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     compute_dtype = source.dtype if device.type == "cuda" else torch.float32
     model: Any = build_skeleton(source, compute_dtype)
     found = find_blocks(model)
+    before = len(found.modules), sum(weight_matrix(linear).numel() for linear in found.linears.values())
+    widths = {name: Width(c.units, c.groups or 1) for name, c in recipe.linears.items() if c.units is not None}
+    drop = dropped(found, widths)
+    if drop:
+        source = without_blocks(source, model, found, drop)
+        widths = without_dropped(found, widths, drop)
+        model = build_skeleton(source, compute_dtype)
+        found = find_blocks(model)
     for name, block in found.modules.items():
         check_unfused(block, name)
     experts = experts_in(model)
     names, twins = list(found.linears), shared_parameters(model)
     wanted = select_linears(names, recipe.targets, recipe.ignore)
     tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
-    chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+    structure = None
+    if plan.pruning is not None and isinstance(plan.pruning.pattern, Structured):
+        _check_own_weights(source, found, twins)
+        given = widths if recipe.linears else None
+        structure = structure_of(source, model, found, plan.pruning.pattern, given, is_open(recipe))
+        structure = replace(structure, before=before)
+        tied, chosen = [], set(structure.widths)
+    else:
+        chosen = _without_left_alone(set(wanted) - set(tied), recipe)
     prepared = Prepared(
         source=source,
         recipe=recipe,
@@ -253,11 +299,19 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         base=psutil.Process().memory_info().rss,
         experts=experts,
         of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
+        structure=structure,
     )
     prepared.check_shapes()
     if plan.level > Level.NONE:
         prepared.check_reached(found.unreached or ())
     return prepared
+
+
+def _check_own_weights(source: Source, found: Blocks, twins: Collection[str]) -> None:
+    """Raise UsageError where linears of blocks share their weights with others: no units can go from one of them alone."""
+    shared = next((name for name in found.linears if f"{name}.weight" in twins), None)
+    if shared is not None:
+        raise UsageError(f"{shared} of {source.name} shares its weight with another module, so no units can go")
 
 
 def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:

@@ -20,7 +20,7 @@ from secateur.model.structure import is_transposed, parameters_outside
 from secateur.model.weights import OTHER_DTYPE, converted, place
 from secateur.pipeline.outcome import LinearReport, Progress
 from secateur.pipeline.prepared import Prepared
-from secateur.pipeline.solve import Solution
+from secateur.pipeline.solve import BIAS, Solution
 from secateur.unfinished.hidden import HiddenStates
 from secateur.unfinished.kept_inputs import KeptInputs
 from secateur.unfinished.partial import Partial
@@ -56,6 +56,7 @@ class Recorder:
         self.notes: list[str] = []
         self._writer = ShardWriter(partial.folder, begin=sum(len(record["files"]) for record in partial.records))
         self._written: set[str] = set()
+        self._kept: dict[str, tuple[int, ...]] = {}
         self._waiting: dict[str, Tensor] = {}
         self._fused = FusedTensors(prepared.weights, prepared.model)
         # Since the last record.
@@ -93,14 +94,18 @@ class Recorder:
         """Write a linear; `in_place`: its new weight is put in the place of the old one, too."""
         weight = f"{solution.name}.weight"
         if self.partial.ranks.first:
+            if solution.kept is not None:
+                self._kept[solution.name] = solution.kept
             if solution.entry is None:
-                self._write_dense(weight, solution.parts[""])
+                self._write_dense(weight, self._cut(weight, solution.parts[""]))
+                if BIAS in solution.parts:
+                    self._write_dense(f"{solution.name}.bias", solution.parts[BIAS])
             else:
                 for name, tensor in solution.tensors(self.prepared.weights.name_to_write(weight)).items():
                     self._writer.add(name, tensor)
                 if weight in self._fused:
                     self._write(self._fused.add(weight, None))
-        self._written.add(weight)
+        self._written.update([weight, f"{solution.name}.bias"] if BIAS in solution.parts else [weight])
         if in_place:
             self._place(solution)
         self._count(solution)
@@ -119,6 +124,13 @@ class Recorder:
             self.prepared.device, linear.get_parameter("weight").dtype
         )
         place(linear, "weight", W)
+        if BIAS in solution.parts:
+            place(linear, "bias", solution.parts[BIAS].to(self.prepared.device, linear.get_parameter("bias").dtype))
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What is left of a parameter, where a structured pattern takes some of it."""
+        structure = self.prepared.structure
+        return tensor if structure is None else structure.cut(name, tensor, self._kept)
 
     def take_solved(self, number: int) -> None:
         """Put the compressed weights of a block, which is recorded, in the place of those that were read; experts' when
@@ -137,11 +149,22 @@ class Recorder:
             parts = {part: stored[name] for part, name in names.items()}
             if not parts and weight in self._fused:  # it lies with other experts
                 parts = {"": self._fused.part(weight, stored)}
-            solution = Solution.of_record(linear, parts)
+            solution = self._whole(Solution.of_record(linear, parts), stored)
             if linear["name"] in self.prepared.of_experts:
                 self.prepared.solved[linear["name"]] = partial(solution.as_module_weight, False)
             else:
                 self._place(solution)
+
+    def _whole(self, solution: Solution, stored: StoredTensors) -> Solution:
+        """A solution with zeros for what is not stored of it, and with its bias."""
+        structure = self.prepared.structure
+        if structure is None or solution.kept is None:
+            return solution
+        parts = {"": structure.uncut(solution.name, solution.parts[""], solution.kept)}
+        bias = self.prepared.weights.name_to_write(f"{solution.name}.bias")
+        if bias in stored:
+            parts[BIAS] = stored[bias]
+        return replace(solution, parts=parts)
 
     # --- everything else
 
@@ -179,7 +202,8 @@ class Recorder:
     def _write_plain(self, name: str) -> None:
         weights = self.prepared.weights
         if name in weights and name not in self._written:
-            self._write_dense(name, converted(name, weights[name], self.prepared.dtype_of(name), OTHER_DTYPE))
+            tensor = self._cut(name, weights[name])
+            self._write_dense(name, converted(name, tensor, self.prepared.dtype_of(name), OTHER_DTYPE))
             self._written.add(name)
 
     def _write_dense(self, name: str, tensor: Tensor) -> None:
@@ -211,7 +235,7 @@ class Recorder:
                 self._record(hidden)
             if outputs is not None:
                 self.inputs.drop(outputs)
-        self._solutions, self._new_notes = [], []
+        self._solutions, self._new_notes, self._kept = [], [], {}
 
     def _record(self, hidden: dict[str, Any] | None = None) -> None:
         """Have what was written since the last record on the disk, and say so in the journal."""

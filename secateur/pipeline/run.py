@@ -76,7 +76,8 @@ class Run:
             notes=self.recorder.notes,
             calibration=calibration,
             source_bytes=sum(f.stat().st_size for f in self.job.source.files),
-            parameters=self.prepared.parameters,
+            parameters=self.prepared.parameters_left,
+            structure=self.prepared.structure.told() if self.prepared.structure is not None else None,
             phases=dict(self.clock.seconds),
             recipe=self.job.recipe.to_dict(),
         )

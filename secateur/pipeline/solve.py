@@ -5,15 +5,19 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from secateur.core.feature_units import Units
+from secateur.core.patterns import Structured
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
+from secateur.core.registry import Pruner, UnitPruner
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
@@ -21,7 +25,11 @@ from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.layout import Layout, Stored, all_finite, describe_dense, layout_from_config
 from secateur.pipeline.outcome import LinearReport, relative_error
 from secateur.prune.reconstruct import reconstruct
+from secateur.prune.refit import refit
 from secateur.recipes.plan import Plan
+
+#: What a bias that changed is called among the parts of a solution.
+BIAS = "bias"
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class Problem:
         transposed: the module keeps it as `[I, O]`.
         dtype: of the weight in the source.
         fisher_OI: squared gradients, where the method needs them.
+        units: of its inputs, of a structured pattern.
+        bias_O: that the module has, where it may be changed.
     """
 
     name: str
@@ -41,6 +51,8 @@ class Problem:
     transposed: bool
     dtype: torch.dtype
     fisher_OI: Tensor | None = None
+    units: Units | None = None
+    bias_O: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,15 +61,18 @@ class Solution:
 
     Attributes:
         report: what became of it.
-        parts: its tensors on disk by the names of its layout's parts, on the CPU; a dense weight by the name "".
+        parts: its tensors on disk by the names of its layout's parts, on the CPU; a dense weight by the name "", and by the
+            name `BIAS` a bias that changed, too. Of a structured pattern the weight has zeros for what goes.
         entry: of its layout in the config; None: it is dense.
         W_OI: its weight, dense; None: to be had from the parts.
+        kept: the numbers of the units that stay, of a structured pattern.
     """
 
     report: LinearReport
     parts: dict[str, Tensor]
     entry: dict[str, Any] | None
     W_OI: Tensor | None = field(default=None, repr=False)
+    kept: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -76,14 +91,15 @@ class Solution:
 
     def record(self) -> dict[str, Any]:
         """What is to be known of it besides its tensors, in values that JSON holds."""
-        return {**asdict(self.report), "entry": self.entry}
+        kept = {"kept": list(self.kept)} if self.kept is not None else {}
+        return {**asdict(self.report), "entry": self.entry, **kept}
 
     @classmethod
     def of_record(cls, record: dict[str, Any], parts: dict[str, Tensor]) -> Solution:
         """The solution behind what `record` gave."""
         fields = {**record, "shape": tuple(record["shape"])}
-        entry = fields.pop("entry")
-        return cls(LinearReport(**fields), parts, entry)
+        entry, kept = fields.pop("entry"), fields.pop("kept", None)
+        return cls(LinearReport(**fields), parts, entry, kept=None if kept is None else tuple(kept))
 
 
 def solve(
@@ -103,7 +119,7 @@ def solve(
     stack = stacked(plan, problems, stats.or_isotropic())
     notes: list[str] = []
     if pruned is None:
-        pruned = prune(plan, stack)
+        pruned = prune(plan, stack, problems[0].units)
     if pruned is not None:
         notes += pruned.notes
     if plan.quantizer is None:
@@ -116,6 +132,8 @@ def solve(
         results = (_quantized(plan, weight) for weight in quantized)
     dense = stack.split(stack.W_OI)
     solutions = [_pack(p, d, result, stats) for p, d, result in zip(problems, dense, results, strict=True)]
+    if pruned is not None and pruned.keep_U is not None:
+        solutions = [_narrowed(problems[0], solutions[0], pruned)]
     names = ", ".join(problem.name for problem in problems)
     return solutions, [f"{names}: {note}" for note in notes]
 
@@ -126,11 +144,15 @@ def stacked(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> Stack
     return Stack.of([problem.W_OI for problem in problems], stats, plan.dtype or problems[0].dtype, fishers)
 
 
-def prune(plan: Plan, stack: Stack) -> Pruned | None:
+def prune(plan: Plan, stack: Stack, units: Units | None = None) -> Pruned | None:
     """The first half of `solve`: what is left of the weights; None where nothing is to be pruned."""
     if plan.pruning is None:
         return None
     pruner, refiner, pattern = plan.pruning.pruner, plan.pruning.refiner, plan.pruning.pattern
+    if isinstance(pattern, Structured):
+        assert units is not None
+        return _prune_units(cast(UnitPruner, pruner), stack, units, pattern.refit)
+    pruner = cast(Pruner, pruner)
     pruned = pruner.prune(stack, pattern)
     if refiner is not None:
         keep_OI = refiner.refine(stack, pruned.keep_OI, pattern)
@@ -140,6 +162,33 @@ def prune(plan: Plan, stack: Stack) -> Pruned | None:
         notes = (*pruned.notes, *(note for note in said if note not in pruned.notes))
         pruned = Pruned(best_OI, pruned.keep_OI, notes)
     return pruned
+
+
+def _prune_units(pruner: UnitPruner, stack: Stack, units: Units, refits: bool) -> Pruned:
+    keep_U = pruner.keep_units(stack, units)
+    keep_I = units.spread(keep_U)
+    W_OI, notes = refit(stack, keep_I, pruner.shifts) if refits else (stack.W_OI * keep_I, ())
+    shift_O = (stack.W_OI - W_OI) @ stack.stats.mean() if pruner.shifts else None
+    return Pruned(W_OI, keep_I.expand_as(W_OI), notes, keep_U, shift_O)
+
+
+def _narrowed(problem: Problem, solution: Solution, pruned: Pruned) -> Solution:
+    """A solution that tells which units stay, and of the weight without the others; with a bias that makes up for them."""
+    assert pruned.keep_U is not None
+    assert problem.units is not None
+    assert solution.W_OI is not None
+    told = describe_dense(solution.W_OI[:, problem.units.spread(pruned.keep_U)])
+    report = replace(
+        solution.report,
+        shape=(told.shape[0], told.shape[1]),
+        sparsity=1 - told.count / math.prod(told.shape),
+        bytes=told.bytes,
+    )
+    parts = dict(solution.parts)
+    if pruned.shift_O is not None and problem.bias_O is not None:
+        parts[BIAS] = (problem.bias_O.float() + pruned.shift_O).to(solution.parts[""].dtype).cpu()
+    kept = tuple(pruned.keep_U.nonzero()[:, 0].tolist())
+    return replace(solution, report=report, parts=parts, kept=kept)
 
 
 @dataclass(frozen=True)

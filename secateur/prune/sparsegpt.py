@@ -1,7 +1,7 @@
 """SparseGPT: "Massive Language Models Can Be Accurately Pruned in One-Shot", Frantar & Alistarh 2023, arXiv:2301.00774.
 
 O: output features, R: those of one of several stacked linears, I: input features, S: input features of one mask block or N:M
-group, N: weights of a block.
+group, N: weights of a block, U: units of input features.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from secateur.core.damping import damping_option
+from secateur.core.feature_units import Units
 from secateur.core.options import check_options, option
 from secateur.core.patterns import NM, Pattern, drop_lowest, keep_in_groups
 from secateur.core.pruned import Pruned
 from secateur.core.registry import pruner
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
+from secateur.prune.unit_removal import remove_units
 from secateur.solvers.column_sweep import sweep
 
 
@@ -36,6 +38,7 @@ class SparseGPT:
     name: ClassVar[str] = "sparsegpt"
     paper: ClassVar[str] = "Frantar & Alistarh 2023, arXiv:2301.00774"
     level: ClassVar[Level] = Level.GRAM
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -55,6 +58,10 @@ class SparseGPT:
 
         notes = (*stack.dead_notes(), *stack.notes(self.damping, used))
         return Pruned(W_IO.T.contiguous(), removal.keep_IO.T.contiguous(), notes)
+
+    def keep_units(self, stack: Stack, units: Units) -> Tensor:
+        """What is left where the units whose removal does least go, a few at a time: see `remove_units`."""
+        return remove_units(stack, units, self.damping)
 
 
 class _Removal:

@@ -13,7 +13,13 @@ _PLACEHOLDER = 0.5
 
 def is_open(recipe: Recipe) -> bool:
     """Whether it is still to be found out what becomes of each linear."""
-    return not recipe.linears and (has_target(recipe) or recipe.allocation != "uniform")
+    return not recipe.linears and (has_target(recipe) or recipe.allocation != "uniform" or has_units_to_share(recipe))
+
+
+def has_units_to_share(recipe: Recipe) -> bool:
+    """Whether units of other kinds than neurons may go, and it is not said how many of each."""
+    kinds = (recipe.units or "neurons").replace(" ", "")
+    return recipe.pattern == "structured" and kinds != "neurons"
 
 
 def has_target(recipe: Recipe) -> bool:

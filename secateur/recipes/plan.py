@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from secateur.core.options import given_options
-from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
-from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner
+from secateur.core.patterns import NM, Pattern, Structured, Unstructured, parse_pattern
+from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, UnitPruner
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
@@ -22,6 +22,8 @@ from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
 from secateur.recipes.recipe import Choice, Recipe
 
+#: The pattern of whole units.
+STRUCTURED = "structured"
 _SPARSE_FORMATS = ("bitmap", "nm")
 
 
@@ -29,13 +31,15 @@ _SPARSE_FORMATS = ("bitmap", "nm")
 class Pruning:
     """What removes weights, and which sets of them may be left."""
 
-    pruner: Pruner
+    pruner: Pruner | UnitPruner
     refiner: Refiner | None
-    pattern: Pattern
+    pattern: Pattern | Structured
     reconstruct: bool = False
 
     @property
     def level(self) -> Level:
+        if isinstance(self.pattern, Structured) and self.pattern.refit:
+            return Level.HALVES
         if self.reconstruct:
             return Level.GRAM
         return max(self.pruner.level, self.refiner.level if self.refiner else Level.NONE)
@@ -64,7 +68,7 @@ class Plan:
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
-        if choice is None:
+        if choice is None or choice.units is not None:
             return self
         pruning = quantizer = None
         if choice.sparsity is not None:
@@ -122,6 +126,8 @@ def plan(recipe: Recipe) -> Plan:
     if quantizer is not None and recipe.format in _SPARSE_FORMATS:
         raise UsageError(f"`format` {recipe.format} does not hold quantized weights: give auto or dense")
     layouts: dict[str, Layout | None] = {"dense": None, "bitmap": Bitmap(), "auto": Bitmap()}
+    if isinstance(pattern, Structured):
+        layouts["auto"] = None
     if isinstance(pattern, NM):
         layouts |= dict.fromkeys(("auto", "nm"), NMBits(pattern.n, pattern.m))
     if recipe.format not in layouts:
@@ -137,6 +143,8 @@ def _check_choices(recipe: Recipe) -> None:
             Unstructured(choice.sparsity)
             if not recipe.prune:
                 raise UsageError(f"a sparsity is chosen for {name}, but no method is given: `prune` is missing")
+        if choice.units is not None and recipe.pattern != STRUCTURED:
+            raise UsageError(f"a width is chosen for {name}, which is for `pattern` structured")
         if choice.bits is not None and recipe.quantize is None:
             raise UsageError(f"bits are chosen for {name}, but no method is given: `quantize` is missing")
 
@@ -146,6 +154,7 @@ def _pruning(recipe: Recipe) -> Pruning | None:
         for option, value in (
             ("sparsity", recipe.sparsity),
             ("pattern", recipe.pattern),
+            *_structured_only(recipe).items(),
             ("refine", recipe.refine),
             ("reconstruct", recipe.reconstruct or None),
             *recipe.pruning.items(),
@@ -157,7 +166,59 @@ def _pruning(recipe: Recipe) -> Pruning | None:
     if recipe.refine is None:
         _need_method(recipe.refining, "refine")
     refiner = make("refine", recipe.refine, recipe.refining) if recipe.refine is not None else None
+    if recipe.pattern == STRUCTURED:
+        return _structured(recipe, pruner)
+    for option in _structured_only(recipe):
+        raise UsageError(f"`{option}` is for `pattern` structured: add that, or leave it out")
+    if not hasattr(pruner, "prune"):
+        raise UsageError(f"{recipe.prune} removes whole units: add `pattern` structured")
     return Pruning(pruner, refiner, parse_pattern(recipe.pattern, recipe.sparsity), recipe.reconstruct)
+
+
+def _structured_only(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says that only a structured pattern heeds, by name."""
+    said = {"units": recipe.units, "multiple": recipe.multiple}
+    return {
+        name: value for name, value in {**said, "refit": None if recipe.refit else False}.items() if value is not None
+    }
+
+
+def _structured(recipe: Recipe, pruner: Any) -> Pruning:
+    """Raises UsageError where something does not go together with it."""
+    if not hasattr(pruner, "keep_units"):
+        known = ", ".join(sorted(name for name, each in PRUNERS.items() if hasattr(each, "keep_units")))
+        raise UsageError(
+            f"{recipe.prune} compares single weights, and `pattern` structured whole units: `prune` can be {known}"
+        )
+    others = {
+        "refine": recipe.refine,
+        "reconstruct": recipe.reconstruct or None,
+        "quantize": recipe.quantize,
+        "targets": recipe.targets or None,
+        "ignore": recipe.ignore or None,
+        "target_size": recipe.target_size,
+        "max_perplexity_rise": recipe.max_perplexity_rise,
+        "share_choice": recipe.share_choice,
+    }
+    for name, value in others.items():
+        if value is not None:
+            instead = "compress the result again for that" if name in ("quantize", "target_size") else "leave it out"
+            raise UsageError(f"`{name}` does not go together with `pattern` structured: {instead}")
+    if recipe.format not in ("auto", "dense"):
+        raise UsageError(
+            f"`format` {recipe.format} is for single weights, and a structured result is dense: leave it out"
+        )
+    if recipe.sparsity is None:
+        raise UsageError(
+            "how much to prune is not said: give `sparsity`, the share of the blocks' weights to remove, like 25%"
+        )
+    units = tuple(word.strip() for word in recipe.units.split(",")) if recipe.units is not None else ("neurons",)
+    pattern = Structured(recipe.sparsity, units, recipe.multiple, recipe.refit)
+    if recipe.allocation != "uniform":
+        raise UsageError(
+            f"`allocation` {recipe.allocation} is for single weights: several `units` share what goes by what each costs anyway"
+        )
+    return Pruning(pruner, None, pattern)
 
 
 def _quantizer(recipe: Recipe) -> Quantizer | None:

@@ -78,10 +78,14 @@ class Choice:
     Attributes:
         sparsity: share of its weights to remove; None prunes nothing.
         bits: of its codes; None does not quantize it.
+        units, groups: of a structured pattern, how many neurons it reads, or how many heads in how many groups that share keys
+            and values; 0 for both linears of a block: it goes as a whole.
     """
 
     sparsity: float | None = None
     bits: int | None = None
+    units: int | None = None
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         _read_shares(self)
@@ -96,7 +100,10 @@ class Recipe:
             `quantize`.
         pruning, refining, quantization: the options of each of them that are given; the others are the method's to choose.
         sparsity: share of weights to remove.
-        pattern: `unstructured` or `N:M`.
+        pattern: `unstructured`, `N:M`, or `structured`: whole units go, and the result is a smaller dense model.
+        units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
+        multiple: of a structured pattern, that the number of neurons left is of; None: of 32, where the model's is.
+        refit: of a structured pattern, whether the weights that read what stays make up for what goes.
         refine: name of the mask refiner, if any.
         targets: glob patterns of the names of linears to compress; none means all inside the blocks.
         ignore: glob patterns of linears to leave alone.
@@ -117,6 +124,9 @@ class Recipe:
     prune: str = ""
     sparsity: float | None = None
     pattern: str | None = None
+    units: str | None = None
+    multiple: int | None = None
+    refit: bool = True
     refine: str | None = None
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

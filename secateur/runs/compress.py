@@ -168,7 +168,7 @@ def put_together(run: Run, report: Report) -> Path:
     if run.recorder.entries:
         absent = set(prepared.names) - prepared.chosen
         quantization = quantization_config(prepared.weights.generalised(run.recorder.entries, prepared.lists, absent))
-    save_config(source, folder, run.job.plan.dtype, quantization, type(prepared.model).__name__)
+    save_config(prepared.written, folder, run.job.plan.dtype, quantization, type(prepared.model).__name__)
     if prepared.weights.untied:
         save_untied(folder)
     report.notes = [*report.notes, *source.write_companions(folder)]
@@ -186,6 +186,7 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
         "recipe": run.job.recipe.to_dict(),
         "calibration": report.calibration,
         "parameters": report.parameters,
+        **({"structure": report.structure} if report.structure is not None else {}),
         "weight_bytes": report.bytes,
         "sparsity": report.sparsity,
         "bits": report.bits,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -32,13 +32,15 @@ from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
 from secateur.search.unreached import expect_unreached, share_of
+from secateur.structured.sites import Site, Width
+from secateur.structured.structure_of import head_widths
 from secateur.walking.capture import BodyCalls
 from secateur.walking.clock import Clock
 from secateur.walking.walk import Gathered, Solve
 from secateur.walking.walker import Walker
 
 # Tokens on which effects are measured, and of a window of them. Four windows or more, so that no one text decides.
-TOKENS, _WINDOW = 2048, 256
+TOKENS, WINDOW = 2048, 256
 
 #: Compresses the model by a recipe to a folder.
 Attempt = Callable[[Recipe, Path], object]
@@ -111,7 +113,7 @@ class Searcher:
         Args:
             room: bytes that all linears together are to take: only what is near is tried, as soon as sizes are known.
         """
-        effects = self._effects(windows)
+        effects = self.effects(windows)
         found: Library = {}
         reached: dict[str, int] = {}
         shares: dict[str, float] = {}
@@ -165,6 +167,14 @@ class Searcher:
         """For each choice the solutions of linears of one input."""
         problems = [self.prepared.problem(name, None) for name in names]
         found = []
+        structure = self.prepared.structure
+        if structure is not None:
+            site = structure.sites[names[0]]
+            with self.clock("solving"):
+                for choice in choices:
+                    problem = replace(problems[0], units=site.units(width_of(site, choice)))
+                    found.append(solve(self.job.plan, [problem], stats.or_isotropic())[0])
+            return found
         with self.clock("solving"):
             for _, same in groupby(choices, lambda choice: choice.sparsity):  # one mask for several bits
                 plans = [self.job.plan.of(choice) for choice in same]
@@ -172,9 +182,10 @@ class Searcher:
                 found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
         return found
 
-    def _effects(self, windows: Windows) -> Effects:
+    def effects(self, windows: Windows) -> Effects:
+        """What changes of linears do, measured on half of the windows."""
         ids_NS = windows.ids_NS
-        length = min(_WINDOW, ids_NS.shape[1])
+        length = min(WINDOW, ids_NS.shape[1])
         others_NS = ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)
         pieces_NS = torch.tensor([piece for ids in others_NS.tolist() for piece in cut(ids, windows.bos_ids, length)])
         held_NS = pieces_NS[: max(1, TOKENS // length)]
@@ -222,6 +233,16 @@ class Searcher:
     def _bytes_on_disk(self, solution: Solution) -> int:
         weight = self.prepared.weights.name_to_write(f"{solution.name}.weight")
         return solution.report.bytes + sum(map(entry_bytes, solution.tensors(weight)))
+
+
+def width_of(site: Site, choice: Choice) -> Width:
+    """The width that is chosen for a site; where only a share is, the nearest one."""
+    if choice.units is not None:
+        return Width(choice.units, choice.groups or 1)
+    left = 1 - (choice.sparsity or 0.0)
+    if site.coupling.kind == "heads":
+        return min([site.width, *head_widths(site)], key=lambda width: abs(width.units / site.width.units - left))
+    return Width(max(1, round(left * site.width.units)))
 
 
 def _each(look: Callable[[list[str], InputStats], object]) -> Solve:

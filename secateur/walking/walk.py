@@ -118,10 +118,11 @@ def walk(passage: Passage, target: Target, way: Way) -> None:
         RepeatedError: an input of a linear is not finite, or linears are not reached in the same order by every batch.
     """
     batches = _Batches(passage, target, way)
+    first = _first_window(passage) if target.level >= Level.HALVES else 0
     try:
         for number, stage in enumerate(target.stages):
             batches.stage = number
-            gathered = _gather(passage, target, batches, stage)
+            gathered = _gather(passage, target, batches, stage, first)
             with passage.clock("exchange"):
                 for _, stats in gathered:
                     passage.ranks.add_up(stats)
@@ -138,8 +139,14 @@ def walk(passage: Passage, target: Target, way: Way) -> None:
         target.experts.leave()
 
 
-def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage) -> list[Gathered]:
-    """The statistics of a stage's inputs over the batches of this process."""
+def _first_window(passage: Passage) -> int:
+    """The number of this process's first window among those of all."""
+    own = sum(passage.hiddens.shapes[i][0] for i in range(len(passage.calls)))
+    return sum(passage.ranks.gather(own)[: passage.ranks.rank])
+
+
+def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage, first: int) -> list[Gathered]:
+    """The statistics of a stage's inputs over the batches of this process, whose first window has this number."""
     found: dict[str, InputStats] = {}
     windows = 0
     for i in range(len(passage.calls)):
@@ -147,7 +154,7 @@ def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage) -
             with passage.clock("statistics"):
                 for names, (x_TI, weight_T, borrowed) in _by_group(stage, rows):
                     stats = found.setdefault(names[0], InputStats.empty(x_TI.shape[-1], target.level, x_TI.device))
-                    stats.add(x_TI.reshape(-1, x_TI.shape[-1]), weight_T, borrowed)
+                    stats.add_windows(x_TI, first + windows, weight_T, borrowed)
                     if not stats.finite:
                         raise RepeatedError(_where_not_finite(names, x_TI, windows, passage.ranks))
             del rows
@@ -155,6 +162,8 @@ def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage) -
     for names in stage.groups:
         if names[0] not in found:
             raise RepeatedError(f"{names[0]} is not reached by calibration text: not supported")
+    for stats in found.values():
+        stats.join()
     return [(names, found[names[0]]) for names in stage.groups]
 
 

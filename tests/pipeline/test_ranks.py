@@ -51,6 +51,7 @@ RECIPES = {
     "sparsegpt": {"prune": "sparsegpt", "sparsity": 0.5},
     "gptq": {"quantize": "gptq", "prune": "wanda", "pattern": "2:4"},
     "squeezellm": {"quantize": "squeezellm", "quantization": {"bits": 3}},
+    "structured": {"prune": "wanda", "pattern": "structured", "sparsity": 0.2, "multiple": 8},
 }
 
 

@@ -20,7 +20,7 @@ class Export:
 
     model: Model
     out: Out
-    to: Annotated[str, typer.Option(help="Form: dense (every tool reads it), secateur, compressed-tensors or spqr.")]
+    to: Annotated[str, typer.Option(help="Form: dense (for any tool), secateur, compressed-tensors, gptq, gptq-v1 or spqr.")]
     overwrite: Overwrite = False
     revision: Revision = None
     trust_remote_code: Trust = False

@@ -42,8 +42,9 @@ class SparseBitmask(Decoder):
             row["bitmask"] = row["bitmask"].reshape(1, -1)
         return Bitmap().unpack(row)[0]
 
-    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
-        return Bitmap().ours(tensors)
+    def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]] | None:
+        shape = tensors.get("shape")
+        return None if shape is not None and shape.numel() == 1 else Bitmap().ours(tensors)
 
 
 _DENSE = "dense"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
-from secateur.foreign import gptq, pack_quantized, spqr_quant
+from secateur.foreign import gptq_format, pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.stored_weights import quantization_config
 from secateur.mixture.experts import Experts
@@ -19,8 +19,9 @@ from secateur.model.block_names import without_expert
 from secateur.model.structure import Linear, is_transposed
 from secateur.model.weights import ModelWeights
 
-
-_ONE_TENSOR = "checkpoints of its family hold a layer's experts in one tensor, and transformers reads no packed ones there"
+_ONE_TENSOR = (
+    "checkpoints of its family hold a layer's experts in one tensor, and transformers reads no packed ones there"
+)
 
 
 class Form(Protocol):
@@ -198,17 +199,17 @@ class GPTQ(Form):
     version = 2
 
     def __init__(self) -> None:
-        self.schemes: dict[str, gptq.Scheme] = {}
+        self.schemes: dict[str, gptq_format.Scheme] = {}
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         weight = _quantized(module, linear, weights, self.name)
         if weight is None:
             return None
         try:
-            parts = gptq.pack(weight, self.version)
+            parts = gptq_format.pack(weight, self.version)
         except ValueError as error:
             raise _not_possible(module, self.name, error) from error
-        self.schemes[module] = gptq.Scheme.of(weight)
+        self.schemes[module] = gptq_format.Scheme.of(weight)
         return parts
 
     def config(
@@ -219,10 +220,12 @@ class GPTQ(Form):
         for name, experts in experts_in(model).items():
             packed = any(f"{name}.{linear}" in self.schemes for linear in experts.linears)
             if packed and (experts.has_bias or not (merged or experts.copied_inputs)):
-                raise UsageError(f"{name} cannot be written as {self.name}: {_ONE_TENSOR}; `to='dense'` writes any model")
+                raise UsageError(
+                    f"{name} cannot be written as {self.name}: {_ONE_TENSOR}; `to='dense'` writes any model"
+                )
         schemes = {n: scheme for module, scheme in self.schemes.items() for n in _names(module, weights)}
         dense = [n for name in linears if name not in self.schemes for n in _names(name, weights)]
-        return gptq.quantization_config(schemes, dense, self.version)
+        return gptq_format.quantization_config(schemes, dense, self.version)
 
 
 class GPTQv1(GPTQ):

@@ -16,7 +16,7 @@ GROUP = "secateur.commands"
 _SUFFIX = "_command"
 # As one comes to need them; the help lists others behind these, by name.
 _ORDER = ["compress", "plan", "recipes", "methods", "eval", "gate", "sweep", "inspect", "verify", "bench", "export"]
-_ORDER += ["generate", "run", "compare", "cache", "doctor"]
+_ORDER += ["card", "push", "generate", "run", "compare", "cache", "doctor"]
 
 
 def _own() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """AWQ checkpoints in the order that AutoAWQ calls GEMM: read only.
 
-`qweight int32 [I, O/8]` and `qzeros int32 [G, O/8]` hold eight codes of neighbouring output features a word: the even ones of them first,
-then the odd ones. `scales [G, O]`. w = (code − zero) · scale in the dtype of the scales, rounded once.
+`qweight int32 [I, O/8]` and `qzeros int32 [G, O/8]` hold eight codes of neighbouring output features a word: the even ones of
+them first, then the odd ones. `scales [G, O]`. w = (code − zero) · scale in the dtype of the scales, rounded once.
 
 O: output features, I: input features, G: groups of a row.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
 from secateur.foreign.format import Foreign, foreign
-from secateur.foreign.gptq import owners
+from secateur.foreign.gptq_format import owners
 from secateur.foreign.ours import as_ours
 from secateur.formats.layouts.coded import HALF_DTYPES, check_finite
 from secateur.formats.layouts.layout import Decoder, Layout, Stored, all_finite, bytes_of, check_parts
@@ -115,4 +115,6 @@ class AWQ(Foreign):
             if not right:
                 raise CheckpointError(f"the checkpoint's quantization_config has {what} {found!r}: {_READ}")
         layout = AWQWeight(None if size == -1 else size)
-        return {f"{module}.weight": PackedWeight(layout, parts) for module, parts in owners(stored, layout.parts).items()}
+        return {
+            f"{module}.weight": PackedWeight(layout, parts) for module, parts in owners(stored, layout.parts).items()
+        }

@@ -1,7 +1,7 @@
 """The formats `int-quantized` and `float-quantized` of compressed-tensors: a code a byte, by itself or below a mask; read only.
 
-`weight` is int8 or float8_e4m3fn `[O, I]`, `weight_scale` has one number for the tensor, for each row or for each group of a row,
-and `weight_zero_point` as many, where there is one. w = (code − zero) · scale, in the dtype of the scale.
+`weight` is int8 or float8_e4m3fn `[O, I]`, `weight_scale` has one number for the tensor, for each row or for each group of a
+row, and `weight_zero_point` as many, where there is one. w = (code − zero) · scale, in the dtype of the scale.
 
 O: output features, I: input features, K: kept weights of a row, G: groups of a row.
 """

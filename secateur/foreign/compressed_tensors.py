@@ -50,8 +50,8 @@ class SparseBitmask(Decoder):
 _DENSE = "dense"
 _LAYOUTS: dict[str, Decoder] = {"sparse-bitmask": SparseBitmask(), "sparse-24-bitmask": NMBits(2, 4)}
 _READ = (
-    f"secateur reads {' and '.join(_LAYOUTS)}, {pack_quantized.FORMAT}, {' and '.join(byte_codes.FORMATS)} below them or alone, "
-    f"and {marlin24.FORMAT}"
+    f"secateur reads {' and '.join(_LAYOUTS)}, {pack_quantized.FORMAT}, {' and '.join(byte_codes.FORMATS)} below them or "
+    f"alone, and {marlin24.FORMAT}"
 )
 
 
@@ -84,7 +84,7 @@ opened by transformers where the package `compressed-tensors` is installed, and 
             raise CheckpointError(f"compressed-tensors' sparse format {mask!r} is not known: {_READ}")
         masks = {} if mask == _DENSE else _masks(stored)
         names = [name for name in stored if name.rpartition(".")[2] not in PARTS] if masks else list(stored)
-        packed = _codes([*names, *masks], section)
+        packed = _codes([*names, *masks], section, bool(masks))
         below = {part for weight in packed.values() for part in weight.parts.values()}
         found = {name: _under_masks(weight, masks) for name, weight in packed.items()}
         found |= {name: PackedWeight(_LAYOUTS[mask], parts) for name, parts in masks.items() if name not in below}
@@ -113,20 +113,23 @@ def _under_masks(weight: PackedWeight, masks: Mapping[str, Mapping[str, str]]) -
     return PackedWeight(UnderMask(weight.layout), parts)
 
 
-def _codes(names: Iterable[str], section: Mapping[str, Any]) -> dict[str, PackedWeight]:
-    """The weights that are codes, by what a section says of tensors of such names.
+def _codes(names: Iterable[str], section: Mapping[str, Any], masked: bool) -> dict[str, PackedWeight]:
+    """The weights that are codes, by what a section says of tensors of such names, below masks or not.
 
     Raises CheckpointError when it says what is not read here.
     """
+    form, groups = section.get("format"), section.get("config_groups")
+    if form == pack_quantized.FORMAT and (groups or not masked):
+        below = {key: value for key, value in section.items() if key != "sparsity_config"}
+        return pack_quantized.packed_weights(dict.fromkeys(names, torch.empty(0)), below)
     said = {key for key, value in section.items() if value}
     more = [f"{key} {section[key]!r}" for key in sorted(said - _ANY)]
     more += ["transform_config"] if section.get("transform_config") else []
-    form, groups = section.get("format"), section.get("config_groups")
     if groups and not isinstance(groups, Mapping):
         more.append("config_groups that are none")
     if form not in (None, _DENSE) and not groups:
         more.append(f"format {form!r} without config_groups")
-    if groups and form not in (pack_quantized.FORMAT, marlin24.FORMAT, *byte_codes.FORMATS):
+    if groups and form not in (marlin24.FORMAT, *byte_codes.FORMATS):
         more.append(f"config_groups with format {form!r}")
     if more:
         raise CheckpointError(
@@ -134,7 +137,4 @@ def _codes(names: Iterable[str], section: Mapping[str, Any]) -> dict[str, Packed
         )
     if not groups:
         return {}
-    if form == pack_quantized.FORMAT:
-        below = {key: value for key, value in section.items() if key != "sparsity_config"}
-        return pack_quantized.packed_weights(dict.fromkeys(names, torch.empty(0)), below)
     return marlin24.packed_weights(names) if form == marlin24.FORMAT else byte_codes.packed_weights(names, groups)

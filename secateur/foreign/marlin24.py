@@ -2,10 +2,10 @@
 
 Of every four weights of a row two have a code, on a symmetric grid of 4 or 8 bits per output channel or group of 128 weights.
 
-- `weight_packed int32 [K/16, 16·O·bits/32]`: codes, in tiles of 16 kept weights × 16 rows, four tiles of which are shuffled together as
-  a warp of the kernel takes them.
-- `meta int16`, O · I/16 words, of four groups of four weights each: two bits for the place of the first, two for the second. Words
-  are in the order of CUTLASS's interleaved columns.
+- `weight_packed int32 [K/16, 16·O·bits/32]`: codes, in tiles of 16 kept weights × 16 rows, four tiles of which are shuffled
+  together as a warp of the kernel takes them.
+- `meta int16`, O · I/16 words, of four groups of four weights each: two bits for the place of the first, two for the second.
+  Words are in the order of CUTLASS's interleaved columns.
 - `scale_packed float16 [G, O]`, shuffled within 64 rows where there are groups.
 
 No release of compressed-tensors could unpack it.
@@ -110,7 +110,9 @@ def _codes(word: Tensor, bits: int, O: int, K: int) -> Tensor:
 
 def _of_codes(bits: int) -> Tensor:
     """Which code of four tiles is where: one thread after the other of a warp, and what it hands to the tensor cores."""
-    tile, right, lane, column, block, below, pair = torch.meshgrid(*map(torch.arange, (4, 2, 4, 4, 2, 2, 2)), indexing="ij")
+    tile, right, lane, column, block, below, pair = torch.meshgrid(
+        *map(torch.arange, (4, 2, 4, 4, 2, 2, 2)), indexing="ij"
+    )
     place = 256 * tile + 16 * (2 * lane + 8 * below + pair) + 8 * right + 4 * block + column
     in_word = torch.tensor(_IN_WORD[bits])
     return place.reshape(-1, len(in_word))[:, in_word].flatten()

@@ -1,8 +1,8 @@
 """Folders of MLX with affine codes, as mlx-lm writes them: read as mlx's own `dequantize` does on a CPU.
 
 Beside `NAME.weight uint32 [O, W]`, a stream of bits a row with the first code in the least significant, are `NAME.scales` and
-`NAME.biases [O, G]`. w = scale · code + bias, where product and sum are each rounded to the dtype of the scales. None of our layouts
-rounds twice, or has scales below zero, as mlx's quantizer makes them: such weights become dense.
+`NAME.biases [O, G]`. w = scale · code + bias, where product and sum are each rounded to the dtype of the scales. None of our
+layouts rounds twice, or has scales below zero, as mlx's quantizer makes them: such weights become dense.
 
 O: output features, I: input features, W: words of 32 bits, G: groups of a row.
 """
@@ -51,7 +51,7 @@ class MLXCodes(Decoder):
             },
         )
         (O, W), (rows, G) = tensors["weight"].shape, tensors["scales"].shape
-        if rows != O or W * 32 != G * self.group_size * self.bits or tensors["biases"].shape != (O, G):
+        if rows != O or G * self.group_size * self.bits != W * 32 or tensors["biases"].shape != (O, G):
             raise ValueError(
                 f"its weight is {[O, W]}, its scales {[rows, G]} and its biases {list(tensors['biases'].shape)}, which is no "
                 f"matrix of {self.bits} bits in groups of {self.group_size}"
@@ -117,5 +117,6 @@ def _read_codes(module: str, section: Mapping[str, Any]) -> MLXCodes:
     ):
         if not right:
             raise CheckpointError(f"the checkpoint's {KEY} has {what} {found!r} for {module}: {_READ}")
-    assert isinstance(bits, int) and isinstance(size, int)
+    assert isinstance(bits, int)
+    assert isinstance(size, int)
     return MLXCodes(bits, size)

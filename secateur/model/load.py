@@ -131,8 +131,8 @@ def load_source(
 ) -> Any:
     """The whole model of an open source, its floating weights as `dtype`, for a backend.
 
-    A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does; so does one whose
-    weights others have packed, where layouts of ours hold them.
+    A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does; so does one
+    whose weights others have packed, where layouts of ours hold them.
 
     Args:
         apart: whether experts of mixtures stay linears of their own also where no weight of them is packed.

@@ -31,7 +31,7 @@ class Repacked(PackedWeight[Layout]):
 
 
 def repacked(weights: DecodedWeights, pool: Executor) -> dict[str, PackedWeight]:
-    """Those packed weights of blocks, by name, that layouts of ours hold to the bit; the others are decoded when they are needed.
+    """Those packed weights of blocks, by name, that layouts of ours hold to the bit; others are decoded when they are needed.
 
     Raises:
         CheckpointError: one is damaged.

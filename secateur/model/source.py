@@ -103,6 +103,11 @@ class Source:
         )
 
     @property
+    def hub_name(self) -> str | None:
+        """What it is called on the hub; None where it does not come from there."""
+        return self.name.partition("@")[0] if self.from_hub else None
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether it comes with a usable one."""
         try:

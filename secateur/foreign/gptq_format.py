@@ -1,11 +1,11 @@
 """The format of GPTQ checkpoints, as AutoGPTQ and GPTQModel write it: read, and written.
 
-`qweight int32 [W, O]` has the codes of each output feature, `qzeros int32 [G, V]` the zero points of each group, both as streams of
-bits in words, the first in the least significant; `scales float16 [G, O]`; `g_idx int32 [I]`, the group of each input feature, without
-which they are in order. w = (code − zero) · scale in float16, rounded once.
+`qweight int32 [W, O]` has the codes of each output feature, `qzeros int32 [G, V]` the zero points of each group, both as
+streams of bits in words, the first in the least significant; `scales float16 [G, O]`; `g_idx int32 [I]`, the group of each
+input feature, without which they are in order. w = (code − zero) · scale in float16, rounded once.
 
-The zero points of version 1 (`checkpoint_format: gptq`) are less by one. In words of 2, 4 and 8 bits one is added to all of a word at
-once, with the carry from one to the next that was borrowed when they were written; 3 bits are added one by one.
+The zero points of version 1 (`checkpoint_format: gptq`) are less by one. In words of 2, 4 and 8 bits one is added to all of a
+word at once, with the carry from one to the next that was borrowed when they were written; 3 bits are added one by one.
 
 O: output features, I: input features, G: groups, W, V: words.
 """
@@ -131,7 +131,7 @@ class GPTQWeight(Decoder):
                 tensors, {"g_idx": lambda t: t.ndim == 1 and t.dtype in (torch.int32, torch.int64) and t.numel() > 0}
             )
         I = len(tensors["g_idx"]) if "g_idx" in tensors else W * _WORD // (self.bits or 4)
-        fitting = [b for b in BITS if W == _words(I, b) and self.bits in (None, b)]
+        fitting = [b for b in BITS if _words(I, b) == W and self.bits in (None, b)]
         if len(fitting) != 1:
             said = " or ".join(map(str, fitting or BITS)) if self.bits is None else self.bits
             raise ValueError(f"its qweight has {W} words for {I} weights of a row, and config.json says {said} bits")
@@ -141,7 +141,7 @@ class GPTQWeight(Decoder):
                 f"its qweight has {O} columns, but its scales are {list(scale_GO.shape)} and its qzeros "
                 f"{list(tensors['qzeros'].shape)}"
             )
-        if self.bits is not None and G != (1 if self.group_size is None else -(-I // self.group_size)):
+        if self.bits is not None and (1 if self.group_size is None else -(-I // self.group_size)) != G:
             size = "one group" if self.group_size is None else f"groups of {self.group_size}"
             raise ValueError(f"its scales have {G} rows for {I} weights of a row, but config.json says {size}")
         check_finite(tensors, "scales")
@@ -199,7 +199,10 @@ def pack(weight: Quantized, version: int) -> dict[str, Tensor]:
         ("a mask of kept weights", weight.keep_OI is not None),
         ("outliers", weight.outliers is not None),
         (f"{I} input features, which do not divide into groups of {size}", I % size > 0),
-        (f"{O} × {I} weights, neither of which may leave a word of 32 bits half full", O * bits % _WORD or I * bits % _WORD),
+        (
+            f"{O} × {I} weights, neither of which may leave a word of 32 bits half full",
+            O * bits % _WORD or I * bits % _WORD,
+        ),
     ):
         if wrong:
             raise ValueError(f"it has {what}, which GPTQ's format does not store")
@@ -276,14 +279,16 @@ class GPTQ(Foreign):
     quant_method: ClassVar[str] = QUANT_METHOD
     reads: ClassVar[str] = "GPTQ"
     card: ClassVar[str] = """
-FOLDER is this folder, or its name on the hub. The weights are in GPTQ's format: vLLM and SGLang open it, and transformers where the
-package `gptqmodel` is installed.
+FOLDER is this folder, or its name on the hub. The weights are in GPTQ's format: vLLM and SGLang open it, and transformers where
+the package `gptqmodel` is installed.
 """
 
     @classmethod
     def packed_weights(cls, stored: Mapping[str, Tensor], section: Mapping[str, Any]) -> dict[str, PackedWeight]:
         layout = _read_section(section)
-        return {f"{module}.weight": PackedWeight(layout, parts) for module, parts in owners(stored, layout.parts).items()}
+        return {
+            f"{module}.weight": PackedWeight(layout, parts) for module, parts in owners(stored, layout.parts).items()
+        }
 
 
 def owners(stored: Iterable[str], parts: Collection[str]) -> dict[str, dict[str, str]]:
@@ -313,7 +318,9 @@ def _read_section(section: Mapping[str, Any]) -> GPTQWeight:
             raise CheckpointError(f"the checkpoint's quantization_config has {what} {found!r}: {_READ}")
     if len(set(said.values())) > 1:
         both = " and ".join(f"{key} {value!r}" for key, value in said.items())
-        raise CheckpointError(f"the checkpoint's quantization_config has {both}, two conventions of zero points: {_READ}")
+        raise CheckpointError(
+            f"the checkpoint's quantization_config has {both}, two conventions of zero points: {_READ}"
+        )
     assert isinstance(bits, int)
     if any(dynamic.values()):  # which has others for some modules
         return GPTQWeight(None, None, versions[form], symmetric=False)

@@ -90,7 +90,7 @@ class AWQWeight(Decoder):
 
 def _unpack(word: Tensor) -> Tensor:
     """Codes `[O, …]` of words `[…, O/8]`."""
-    code = unpack_bits(word.contiguous().view(torch.uint8), BITS, 8 * word.shape[1])
+    code = unpack_bits(word.clone(memory_format=torch.contiguous_format).view(torch.uint8), BITS, 8 * word.shape[1])
     place = torch.arange(0, code.shape[1], 8)[:, None] + torch.tensor(ORDER)
     return torch.empty_like(code).index_copy_(1, place.flatten(), code).T.contiguous()
 

@@ -145,13 +145,13 @@ class GPTQWeight(Decoder):
             size = "one group" if self.group_size is None else f"groups of {self.group_size}"
             raise ValueError(f"its scales have {G} rows for {I} weights of a row, but config.json says {size}")
         check_finite(tensors, "scales")
-        code_OI = unpack_bits(word_WO.T.contiguous().view(torch.uint8), bits, I)
+        code_OI = unpack_bits(word_WO.T.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits, I)
         zero_GO = self._zeros(tensors["qzeros"], bits, O)
         return _Parts(bits, code_OI, scale_GO, zero_GO, _groups(tensors.get("g_idx"), I, G))
 
     def _zeros(self, word_GV: Tensor, bits: int, O: int) -> Tensor:
         """Zero points `[G, O]`. Raises ValueError where they are those of the other version."""
-        stored_GO = unpack_bits(word_GV.contiguous().view(torch.uint8), bits, O)
+        stored_GO = unpack_bits(word_GV.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits, O)
         middle = 2 ** (bits - 1)
         if self.symmetric and bool((stored_GO == (middle if self.version == 1 else middle - 1)).all()):
             raise ValueError(
@@ -164,7 +164,7 @@ class GPTQWeight(Decoder):
             return (stored_GO + 1) & 2**bits - 1
         ones = sum(1 << shift for shift in range(0, _WORD, bits))
         word_GV = (word_GV.long() + ones & 2**_WORD - 1).to(torch.uint32).view(torch.int32)
-        return unpack_bits(word_GV.contiguous().view(torch.uint8), bits, O)
+        return unpack_bits(word_GV.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits, O)
 
 
 def _groups(group_I: Tensor | None, I: int, G: int) -> Tensor:
@@ -230,7 +230,8 @@ def pack(weight: Quantized, version: int) -> dict[str, Tensor]:
 
 
 def _pack_words(code_RK: Tensor, bits: int) -> Tensor:
-    return pack_bits(code_RK, bits).view(torch.int32)
+    # `contiguous` would leave a single row with strides that `view` does not take.
+    return pack_bits(code_RK, bits).clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _of_scales() -> Tensor:
 
 def _codes(word: Tensor, bits: int, O: int, K: int) -> Tensor:
     """The codes of the kept weights, `[O, K]`."""
-    shuffled = unpack_bits(word.contiguous().view(torch.uint8), bits, _TILE * O)
+    shuffled = unpack_bits(word.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits, _TILE * O)
     tiles = _in_order(shuffled.reshape(-1, _TILE * _ROWS), _of_codes(bits), shuffled)
     return tiles.view(K // _TILE, O // _TILE, _TILE, _TILE).permute(1, 3, 0, 2).reshape(O, K).contiguous()
 

@@ -66,7 +66,9 @@ class MLXCodes(Decoder):
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         _, I = self.shape(tensors)
         check_finite(tensors, "scales", "biases")
-        code_OI = unpack_bits(tensors["weight"].contiguous().view(torch.uint8), self.bits, I)
+        code_OI = unpack_bits(
+            tensors["weight"].clone(memory_format=torch.contiguous_format).view(torch.uint8), self.bits, I
+        )
         scale_OI, bias_OI = (tensors[part].repeat_interleave(self.group_size, 1) for part in ("scales", "biases"))
         W_OI = (code_OI.to(scale_OI.dtype) * scale_OI).add_(bias_OI)
         if not all_finite(W_OI):

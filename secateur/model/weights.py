@@ -123,7 +123,7 @@ class ModelWeights:
                 _check_form(name, self._tensor(name), expected)
 
     def _check_direction(self, model: nn.Module) -> None:
-        """Raise CheckpointError where others packed the weight of a module that keeps it as `[in, out]`: none says which way."""
+        """Raise CheckpointError where others packed the weight of a module that keeps it as `[in, out]`: which way is open."""
         for name, stored in self._stored.items():
             if stored in self._weights.packed and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
                 raise CheckpointError(

@@ -1,20 +1,23 @@
-"""The model card, `README.md`: how to open the folder that it lies in, before whatever the card of its source says."""
+"""The model card, `README.md`: how to open the folder that it lies in and what was done, before whatever the card of its source
+says."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from secateur.checkpoint.front_matter import FRONT_MATTER, license_in_words, read_matter, renewed, write_matter
+from secateur.checkpoint.measured import Figure, model_index, table
 from secateur.foreign import FOREIGN
 from secateur.formats.stored_weights import QUANT_METHOD
+from secateur.units import words
 
 CARD_NAME = "README.md"
 # Ends what is ours, so that it is replaced when the folder is made into another.
 _END = "<!-- secateur ends here; what follows came with the model -->"
-# What the hub reads, which has to stay first.
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 
 _OPEN = """```python
 {imports}
@@ -37,38 +40,87 @@ FOLDER is this folder, or its name on the hub. The weights are dense: every tool
 """
 
 
-def write_card(folder: Path, name: str, config: Mapping[str, Any]) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    manifest: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    figures: Sequence[Figure] = (),
+) -> None:
     """Put our card before the one that is in a folder, if there is one.
 
     Args:
         folder: a checkpoint.
         name: of the model that it was made of.
         config: its `config.json`.
+        manifest: what is told of how it was made.
+        base_model: what that model is called on the hub, if it came from there.
+        figures: that were measured of it.
     """
     path = folder / CARD_NAME
     # Bytes that are not UTF-8 come through as they are.
     before = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
-    front = _FRONT_MATTER.match(before)
-    matter = front[0] if front is not None else ""
-    rest = before[len(matter) :]
+    front = FRONT_MATTER.match(before)
+    rest = before[front.end() :] if front is not None else before
     if _END in rest:
         rest = rest.partition(_END)[2]
-    card = "\n".join(filter(None, [matter.rstrip("\r\n"), f"{_card(name, config)}\n{_END}\n"]))
+    said = read_matter(front[1]) if front is not None else {}
+    index = model_index(_title(name), figures)
+    files = sorted(file.name for file in folder.iterdir())
+    matter = None
+    if said is not None:
+        matter = renewed(said, base_model=base_model, ours=_method(config) == QUANT_METHOD, files=files, results=index)
+    # What cannot be read is left to whoever wrote it.
+    begin = write_matter(matter) if matter is not None else front[0] if front is not None else ""
+    card = _card(name, config, manifest or {}, figures)
+    if matter is not None:
+        card = f"{card}\n{license_in_words(matter)}\n"
+    card = "\n".join(filter(None, [begin.rstrip("\r\n"), f"{card}\n{_END}\n"]))
     if rest.strip():
         card += f"\n{rest.lstrip()}"
     path.write_bytes(card.encode("utf-8", "surrogateescape"))
 
 
-def _card(name: str, config: Mapping[str, Any]) -> str:
+def _method(config: Mapping[str, Any]) -> Any:
     quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+
+
+def _card(name: str, config: Mapping[str, Any], manifest: Mapping[str, Any], figures: Sequence[Figure]) -> str:
+    method = _method(config)
     ours = method == QUANT_METHOD
     options = ", trust_remote_code=True" if config.get("auto_map") else ""
     opening = _OPEN.format(imports=_OUR_IMPORT if ours else _PLAIN_IMPORT, options=options)
     known = FOREIGN.get(method) if isinstance(method, str) else None
     how = _PACKED if ours else (known and known.card) or _DENSE
-    made = "What was done to it stands in `secateur.json`; `secateur verify FOLDER` tells whether its files are as they were."
-    return f"# {_title(name)}, written by secateur\n\n{opening}{how}\n{made}\n"
+    made = "All of it stands in `secateur.json`; `secateur verify FOLDER` tells whether its files are as they were."
+    done = "\n".join(_done(manifest))
+    parts = [f"# {_title(name)}, written by secateur\n\n{opening}{how}"]
+    if done:
+        parts.append(f"## What was done\n\n{done}\n")
+    parts.append(f"{made}\n")
+    if figures:
+        parts.append(f"## Measured\n\n{table(figures)}\n")
+    return "\n".join(parts)
+
+
+def _done(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest tells of how a checkpoint was made, in a few lines."""
+    recipe, size = manifest.get("recipe"), manifest.get("weight_bytes")
+    sparsity, bits = manifest.get("sparsity"), manifest.get("bits")
+    if isinstance(sparsity, int | float) and sparsity > 0:
+        yield f"- {sparsity:.1%} of the weights in its blocks are zero"
+    if isinstance(bits, int | float):
+        yield f"- {bits:.2f} bits for each weight in its blocks, scales and masks included"
+    exported = manifest.get("exported")
+    if isinstance(exported, Mapping):
+        yield f"- the weights were written again, as {exported.get('to')}"
+    elif isinstance(size, int):
+        yield f"- {words(size)} of weights"
+    if isinstance(recipe, Mapping):
+        lines = yaml.safe_dump(dict(recipe), sort_keys=False)
+        yield f"\nThe recipe, of secateur {manifest.get('secateur')}:\n\n```yaml\n{lines}```"
 
 
 def _title(name: str) -> str:

@@ -28,6 +28,7 @@ def export(
     to: str,
     *,
     overwrite: bool = False,
+    card: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -39,8 +40,11 @@ def export(
         out: the folder to make.
         to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
-            codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `spqr`: for the package spqr_quant.
+            codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `gptq`: integer codes of 2, 3, 4 or 8
+            bits in GPTQ's format, whose zero points are those of version 2, and `gptq-v1` of version 1; `spqr`: for the package
+            spqr_quant.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
+        card: whether `README.md` is to say how to open the folder, before what that of the source says.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: told the name of each packed linear.
@@ -68,9 +72,11 @@ def export(
         save_config(source, folder, form.dtype, quantization, type(skeleton).__name__)
         if weights.untied:
             save_untied(folder)
-        notes = source.write_companions(folder)
-        write_card(folder, source.name, read_json(folder / "config.json"))
-        write_manifest(folder, _manifest(source, to, weights.unused, notes))
+        notes = [*form.notes(), *source.write_companions(folder)]
+        manifest = _manifest(source, to, weights.unused, notes)
+        if card:
+            write_card(folder, source.name, read_json(folder / "config.json"), manifest, source.hub_name)
+        write_manifest(folder, manifest)
     return notes
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
-from secateur.foreign import pack_quantized, spqr_quant
+from secateur.foreign import gptq_format, pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.stored_weights import quantization_config
 from secateur.mixture.experts import Experts
@@ -18,6 +18,10 @@ from secateur.mixture.unfuse import experts_in, merges_experts, routers_in
 from secateur.model.block_names import without_expert
 from secateur.model.structure import Linear, is_transposed
 from secateur.model.weights import ModelWeights
+
+_ONE_TENSOR = (
+    "checkpoints of its family hold a layer's experts in one tensor, and transformers reads no packed ones there"
+)
 
 
 class Form(Protocol):
@@ -30,6 +34,10 @@ class Form(Protocol):
 
     dtype: torch.dtype | None
     unconverted: bool
+
+    def notes(self) -> list[str]:
+        """What a user should know of what was packed."""
+        return []
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
@@ -49,7 +57,7 @@ class Form(Protocol):
         ...
 
 
-class Dense:
+class Dense(Form):
     """Every tensor as any tool reads it."""
 
     dtype: torch.dtype | None = None
@@ -64,9 +72,9 @@ class Dense:
         return None
 
 
-class Secateur:
+class Secateur(Form):
     """Packed linears keep their layout, or take the one of ours that holds the same; dense ones become `bitmap` where that is
-    smaller. What spqr_quant rounds on the way, and float32 scales that no 16 bits hold, stay dense.
+    smaller. What others round on the way, scales that no 16 bits hold, and codes that are not integers become dense.
     """
 
     dtype: torch.dtype | None = None
@@ -74,6 +82,10 @@ class Secateur:
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
+        self.unpacked: list[str] = []
+
+    def notes(self) -> list[str]:
+        return [f"{name}: made dense, for no layout of secateur's is the same to the bit" for name in self.unpacked]
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         name = f"{module}.weight"
@@ -81,6 +93,7 @@ class Secateur:
         if packed is not None:
             found = packed.layout.ours(weights.parts(name))
             if found is None:
+                self.unpacked.append(module)
                 return None
             layout, parts = found
         else:
@@ -99,7 +112,7 @@ class Secateur:
         return quantization_config(weights.generalised(self.entries, lists, absent)) if self.entries else None
 
 
-class CompressedTensors:
+class CompressedTensors(Form):
     """The format `pack-quantized` of compressed-tensors: integer codes of 4 or 8 bits."""
 
     dtype: torch.dtype | None = None
@@ -138,14 +151,14 @@ class CompressedTensors:
         if any(scheme is not None and not scheme.symmetric for scheme in found):
             why = "its experts have zero points, which transformers does not read of experts: quantize with `symmetric`"
         elif experts.has_bias or not (merged or experts.copied_inputs):
-            why = "checkpoints of its family hold a layer's experts in one tensor, and transformers reads no packed ones there"
+            why = _ONE_TENSOR
         elif len({scheme and (scheme.bits, scheme.symmetric) for scheme in found}) > 1:
             why = "its experts are not all quantized alike, and those that read them take one way for all experts of a layer"
         if why is not None:
             raise UsageError(f"{name} cannot be written as compressed-tensors: {why}; `to='dense'` writes any model")
 
 
-class SpQR:
+class SpQR(Form):
     """What the package spqr_quant reads: SpQR of 3 bits in tiles of 16 × 16, and everything else in float16."""
 
     dtype: torch.dtype | None = torch.float16
@@ -177,10 +190,57 @@ class SpQR:
         return spqr_quant.config(self.sizes, _other_linears(model, self.packed, weights))
 
 
+class GPTQ(Form):
+    """GPTQ's format, with zero points as they are."""
+
+    dtype: torch.dtype | None = None
+    unconverted = False
+    name = "gptq"
+    version = 2
+
+    def __init__(self) -> None:
+        self.schemes: dict[str, gptq_format.Scheme] = {}
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        weight = _quantized(module, linear, weights, self.name)
+        if weight is None:
+            return None
+        try:
+            parts = gptq_format.pack(weight, self.version)
+        except ValueError as error:
+            raise _not_possible(module, self.name, error) from error
+        self.schemes[module] = gptq_format.Scheme.of(weight)
+        return parts
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        _check_some(self.schemes, self.name, "`quantize` gptq or rtn")
+        merged = merges_experts(model)
+        for name, experts in experts_in(model).items():
+            packed = any(f"{name}.{linear}" in self.schemes for linear in experts.linears)
+            if packed and (experts.has_bias or not (merged or experts.copied_inputs)):
+                raise UsageError(
+                    f"{name} cannot be written as {self.name}: {_ONE_TENSOR}; `to='dense'` writes any model"
+                )
+        schemes = {n: scheme for module, scheme in self.schemes.items() for n in _names(module, weights)}
+        dense = [n for name in linears if name not in self.schemes for n in _names(name, weights)]
+        return gptq_format.quantization_config(schemes, dense, self.version)
+
+
+class GPTQv1(GPTQ):
+    """The same with zero points less by one, as AutoGPTQ wrote them."""
+
+    name = "gptq-v1"
+    version = 1
+
+
 FORMS: dict[str, type[Form]] = {
     "dense": Dense,
     "secateur": Secateur,
     "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "gptq-v1": GPTQv1,
     "spqr": SpQR,
 }
 

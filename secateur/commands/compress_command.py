@@ -15,6 +15,7 @@ from secateur.commands.display import Display
 from secateur.commands.result_files import check_files, write_json
 from secateur.commands.shared_options import (
     BatchTokens,
+    Card,
     Debug,
     Device,
     JsonFile,
@@ -50,6 +51,7 @@ class Compress:
     )
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check of the new folder at the end.")] = True
     plot: Annotated[Path | None, typer.Option(help="Picture of every linear's sparsity and bits, .png or .svg.")] = None
+    card: Card = True
     overwrite: Overwrite = False
     revision: Revision = None
     trust_remote_code: Trust = False
@@ -78,6 +80,7 @@ class Compress:
                 batch_tokens=self.batch_tokens,
                 max_memory=self.max_memory,
                 resume=self.resume,
+                card=self.card,
                 verify=self.verify,
                 overwrite=self.overwrite,
                 revision=self.revision,

@@ -10,7 +10,7 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.notes import tell_notes
 from secateur.commands.screen import say
-from secateur.commands.shared_options import Debug, Model, Out, Overwrite, Quiet, Revision, Trust
+from secateur.commands.shared_options import Card, Debug, Model, Out, Overwrite, Quiet, Revision, Trust
 
 
 @command("export")
@@ -20,8 +20,11 @@ class Export:
 
     model: Model
     out: Out
-    to: Annotated[str, typer.Option(help="Form: dense (every tool reads it), secateur, compressed-tensors or spqr.")]
+    to: Annotated[
+        str, typer.Option(help="Form: dense (for any tool), secateur, compressed-tensors, gptq, gptq-v1 or spqr.")
+    ]
     overwrite: Overwrite = False
+    card: Card = True
     revision: Revision = None
     trust_remote_code: Trust = False
     quiet: Quiet = False
@@ -35,6 +38,7 @@ class Export:
             self.out,
             self.to,
             overwrite=self.overwrite,
+            card=self.card,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )

@@ -15,21 +15,8 @@ from secateur.errors import SecateurError, one_line
 GROUP = "secateur.commands"
 _SUFFIX = "_command"
 # As one comes to need them; the help lists others behind these, by name.
-_ORDER = [
-    "compress",
-    "plan",
-    "recipes",
-    "methods",
-    "eval",
-    "gate",
-    "sweep",
-    "inspect",
-    "probe",
-    "verify",
-    "bench",
-    "export",
-]
-_ORDER += ["generate", "run", "compare", "cache", "doctor"]
+_ORDER = ["compress", "plan", "recipes", "methods", "eval", "gate", "sweep", "inspect", "probe", "verify", "bench"]
+_ORDER += ["export", "card", "push", "generate", "run", "compare", "cache", "doctor"]
 
 
 def _own() -> dict[str, str]:

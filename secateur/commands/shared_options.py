@@ -83,6 +83,7 @@ CacheTokens = Annotated[
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replacement of an output folder that secateur wrote.")]
+Card = Annotated[bool, typer.Option("--card/--no-card", help="Model card, README.md, of our own before the source's.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub (or: id@revision).")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Permission to run code that comes with the model.")]
 Verify = Annotated[

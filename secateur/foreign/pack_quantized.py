@@ -18,8 +18,8 @@ from torch import Tensor
 
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.layouts.choose import layout_for
-from secateur.formats.layouts.coded import HALF_DTYPES, check_finite
+from secateur.foreign.ours import as_ours
+from secateur.formats.layouts.coded import check_finite
 from secateur.formats.layouts.layout import Decoder, Layout, check_parts, dtype_name, read_shape
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.layouts.packed_weight import PackedWeight
@@ -182,21 +182,12 @@ class PackQuantized(Decoder):
         """The weight `[O, I]`, in the dtype of its scales. Raises ValueError, saying what is wrong."""
         return self.read(tensors).dequantize()
 
-    def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
-        return self._with_scales(tensors)
-
     def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]] | None:
         """With scales of 16 bits, if there are such."""
-        for dtype in HALF_DTYPES:
-            half_OG = tensors["weight_scale"].to(dtype)
-            if torch.equal(half_OG.to(tensors["weight_scale"].dtype), tensors["weight_scale"]):
-                weight = self._with_scales(tensors, half_OG)
-                layout = layout_for(weight)
-                return layout, layout.pack(weight)
-        return None
+        weight = self.read(tensors)
+        return as_ours(weight, uniform_codes(weight))
 
-    def _with_scales(self, tensors: Mapping[str, Tensor], half_OG: Tensor | None = None) -> Quantized:
-        """The weight as it is stored, or with such scales in the place of its own."""
+    def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
         check_parts(
             tensors,
             {
@@ -217,7 +208,7 @@ class PackQuantized(Decoder):
         code_OI = _unpack_words(packed_OW.contiguous(), scheme.bits, I)
         if order_I is not None:
             code_OI = code_OI[:, order_I]
-        codes = Uniform(scheme.bits, scheme.group_size or I, code_OI, scale_OG if half_OG is None else half_OG, zero_OG)
+        codes = Uniform(scheme.bits, scheme.group_size or I, code_OI, scale_OG, zero_OG)
         return Quantized(codes, (O, I), scale_OG.dtype, order_I=order_I)
 
     def _scheme_of(self, tensors: Mapping[str, Tensor], I: int) -> Scheme:

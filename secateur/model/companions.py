@@ -17,7 +17,8 @@ from secateur.folder.writer import write_json
 
 # All files of a checkpoint come along with what is made of it, but those that are made anew, and by their endings: weights and
 # what belongs to them, in whatever form, optimizer states, pickles and archives, in which all of these may be; and code.
-_MADE_ANEW = {"config.json", MANIFEST_NAME}
+# Files in which GPTQ and AWQ said how weights were packed that no longer are.
+_MADE_ANEW = {"config.json", MANIFEST_NAME, "quantize_config.json", "quant_config.json"}
 _SAFE = ".safetensors"
 _STATES = (
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".distcp", ".nemo"),

@@ -19,6 +19,7 @@ from secateur.kernels.backends import AUTO, check_backend
 from secateur.memory.room import limit_memory
 from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
+from secateur.model.repacked import place_repacked, repacked
 from secateur.model.source import Source, open_source, with_revision
 from secateur.model.streaming import load_streamed
 from secateur.model.structure import build_skeleton
@@ -140,7 +141,8 @@ def load_source(
 ) -> Any:
     """The whole model of an open source, its floating weights as `dtype`, for a backend.
 
-    A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does.
+    A model from a folder of secateur's knows how to save itself packed, as one loaded by `from_pretrained` does; so does one
+    whose weights others have packed, where layouts of ours hold them.
 
     Args:
         apart: whether experts of mixtures stay linears of their own also where no weight of them is packed.
@@ -152,22 +154,26 @@ def load_source(
     """
     if source.loaded is not None:
         return _as_it_is(source, dtype, device, backend)
-    if backend not in (AUTO, "dense") and source.quantization is None:
-        raise UsageError(
-            f"{source.name} has no weights packed by secateur, which backend {backend!r} computes on: leave `backend` out"
-        )
     _LOG.info("loading %s in %s on %s, for backend %s", source.name, dtype, device, backend)
     quantizer = None if source.quantization is None else SecateurQuantizer(SecateurConfig(**source.quantization))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        held = repacked(source.weights, pool) if quantizer is None and backend != "dense" else {}
+        if backend not in (AUTO, "dense") and quantizer is None and not held:
+            raise UsageError(
+                f"{source.name} has no packed weights that backend {backend!r} computes on: leave `backend` out"
+            )
         if quantizer is None or backend == "dense":
             # Decoding is C code that other threads run while this one builds the model.
-            source = replace(source, weights=DecodedAhead(source.weights, pool))
+            source = replace(source, weights=DecodedAhead(source.weights, pool, held))
         model: Any = build_skeleton(source, dtype)
         weights = ModelWeights(source, model)
         if quantizer is not None:
             main = device if placement is None else placement.main_device
             with for_backend(backend):
                 quantizer.preprocess_model(model, weights=source.weights, device_map=main)
+        elif held:
+            with for_backend(backend):
+                quantizer = place_repacked(model, held, device if placement is None else placement.main_device)
         materialise(model, "", list(model.state_dict()), weights, device, check_finite=check_finite)
     tie(model)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]

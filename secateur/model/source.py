@@ -45,6 +45,8 @@ from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
 from secateur.model.limits import check_config
 
 DEMO = "demo"
+#: Where configs say how weights are packed: as compressed-tensors did up to 0.6, and as MLX does, too.
+SECTIONS = ("quantization_config", "compression_config", "quantization")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class Source:
         return open_tokenizer(
             self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where
         )
+
+    @property
+    def hub_name(self) -> str | None:
+        """What it is called on the hub; None where it does not come from there."""
+        return self.name.partition("@")[0] if self.from_hub else None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -214,7 +221,7 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
-    for key in ("quantization_config", "compression_config"):
+    for key in SECTIONS:
         config.__dict__.pop(key, None)
     stored = stored_dtype(weights)
     config.dtype = dtype = config_dtype(content) or stored
@@ -364,7 +371,7 @@ def save_config(
         architecture: the class of the model, for a source that does not say it.
     """
     content = in_all_dialects(source.config) if source.own_config is None else deepcopy(source.own_config)
-    for key in ("quantization_config", "compression_config"):
+    for key in SECTIONS:
         content.pop(key, None)
     if not content.get("architectures"):
         content["architectures"] = [architecture]

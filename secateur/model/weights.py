@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError, RepeatedError, one_line
 from secateur.folder.reader import LoadedTensors
@@ -68,6 +69,8 @@ class ModelWeights:
         if source.quantization is not None or not self._weights.packed:
             self._check_scales()
         self._check_forms(model)
+        if source.quantization is None:
+            self._check_direction(model)
         self.untied = bool(conflicts(self._weights, self._stored, model))
         if self.untied:
             self._untie(model)
@@ -118,6 +121,15 @@ class ModelWeights:
         for name, expected in model.state_dict().items():
             if name in self and self._stored[name] not in packed:
                 _check_form(name, self._tensor(name), expected)
+
+    def _check_direction(self, model: nn.Module) -> None:
+        """Raise CheckpointError where others packed the weight of a module that keeps it as `[in, out]`: which way is open."""
+        for name, stored in self._stored.items():
+            if stored in self._weights.packed and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+                raise CheckpointError(
+                    f"{name} is packed, and belongs to a module that keeps weights as [in, out], as GPT-2's do: secateur reads "
+                    "packed weights of such modules in its own folders only"
+                )
 
     def _untie(self, model: Any) -> None:
         """Make every tied tensor of a model one of its own, with the values that it had in common or those of the files."""

@@ -49,6 +49,7 @@ def compress(  # noqa: PLR0913 - users name them
     max_memory: str | int | None = None,
     resume: bool = False,
     verify: bool = True,
+    card: bool = True,
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -73,6 +74,7 @@ def compress(  # noqa: PLR0913 - users name them
             library then gives back what is freed at once, from here on in this process.
         resume: whether to go on with a run that was interrupted, if there is one. The result has the same bytes.
         verify: whether to check the new checkpoint before it gets its name.
+        card: whether `README.md` is to say how to open the folder, before what that of the source says.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, and an unfinished run be begun again.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
@@ -104,7 +106,7 @@ def compress(  # noqa: PLR0913 - users name them
         clock = Clock(ranks.device)
         if goal is not None:
             job = _searched(job, goal, partial.folder, clock)
-        report = _finish(run(job, partial, clock), overwrite, verify)
+        report = _finish(run(job, partial, clock), overwrite, verify, card)
     report.out = Path(out)
     report.seconds = time.monotonic() - started
     report.peak_bytes = peak_memory()
@@ -129,7 +131,7 @@ def _searched(job: Job, goal: Goal, folder: Path, clock: Clock) -> Job:
         return job.with_recipe(search(job, goal, folder, attempt))
 
 
-def _finish(run: Run, overwrite: bool, verify: bool) -> Report:
+def _finish(run: Run, overwrite: bool, verify: bool, card: bool) -> Report:
     """Put the checkpoint together, in the first process, and give it its name."""
     report, partial = run.report(), run.partial
     if not run.job.ranks.first:
@@ -140,7 +142,7 @@ def _finish(run: Run, overwrite: bool, verify: bool) -> Report:
     else:
         run.job.say("writing")
         with run.clock("ending"):
-            folder = put_together(run, report)
+            folder = put_together(run, report, card)
             if verify:
                 run.job.say("verifying")
                 _verify(run.job.source, folder)
@@ -161,7 +163,7 @@ def _verify(source: Source, folder: Path) -> None:
         )
 
 
-def put_together(run: Run, report: Report) -> Path:
+def put_together(run: Run, report: Report, card: bool = True) -> Path:
     """Make the checkpoint of what a run has recorded; the folder that it is in."""
     folder, prepared, source = run.partial.assemble(), run.prepared, run.job.source
     quantization = None
@@ -172,9 +174,11 @@ def put_together(run: Run, report: Report) -> Path:
     if prepared.weights.untied:
         save_untied(folder)
     report.notes = [*report.notes, *source.write_companions(folder)]
-    write_card(folder, source.name, read_json(folder / "config.json"))
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    write_manifest(folder, _manifest(run, report))
+    manifest = _manifest(run, report)
+    if card:
+        write_card(folder, source.name, read_json(folder / "config.json"), manifest, source.hub_name)
+    write_manifest(folder, manifest)
     return folder
 
 

@@ -48,7 +48,7 @@ def test_commands_are_listed_in_the_order_of_work(says):
         "verify",
         "bench",
     ]
-    expected += ["export", "generate", "run", "compare", "cache", "doctor"]
+    expected += ["export", "card", "push", "generate", "run", "compare", "cache", "doctor"]
     assert names() == expected
     code, out, _ = says("--help")
     assert code == 0

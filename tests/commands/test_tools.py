@@ -179,10 +179,14 @@ def card(folder):
     return (folder / "README.md").read_text()
 
 
+def matter_of(library, begin="license: unknown\n"):
+    return f"---\n{begin}tags:\n- secateur\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n"
+
+
 def test_every_folder_says_how_to_open_it(packed_of, tmp_path):
     packed = packed_of("llama", "packed-int")
     text = card(packed)
-    assert text.startswith("# model, written by secateur\n\n```python\nimport secateur")
+    assert text.startswith(f"{matter_of('secateur')}# model, written by secateur\n\n```python\nimport secateur")
     assert "secateur run -- lm_eval" in text
     assert "secateur export FOLDER OUT --to dense" in text
     assert not secateur.verify(packed)
@@ -208,7 +212,8 @@ def test_the_card_of_the_source_is_kept_below(own_model, tmp_path):
     secateur.compress(str(tmp_path / "once"), tmp_path / "twice", recipe)
     for folder, name in (("once", "own-llama"), ("twice", "once")):
         found = (tmp_path / folder / "README.md").read_bytes()
-        assert found.startswith(f"{matter}# {name}, written by secateur\n\n```python\nimport secateur".encode())
+        begin = matter_of("secateur", "license: apache-2.0\n")
+        assert found.startswith(f"{begin}# {name}, written by secateur\n\n```python\nimport secateur".encode())
         assert found.endswith(own)
         assert found.count(b"written by secateur") == found.count(b"license: apache-2.0") == 1
         assert not secateur.verify(tmp_path / folder)
@@ -224,7 +229,7 @@ def test_cards_of_all_kinds(tmp_path, text):
     path.write_bytes(text.encode())
     write_card(tmp_path, "org/name", {"auto_map": {"AutoConfig": "x.Y"}})
     found = path.read_bytes().decode()
-    begin = "---\r\na: b\r\n---\n" if "a: b" in text else ""
+    begin = matter_of("transformers", ("a: b\n" if "a: b" in text else "") + "license: unknown\n")
     assert found.startswith(f"{begin}# name, written by secateur\n\n```python\nfrom transformers")
     assert 'from_pretrained("FOLDER", trust_remote_code=True)' in found
     assert found.strip().endswith(text.removeprefix("---\r\na: b\r\n---\r\n").strip())

@@ -5,7 +5,7 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +102,16 @@ class PackedWeight(Generic[D]):
         with self._named(name, "read"):
             return self.layout.load(tensors), form
 
+    def load_ours(self, name: str, stored: Mapping[str, Tensor]) -> tuple[Packed, StoredForm] | None:
+        """The same of a weight that somebody else packed, by the layout of ours that holds it; None where there is none."""
+        with self._named(name, "read"):
+            found = self.layout.ours(self.tensors(stored))
+            if found is None:
+                return None
+            layout, tensors = found
+            form = StoredForm(layout, {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()})
+            return layout.load(tensors), form
+
 
 class DecodedWeights(Mapping[str, Tensor]):
     """A checkpoint's weights under their own names, of which the packed ones are decoded when they are asked for.
@@ -147,11 +157,11 @@ class DecodedWeights(Mapping[str, Tensor]):
 
 
 class DecodedAhead(DecodedWeights):
-    """The same, of which the packed ones are being decoded by other threads; each can be had once."""
+    """The same, of which packed ones are being decoded by other threads, but for some; each can be had once."""
 
-    def __init__(self, weights: DecodedWeights, pool: Executor) -> None:
+    def __init__(self, weights: DecodedWeights, pool: Executor, but: Container[str] = ()) -> None:
         super().__init__(weights.stored, weights.packed)
-        self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed}
+        self._futures = {name: pool.submit(weights.__getitem__, name) for name in weights.packed if name not in but}
 
     def __getitem__(self, name: str) -> Tensor:
         future = self._futures.pop(name, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.stack import Stack
-from secateur.core.stats import InputStats, Level
+from secateur.core.stats import InputStats
 
 #: Regularisation that is tried, as shares of the Gram matrix's mean diagonal. The last one is to leave the weights as they are.
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, float("inf"))
@@ -22,7 +22,7 @@ def refit(stack: Stack, keep_I: Tensor, centred: bool = False) -> tuple[Tensor, 
     ones, and those of the best λ are found again on all. They never are worse on the odd windows than none would be.
 
     Args:
-        stack: the dense weights, and inputs at `Level.HALVES`.
+        stack: the dense weights, and inputs of even and of odd windows apart.
         keep_I: bool, the columns that are kept.
         centred: a bias takes up what is lost on average: only what changes from token to token counts.
 
@@ -30,11 +30,9 @@ def refit(stack: Stack, keep_I: Tensor, centred: bool = False) -> tuple[Tensor, 
         The weights, float32; and what the user should know.
     """
     W_OI, stats = stack.W_OI, stack.stats
-    held = stats.half if stats.level >= Level.HALVES else None
-    if held is None or not held.tokens or held.tokens == stats.tokens:
+    if stats.halves is None or not all(half.tokens for half in stats.halves):
         return W_OI * keep_I, ("nothing is refitted: that takes two calibration windows or more",)
-    whole_II, held_II = _gram(stats, centred), _gram(held, centred)
-    even_II = _gram_of_rest(stats, held, centred)
+    whole_II, even_II, held_II = (_gram(part, centred) for part in (stats, *stats.halves))
     errors = [_error(solved_OI - W_OI, held_II) for solved_OI in (_solve(W_OI, even_II, keep_I, d) for d in DAMPINGS)]
     best = min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))
     return _solve(W_OI, whole_II, keep_I, DAMPINGS[best]), ()
@@ -45,15 +43,6 @@ def _gram(stats: InputStats, centred: bool) -> Tensor:
     if centred:
         gram_II -= torch.outer(stats.sum_I, stats.mean())
     return gram_II
-
-
-def _gram_of_rest(stats: InputStats, half: InputStats, centred: bool) -> Tensor:
-    """The Gram matrix of the windows that are not in a half."""
-    rest_II = stats.gram() - half.gram()
-    if centred:
-        rest_I = stats.sum_I - half.sum_I
-        rest_II -= torch.outer(rest_I, rest_I / max(stats.tokens - half.tokens, 1))
-    return rest_II
 
 
 def _error(change_OI: Tensor, gram_II: Tensor) -> float:

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from secateur.core.feature_units import Units
+from secateur.core.ranks import Ranks
 from secateur.core.registry import PRUNERS
 from secateur.core.stack import Stack
-from secateur.core.stats import InputStats, Level
+from secateur.core.stats import Level
+from secateur.mixture.experts import Rows
 from secateur.prune import refit as refit_module
 from secateur.prune.refit import DAMPINGS, refit
 from secateur.solvers.inverse_cholesky import DAMPING
+from secateur.walking.gathering import Gathering
 
 O, I, TOKENS = 7, 24, 200
 
@@ -23,10 +26,10 @@ def inputs(tokens=TOKENS, features=I, seed=0, windows=4):
     return x * torch.logspace(-1, 1, features)
 
 
-def stack_of(x_NSI, level=Level.HALVES, rows=O, seed=1, dtype=torch.float32):
-    stats = InputStats.empty(x_NSI.shape[-1], level)
-    stats.add_windows(x_NSI, 0)
-    stats.join()
+def stack_of(x_NSI, level=Level.GRAM, rows=O, seed=1, dtype=torch.float32):
+    gathering = Gathering(x_NSI.shape[-1], level, level >= Level.GRAM, False, x_NSI.device)
+    gathering.add(Rows(0, (), x_NSI), None, 0, len(x_NSI))
+    stats = gathering.total(Ranks(x_NSI.device))
     W_OI = torch.randn(rows, x_NSI.shape[-1], generator=torch.Generator().manual_seed(seed)).to(dtype)
     return Stack.of([W_OI], stats)
 
@@ -228,18 +231,3 @@ def test_centred_refit_leaves_the_mean_to_the_bias():
     with_bias = (flat @ (W_OI - stack.W_OI).double().T + shift).square().sum()
     plain, _ = refit(stack, KEEP)
     assert with_bias < (flat @ (plain - stack.W_OI).double().T).square().sum()
-
-
-def test_halves_together_are_the_whole():
-    x = inputs(120, windows=5 + 1)
-    halves, whole = (InputStats.empty(I, level) for level in (Level.HALVES, Level.GRAM))
-    for first, part in ((0, x[:1]), (1, x[1:4]), (4, x[4:])):
-        halves.add_windows(part, first)
-        whole.add_windows(part, first)
-    halves.join()
-    assert halves.tokens == whole.tokens == 120
-    torch.testing.assert_close(halves.gram(), whole.gram(), rtol=1e-5, atol=1e-3)
-    odd = InputStats.empty(I, Level.GRAM)
-    odd.add(x[1::2].reshape(-1, I))
-    torch.testing.assert_close(halves.half.gram(), odd.gram())
-    assert halves.half.tokens == 60

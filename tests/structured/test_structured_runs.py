@@ -174,6 +174,7 @@ def test_refit_makes_the_error_smaller(model_of, text_file, tmp_path):
         ({"prune": "alps"}, "alps compares single weights, and `pattern` structured whole units: `prune` can be flap"),
         ({"refine": "dsnot"}, "`refine` does not go together with `pattern` structured: leave it out"),
         ({"reconstruct": True}, "`reconstruct` does not go together"),
+        ({"match_dense": True}, "`match_dense` does not go together"),
         ({"quantize": "gptq"}, "`quantize` does not go together with `pattern` structured: compress the result again"),
         ({"ignore": ("*.0.*",)}, "`ignore` does not go together"),
         ({"format": "bitmap"}, "`format` bitmap is for single weights"),

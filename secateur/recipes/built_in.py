@@ -21,7 +21,7 @@ _FILES = dict(sorted((file.stem, file) for file in (Path(__file__).parent / "bui
 _ABOUT = re.compile(r"# Good for: (.+)\n# Costs: (.+)\n")
 
 NAMES = tuple(_FILES)
-#: For most uses: the least loss of all that was measured up to 4.35 bits, see docs/choosing.md.
+#: For most uses: little loss, and kernels on CPUs and GPUs, see docs/choosing.md.
 TO_BEGIN_WITH = "spqr-4bit"
 
 

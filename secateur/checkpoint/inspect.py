@@ -86,6 +86,7 @@ def _inspect(source: Source) -> Inspection:
                 error_kind=str(said.get("error_kind")) if said else "not recorded",
                 tokens=said.get("tokens") if isinstance(said.get("tokens"), int) else None,
                 borrowed=said["borrowed"] if isinstance(said.get("borrowed"), int) else 0,
+                **{key: said[key] for key in LinearReport.CHOSEN if isinstance(said.get(key), float)},
             )
         )
     parameters = sum(p.numel() for p in model.parameters())

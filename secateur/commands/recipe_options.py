@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Annotated, Any
@@ -51,6 +52,7 @@ def _recipe_options() -> dict[str, _Given]:
         "pattern": _Given(str, "Pattern: N:M (N of every M are kept) or unstructured.", _DETAIL),
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
+        "match_dense": _Given(bool, "Dense model's outputs as every linear's target.", _TEXT),
         "allocation": _Given(str, "Distribution of a total over the linears: uniform, owl or search.", _SEARCH),
         "target_size": _Given(str, "Size to reach by search, e.g. 35% (of the dense model) or 100MB.", _SEARCH),
         "max_perplexity_rise": _Given(str, "Largest rise of perplexity in a search, e.g. 3%.", _SEARCH),
@@ -151,6 +153,12 @@ def _instead(recipe: Recipe) -> str:
 
 def _read(method: Any, name: str, value: Any) -> Any:
     """Text from the command line as the number that the method takes, where it is one; the method says what is wrong."""
-    if isinstance(value, str) and not options_of(method)[name].share and value.lstrip("-").isdecimal():
+    if not isinstance(value, str) or options_of(method)[name].share:
+        return value
+    if value.lstrip("-").isdecimal():
         return int(value)
+    hint = types_of(method)[name]
+    if float in getattr(hint, "__args__", (hint,)):
+        with suppress(ValueError):
+            return float(value)
     return value

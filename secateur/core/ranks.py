@@ -80,7 +80,7 @@ class Ranks:
         if self.size == 1:
             return
         tokens = torch.tensor([stats.tokens, stats.borrowed], device=self.device)
-        for tensor in (tokens, stats.sum_I, stats.square_I, stats.upper_II):
+        for tensor in (tokens, stats.sum_I, stats.square_I, stats.upper_II, stats.drift_II):
             if tensor is not None:
                 self.add(tensor)
         stats.tokens, stats.borrowed = tokens.tolist()

@@ -6,7 +6,7 @@ O: output features of all of them, R: those of one, I: input features.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,15 @@ class Stack:
     def split(self, x_OI: Tensor) -> Iterator[Tensor]:
         """The part of each linear of something that has a row for each of all."""
         return iter(x_OI.split(list(self.rows)))
+
+    def of_linears(self, numbers: Sequence[int]) -> Stack:
+        """Some of the linears, by their numbers in the stack, with what is known of their inputs."""
+        if len(numbers) == len(self.rows):
+            return self
+        pieces = list(self.split(torch.arange(len(self.W_OI), device=self.W_OI.device)))
+        chosen_O = torch.cat([pieces[i] for i in numbers])
+        fisher_OI = None if self.fisher_OI is None else self.fisher_OI[chosen_O]
+        return replace(self, W_OI=self.W_OI[chosen_O], rows=tuple(self.rows[i] for i in numbers), fisher_OI=fisher_OI)
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` makes of the statistics, computed once for all solves of the same ones: see `InputStats.once`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class InputStats:
         upper_II: Σxᵀx, float32; only the upper triangle is meaningful, see `gram`.
         borrowed: how many of the inputs are none that the linear has in the model: an expert of a mixture that few tokens are
             sent to is shown others.
+        drift_II: Σ(x̃ − x)ᵀx, float32, where x̃ are the inputs that the linear has in the dense model; None: not gathered.
+        halves: the statistics of even and of odd windows, of which these are the sum; None: not gathered apart.
     """
 
     level: Level
@@ -50,6 +52,8 @@ class InputStats:
     square_I: Tensor
     upper_II: Tensor | None = None
     borrowed: int = 0
+    drift_II: Tensor | None = None
+    halves: tuple[InputStats, InputStats] | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -58,6 +62,10 @@ class InputStats:
         zeros_I = torch.zeros(features, device=device)
         upper_II = torch.zeros(features, features, device=device) if level >= Level.GRAM else None
         return cls(level, 0, zeros_I, zeros_I.clone(), upper_II)
+
+    def with_drift(self) -> InputStats:
+        """Statistics of no tokens that also gather how far inputs are from the dense model's."""
+        return replace(self, drift_II=torch.zeros(self.features, self.features, device=self.sum_I.device), _found={})
 
     @property
     def features(self) -> int:
@@ -77,19 +85,25 @@ class InputStats:
         """These, or what is known where no token was seen."""
         return self if self.tokens else self.isotropic(self.features, self.level, self.square_I.device)
 
-    def add(self, x_TI: Tensor, weight_T: Tensor | None = None, borrowed: int = 0) -> None:
+    def add(
+        self, x_TI: Tensor, weight_T: Tensor | None = None, borrowed: int = 0, dense_TI: Tensor | None = None
+    ) -> None:
         """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`.
 
         Args:
             weight_T: by which the squares of each token's inputs count; None: 1.
             borrowed: how many of them are.
+            dense_TI: the inputs of the same tokens in the dense model, where the drift is gathered.
         """
         if self.level == Level.NONE:
             return
         self.forget()
         x_TI = x_TI.float()
+        away_TI = None if dense_TI is None or self.drift_II is None else dense_TI.float() - x_TI
         if weight_T is not None:
-            x_TI = x_TI * weight_T.float().sqrt()[:, None]
+            root_T1 = weight_T.float().sqrt()[:, None]
+            x_TI = x_TI * root_T1
+            away_TI = None if away_TI is None else away_TI * root_T1
         self.tokens += x_TI.shape[0]
         self.borrowed += borrowed
         for x_CI in x_TI.split(_CHUNK):
@@ -98,6 +112,8 @@ class InputStats:
             self.sum_I += ones_C @ x_CI
             if self.upper_II is None:
                 self.square_I += ones_C @ x_CI.square()
+        if self.drift_II is not None and away_TI is not None:
+            self.drift_II.addmm_(away_TI.T, x_TI)
         if self.upper_II is None:
             return
         for i in range(0, self.features, _PANEL):
@@ -111,9 +127,17 @@ class InputStats:
                 f"cannot merge {self.level.name} statistics of {self.features} features with "
                 f"{other.level.name} of {other.features}"
             )
-        upper_II = None
+        if (self.drift_II is None) != (other.drift_II is None):
+            raise ValueError(
+                "cannot merge statistics of which only some hold how far inputs are from the dense model's"
+            )
+        upper_II = drift_II = halves = None
         if self.upper_II is not None and other.upper_II is not None:
             upper_II = self.upper_II + other.upper_II
+        if self.drift_II is not None and other.drift_II is not None:
+            drift_II = self.drift_II + other.drift_II
+        if self.halves is not None and other.halves is not None:
+            halves = (self.halves[0] + other.halves[0], self.halves[1] + other.halves[1])
         return InputStats(
             self.level,
             self.tokens + other.tokens,
@@ -121,12 +145,15 @@ class InputStats:
             self.square_I + other.square_I,
             upper_II,
             self.borrowed + other.borrowed,
+            drift_II,
+            halves,
         )
 
     @property
     def finite(self) -> bool:
         """Whether every input seen so far was finite (and no sum overflowed float32)."""
-        return bool(torch.isfinite(self.square_I).all())
+        sums = (self.square_I,) if self.drift_II is None else (self.square_I, self.drift_II)
+        return all(bool(torch.isfinite(sum_).all()) for sum_ in sums)
 
     def upper(self) -> Tensor:
         """The Gram matrix Σxᵀx of which only the upper triangle is meaningful, `[I, I]`; not a copy.

@@ -97,6 +97,7 @@ class Footprint:
         device: the type of the device.
         experts: how many a layer of a mixture has.
         processes: of the run.
+        streams: of hidden states: two where the dense model's go along, whose weights of a block stay until it is done.
     """
 
     base: int
@@ -113,20 +114,28 @@ class Footprint:
     device: str
     experts: int = 0
     processes: int = 1
+    streams: int = 1
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of the hidden states between two blocks."""
+        return self.streams * self.tokens * self.hidden
 
     def peaks(self, settings: Settings) -> tuple[int, int]:
         """The most memory of the host and of the device that a run with these settings has in use."""
         S = self.seq_len
         windows = self.tokens // S if S else 0
         batch = max(1, settings.batch_tokens // S) if S else 0
-        waiting = windows * S * self.hidden
-        near = waiting if settings.hidden == "device" else 2 * batch * S * self.hidden
-        running = batch * self.forward(S)
-        stages = [self.embeddings + self.block + near + running]
+        waiting, block = self.waiting, self.streams * self.block
+        near = waiting if settings.hidden == "device" else 2 * self.streams * batch * S * self.hidden
+        # A batch stands half way while the other stream's runs.
+        running = self.streams * batch * self.forward(S)
+        stages = [self.embeddings + block + near + running]
         for group in self.groups:
-            kept = windows * group.held(S) if settings.pause else near
+            kept = self.streams * windows * group.held(S) if settings.pause else near
             together = settings.experts if group.expert else 1
-            stages.append(self.block + kept + together * (group.stats + group.expert) + max(running, group.solve))
+            experts = together * (group.stats + self.streams * group.expert)
+            stages.append(block + kept + experts + max(running, group.solve))
         computing = max(stages) * _MARGIN
         before = self.base + self.mapped + self.outside
         within = self.base + self.mapped + self.written

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ class Rows:
         x_TI: their input.
         weight_T: how much each row counts in statistics; None: all alike.
         borrowed: how many rows, the last ones, are of tokens that the router sent elsewhere: they count in statistics only.
+        token_T: which tokens of the batch they are of; None: all, in their order.
+        batch_tokens: how many the batch has; None: those of all rows.
+        read: gives what the same linears would read of any tokens of the batch; None: they have nothing to read of most.
     """
 
     expert: int
@@ -76,6 +80,9 @@ class Rows:
     x_TI: Tensor
     weight_T: Tensor | None = None
     borrowed: int = 0
+    token_T: Tensor | None = None
+    batch_tokens: int | None = None
+    read: Callable[[Tensor], Tensor] | None = None
 
 
 #: Told what the linears of some experts are about to read, before any of them is called; whether they are to be called at all.
@@ -231,7 +238,7 @@ class Experts(nn.Module):
             widths = [self.linear(e, self.last).in_features for e in members]
             inner = [rows.x_TI.new_zeros(len(rows.x_TI), width) for rows, width in zip(given, widths, strict=True)]
         then = [
-            Rows(e, (f"{e}.{self.last}",), x_TI, rows.weight_T, rows.borrowed)
+            replace(rows, linears=(f"{e}.{self.last}",), x_TI=x_TI, read=self._inner_of(e, rows.read))
             for e, x_TI, rows in zip(members, inner, given, strict=True)
         ]
         called = visit.announce(self, then)
@@ -247,14 +254,22 @@ class Experts(nn.Module):
         weight_R = routed.weights(e) if visit.inputs == "gate" else None
         quota = routed.count if visit.inputs == "all" else visit.quota
         more = borrowed(e, routed, scores_TE, visit.window, quota)
+        own_R = routed.rows(e)[0]
+        # A copy that is scaled by the router is zero where the router sends the token elsewhere.
+        read = None if self.copied_inputs else partial(routed.tokens, e=e)
         if not len(more):
-            return Rows(e, names, own_RH, weight_R)
+            return Rows(e, names, own_RH, weight_R, 0, own_R, routed.count, read)
         x_TI = torch.cat([own_RH, routed.tokens(more, e)])
         if weight_R is not None:
             # What the expert would get for such a token, had it been chosen, is not known: as much as its least own one.
             least = weight_R.min() if len(weight_R) else weight_R.new_ones(())
             weight_R = torch.cat([weight_R, least.expand(len(more))])
-        return Rows(e, names, x_TI, weight_R, len(more))
+        token_R = torch.cat([own_R, more.to(own_R.device)])
+        return Rows(e, names, x_TI, weight_R, len(more), token_R, routed.count, read)
+
+    def _inner_of(self, e: int, read: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+        """What the last projection of an expert reads of tokens, of which `read` gives what the first ones do."""
+        return None if read is None else lambda token_T: self._first(e, read(token_T))
 
     def _first(self, e: int, x_TI: Tensor) -> Tensor:
         fused: Any = self._fused[0]

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.patterns import NM
-from secateur.core.stats import InputStats, Level
+from secateur.core.ranks import Ranks
+from secateur.core.stats import InputStats
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.folder.writer import SHARD_BYTES
 from secateur.memory.footprint import Footprint, Group, Polynomial
 from secateur.memory.live_bytes import LiveBytes
+from secateur.mixture.experts import Rows
 from secateur.model.block_names import split_name
 from secateur.model.structure import Linear, block_linears, parameters_outside, weight_matrix
 from secateur.model.weights import release
@@ -27,6 +29,7 @@ from secateur.pipeline.solve import Problem, solve
 from secateur.recipes.plan import Plan
 from secateur.walking.capture import BlockCall, BodyCalls
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
+from secateur.walking.gathering import Gathering
 from secateur.walking.walker import Catcher, Walker, only_in_head
 
 # Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
@@ -159,6 +162,7 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
         device=prepared.device.type,
         experts=max((module.count for module in prepared.experts.values()), default=0),
         processes=walker.ranks.size,
+        streams=2 if prepared.plan.match_dense else 1,
     )
 
 
@@ -185,7 +189,8 @@ class _Solving:
     def group(self, names: list[str], held: Polynomial) -> Group:
         """Linears that read the same input, by what a window holds that pauses at them."""
         _, I = self._shape(names)
-        stats = 4 * I * (I + 2 if self._prepared.plan.level >= Level.GRAM else 2)
+        plan = self._prepared.plan
+        stats = 4 * I * (I * plan.matrices + 2)
         return Group(held, stats, self._solve(names)[0], self._expert(names[0]))
 
     def saved(self, names: list[str]) -> float:
@@ -285,6 +290,15 @@ def _pass(walker: Walker, catcher: Catcher, ids_NS: Tensor, number: int, linears
     )
 
 
+def _inputs(plan: Plan, features: int, draw: torch.Generator, device: torch.device) -> InputStats:
+    """Statistics as the walk would gather them, of random inputs."""
+    x_TI = torch.randn(2 * features, features, generator=draw).to(device)
+    gathering = Gathering(features, plan.level, plan.needs_halves, plan.match_dense, device)
+    # The dense model's inputs differ somewhat.
+    gathering.add(Rows(0, (), x_TI), 1.1 * x_TI if plan.match_dense else None, 0, windows=2)
+    return gathering.total(Ranks(device))
+
+
 def _solving(
     plan: Plan, rows: Sequence[int], features: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
@@ -299,8 +313,7 @@ def _solving(
     for limit in _MEASURED_INPUTS:
         I = min(features, max(unit, limit // unit * unit))
         draw = torch.Generator().manual_seed(0)
-        stats = InputStats.empty(I, plan.level, device)
-        stats.add(torch.randn(2 * I, I, generator=draw).to(device))
+        stats = _inputs(plan, I, draw, device)
         problems = []
         for i, O in enumerate(rows):
             W_OI = torch.randn(max(1, round(O * I / features)), I, generator=draw).to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ class LinearReport:
         outliers: share of its weights that are kept in 16 bits besides their codes.
         tokens: of the calibration text that reach it; None: it was compressed without inputs, or nobody recorded them.
         borrowed: how many more it was shown, as an expert of a mixture that too few are sent to.
+        damping: that was chosen for it by held-out windows, as a share of the Gram matrix's mean diagonal; None: the recipe's.
+        match_share, match_damping: which share of the way to the dense model's outputs was gone, and how damped, where they
+            were the target: `error` is relative to it, then.
     """
 
     name: str
@@ -45,6 +48,15 @@ class LinearReport:
     outliers: float = 0.0
     tokens: int | None = None
     borrowed: int = 0
+    damping: float | None = None
+    match_share: float | None = None
+    match_damping: float | None = None
+
+    CHOSEN: ClassVar[tuple[str, ...]] = ("damping", "match_share", "match_damping")
+
+    def chosen(self) -> dict[str, float]:
+        """What held-out windows chose for it."""
+        return {name: value for name in self.CHOSEN if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)

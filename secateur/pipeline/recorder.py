@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -198,8 +198,10 @@ class Recorder:
 
     # --- records
 
-    def end_block(self, number: int, outputs: HiddenStates | None) -> None:
-        """Write the rest of a block and record it; `outputs`, the inputs of the next block, may be put on disk."""
+    def end_block(self, number: int, outputs: Sequence[HiddenStates] = ()) -> None:
+        """Write the rest of a block and record it; `outputs`, the inputs of the next block, may be put on disk: those of the
+        compressed model, and of the dense one where they go along.
+        """
         prefix = self.prepared.block_names[number]
         with self._clock("writing"):
             if self.partial.ranks.first:
@@ -209,7 +211,7 @@ class Recorder:
             hidden = self.inputs.save(outputs, number + 1)
             if self.partial.ranks.first:
                 self._record(hidden)
-            if outputs is not None:
+            if outputs:
                 self.inputs.drop(outputs)
         self._solutions, self._new_notes = [], []
 

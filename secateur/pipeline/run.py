@@ -205,7 +205,7 @@ def solve_block_without_inputs(run: Run, number: int) -> None:
     if names:
         _record(run, *run.team.solve([(names, None)]), in_place=False)
     release(run.prepared.blocks[number])
-    run.recorder.end_block(number, None)
+    run.recorder.end_block(number)
 
 
 def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
@@ -213,7 +213,7 @@ def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
     catcher = walker.enter(own_NS)
     settings = _settle(run, lambda exact: measure(walker, catcher, own_NS, exact))
     run.recorder.write_outside()
-    journey = walker.catch(catcher, own_NS, settings, run.partial.hidden_file)
+    journey = walker.catch(catcher, own_NS, settings, run.partial.hidden_file, beside=run.job.recipe.match_dense)
     if isinstance(catcher, BodyCalls):
         for number in range(done):
             run.recorder.take_solved(number)
@@ -222,8 +222,9 @@ def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
         return
     walker.leave()
     begin = 0
-    if done and (kept := run.recorder.inputs.go_on(journey.hiddens)) is not None:
-        begin, journey.hiddens = kept
+    if done and (kept := run.recorder.inputs.go_on(journey.inputs)) is not None:
+        begin, inputs = kept
+        journey.put(inputs)
         release(run.prepared.blocks[0])
     _go_on(run, begin, done)
     for number in range(begin, len(run.prepared.blocks)):
@@ -246,6 +247,7 @@ def _go_on(run: Run, begin: int, done: int) -> None:
 
 def run_again(run: Run, journey: Journey, number: int) -> None:
     """Run a block that is in place and was compressed by an earlier run."""
+    journey.pass_beside(number)
     run.recorder.take_solved(number)
     journey.pass_unsolved(number)
     release(run.prepared.blocks[number])
@@ -257,7 +259,7 @@ def solve_block(run: Run, journey: Journey, number: int) -> None:
     level = run.job.plan.level
     journey.pass_block(number, outputs, level, lambda gathered: solve_stage(run, gathered))
     release(run.prepared.blocks[number])
-    run.recorder.end_block(number, outputs)
+    run.recorder.end_block(number, journey.inputs if outputs is not None else ())
 
 
 def solve_body(run: Run, journey: Journey, numbers: range) -> None:
@@ -266,5 +268,5 @@ def solve_body(run: Run, journey: Journey, numbers: range) -> None:
         numbers,
         run.job.plan.level,
         lambda gathered: solve_stage(run, gathered),
-        ended=lambda number: run.recorder.end_block(number, None),
+        ended=run.recorder.end_block,
     )

@@ -5,13 +5,15 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.core.damping import choose_damping
+from secateur.core.dense_target import towards_dense
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
@@ -101,6 +103,28 @@ def solve(
         RepeatedError: a solved weight overflows the dtype that it is to be written in.
     """
     stack = stacked(plan, problems, stats.or_isotropic())
+    chosen: list[dict[str, float]] = [{} for _ in problems]
+    if plan.match_dense and stack.stats.drift_II is not None:
+        stack, corrections = towards_dense(stack)
+        chosen = [{"match_share": each.share, "match_damping": each.damping} for each in corrections]
+    if not plan.chooses_damping:
+        results, notes = _solve(plan, problems, stack, pruned)
+    else:
+        dampings = choose_damping(stack, lambda part, damping: _weights(plan.with_damping(damping), part))
+        chosen = [{"damping": damping, **each} for damping, each in zip(dampings, chosen, strict=True)]
+        results, notes = _solve_each(plan, problems, stack, dampings)
+    dense = stack.split(stack.W_OI)
+    solutions = [
+        _pack(p, d, result, stats, c) for p, d, result, c in zip(problems, dense, results, chosen, strict=True)
+    ]
+    names = ", ".join(problem.name for problem in problems)
+    return solutions, [f"{names}: {note}" for note in notes]
+
+
+def _solve(
+    plan: Plan, problems: Sequence[Problem], stack: Stack, pruned: Pruned | None = None
+) -> tuple[Iterator[_Result], list[str]]:
+    """What becomes of each linear of a stack, made when it is asked for, and what the user should know."""
     notes: list[str] = []
     if pruned is None:
         pruned = prune(plan, stack)
@@ -109,15 +133,34 @@ def solve(
     if plan.quantizer is None:
         assert pruned is not None
         pieces = zip(problems, stack.split(pruned.W_OI), strict=True)
-        results = (_pruned(plan, problem, W_OI) for problem, W_OI in pieces)
-    else:
-        quantized = plan.quantizer.quantize(stack, pruned)
-        notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
-        results = (_quantized(plan, weight) for weight in quantized)
-    dense = stack.split(stack.W_OI)
-    solutions = [_pack(p, d, result, stats) for p, d, result in zip(problems, dense, results, strict=True)]
-    names = ", ".join(problem.name for problem in problems)
-    return solutions, [f"{names}: {note}" for note in notes]
+        return (_pruned(plan, problem, W_OI) for problem, W_OI in pieces), notes
+    quantized = plan.quantizer.quantize(stack, pruned)
+    notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
+    return (_quantized(plan, weight) for weight in quantized), notes
+
+
+def _solve_each(
+    plan: Plan, problems: Sequence[Problem], stack: Stack, dampings: Sequence[float]
+) -> tuple[Iterator[_Result], list[str]]:
+    """The same with a damping for each linear: those that have the same are solved together."""
+    results: dict[int, _Result] = {}
+    notes: list[str] = []
+    for damping in sorted(set(dampings)):
+        members = [i for i, each in enumerate(dampings) if each == damping]
+        part = [problems[i] for i in members]
+        found, said = _solve(plan.with_damping(damping), part, stack.of_linears(members))
+        results.update(zip(members, found, strict=True))
+        notes += (note for note in said if note not in notes)
+    return (results[i] for i in range(len(problems))), notes
+
+
+def _weights(plan: Plan, stack: Stack) -> Tensor:
+    """What a plan makes of a stack, dense, `[O, I]`."""
+    pruned = prune(plan, stack)
+    if plan.quantizer is None:
+        assert pruned is not None
+        return pruned.W_OI
+    return torch.cat([weight.dequantize().float() for weight in plan.quantizer.quantize(stack, pruned)])
 
 
 def stacked(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> Stack:
@@ -136,7 +179,7 @@ def prune(plan: Plan, stack: Stack) -> Pruned | None:
         keep_OI = refiner.refine(stack, pruned.keep_OI, pattern)
         pruned = Pruned(stack.W_OI * keep_OI, keep_OI, pruned.notes)
     if plan.pruning.reconstruct:
-        best_OI, said = reconstruct(stack, pruned.keep_OI, pruned.W_OI)
+        best_OI, said = reconstruct(stack, pruned.keep_OI, pruned.W_OI, plan.pruning.damping)
         notes = (*pruned.notes, *(note for note in said if note not in pruned.notes))
         pruned = Pruned(best_OI, pruned.keep_OI, notes)
     return pruned
@@ -167,7 +210,7 @@ def _quantized(plan: Plan, weight: Quantized) -> _Result:
     return _Result(W_OI, weight.cpu(), None, told)
 
 
-def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats) -> Solution:
+def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats, chosen: dict[str, float]) -> Solution:
     W_OI, layout = result.W_OI, result.layout
     if not all_finite(W_OI):
         raise RepeatedError(
@@ -195,5 +238,6 @@ def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats
         error_kind=kind,
         tokens=None if stats.level == Level.NONE else stats.tokens - stats.borrowed,
         borrowed=stats.borrowed,
+        **chosen,
     )
     return Solution(report, parts, entry, W_OI)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.core.damping import damping_option
+from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options
 from secateur.core.patterns import NM, Pattern, drop_lowest, keep_best
 from secateur.core.pruned import Pruned
@@ -45,7 +45,7 @@ class ALPS:
     stays with the statistics.
     """
 
-    damping: float = damping_option()
+    damping: float | str = damping_option()
 
     name: ClassVar[str] = "alps"
     paper: ClassVar[str] = "Meng et al. 2024, arXiv:2406.07831"
@@ -62,13 +62,14 @@ class ALPS:
         """
         if isinstance(pattern, NM):
             pattern.check_divides(stack.features)
-        spectrum = stack.once(("eigen", self.damping), lambda: eigen(stack, self.damping))
+        damping = number(self.damping)
+        spectrum = stack.once(("eigen", damping), lambda: eigen(stack, damping))
         B_OI = stack.W_OI.masked_fill(stack.dead_I, 0).mul_(spectrum.scale_I)
         start_OI, keep_OI = _split(B_OI, spectrum, pattern, list(stack.rows))
         H_II, _ = _scaled(stack, spectrum.damping)
         inverse_II = spectrum.product(1 / spectrum.values_I)
         found_OI = conjugate_gradients(H_II, inverse_II, B_OI, keep_OI, start_OI).div_(spectrum.scale_I)
-        notes = (*stack.dead_notes(), *stack.notes(self.damping, spectrum.damping))
+        notes = (*stack.dead_notes(), *stack.notes(damping, spectrum.damping))
         return Pruned(found_OI, keep_OI, notes)
 
 

@@ -10,12 +10,14 @@ from secateur.solvers.conjugate_gradients import conjugate_gradients
 from secateur.solvers.inverse_cholesky import DAMPING
 
 
-def reconstruct(stack: Stack, keep_OI: Tensor, start_OI: Tensor | None = None) -> tuple[Tensor, tuple[str, ...]]:
+def reconstruct(
+    stack: Stack, keep_OI: Tensor, start_OI: Tensor | None = None, damping: float = DAMPING
+) -> tuple[Tensor, tuple[str, ...]]:
     """Minimise ‖X(Ŵ−W)ᵀ‖² + λ‖Ŵ−W‖² over the weights Ŵ that are zero outside a mask.
 
-    λ is 0.01 of the mean diagonal entry of the Gram matrix, or more where that is singular. Each row is a least squares problem
-    on its own kept inputs; all are solved at once by conjugate gradients, preconditioned by the inverse of the whole matrix
-    restricted to the mask. A row never ends with a larger error than it began with.
+    λ is a share of the mean diagonal entry of the Gram matrix, or more where that is singular. Each row is a least squares
+    problem on its own kept inputs; all are solved at once by conjugate gradients, preconditioned by the inverse of the whole
+    matrix restricted to the mask. A row never ends with a larger error than it began with.
 
     Memory: four matrices `[I, I]` besides the statistics, of which one stays with them; and four `[O, I]` besides the
     arguments.
@@ -25,6 +27,7 @@ def reconstruct(stack: Stack, keep_OI: Tensor, start_OI: Tensor | None = None) -
             on them.
         keep_OI: bool, which weights may be other than zero.
         start_OI: weights to begin from; None: the dense ones where they are kept.
+        damping: that share.
 
     Returns:
         The weights, float32, zero where `keep_OI` is false; and what the user should know.
@@ -34,6 +37,6 @@ def reconstruct(stack: Stack, keep_OI: Tensor, start_OI: Tensor | None = None) -
     """
     W_OI = stack.W_OI.masked_fill(stack.dead_I, 0)
     start_OI = W_OI if start_OI is None else start_OI.float().masked_fill(stack.dead_I, 0)
-    U_II, used = stack.inverse(DAMPING)
+    U_II, used = stack.inverse(damping)
     found_OI = conjugate_gradients(stack.damped_gram(used), U_II.T @ U_II, W_OI, keep_OI, start_OI * keep_OI)
-    return found_OI, stack.notes(DAMPING, used)
+    return found_OI, stack.notes(damping, used)

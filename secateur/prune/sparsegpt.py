@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.core.damping import damping_option
+from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options, option
 from secateur.core.patterns import NM, Pattern, drop_lowest, keep_in_groups
 from secateur.core.pruned import Pruned
@@ -30,7 +30,7 @@ class SparseGPT:
     linear, or, for N:M, those of each group of M when the sweep reaches it.
     """
 
-    damping: float = damping_option()
+    damping: float | str = damping_option()
     block: int = option(128, "Columns whose mask is chosen at once (the paper's Bₛ); N:M patterns take theirs.", low=1)
 
     name: ClassVar[str] = "sparsegpt"
@@ -48,12 +48,13 @@ class SparseGPT:
         """
         if isinstance(pattern, NM):
             pattern.check_divides(stack.features)
-        U_II, used = stack.inverse(self.damping)
+        damping = number(self.damping)
+        U_II, used = stack.inverse(damping)
         W_IO = stack.W_OI.T.masked_fill(stack.dead_I[:, None], 0).contiguous()
         removal = _Removal(pattern, stack.rows, U_II.diagonal(), torch.ones_like(W_IO, dtype=torch.bool))
         sweep(W_IO, U_II, removal, pattern.m if isinstance(pattern, NM) else self.block)
 
-        notes = (*stack.dead_notes(), *stack.notes(self.damping, used))
+        notes = (*stack.dead_notes(), *stack.notes(damping, used))
         return Pruned(W_IO.T.contiguous(), removal.keep_IO.T.contiguous(), notes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.core.damping import damping_option
+from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import BITS, Quantized
@@ -36,7 +36,7 @@ class GPTQ:
     symmetric: bool = symmetric_option()
     search_range: bool = search_range_option()
     order: str = order_option("activation")
-    damping: float = damping_option()
+    damping: float | str = damping_option()
 
     name: ClassVar[str] = "gptq"
     paper: ClassVar[str] = "Frantar et al. 2022, arXiv:2210.17323"
@@ -53,4 +53,4 @@ class GPTQ:
         With `pruned` a column is pruned and rounded at once, and the sum of both errors is carried on (Frantar & Alistarh
         2023, arXiv:2301.00774, section 3.5). The grids are those of the weights that the pruner left.
         """
-        return carry_error(stack, Grid.of(self, stack), self.order, self.damping, pruned)
+        return carry_error(stack, Grid.of(self, stack), self.order, number(self.damping), pruned)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.core.damping import damping_option
+from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options, option
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
@@ -54,7 +54,7 @@ class SpQR:
     outlier_share: float | None = outlier_share_option(None)
     search_range: bool = search_range_option()
     order: str = order_option("permuted")
-    damping: float = damping_option()
+    damping: float | str = damping_option()
 
     name: ClassVar[str] = "spqr"
     paper: ClassVar[str] = "Dettmers et al. 2023, arXiv:2306.03078"
@@ -82,7 +82,7 @@ class SpQR:
         )
 
         def with_threshold(threshold: float | None) -> list[Quantized]:
-            return carry_error(stack, grid, self.order, self.damping, pruned, threshold)
+            return carry_error(stack, grid, self.order, number(self.damping), pruned, threshold)
 
         if self.outlier_share == 0:
             return with_threshold(None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from secateur.core.damping import is_open, with_damping
 from secateur.core.options import given_options
 from secateur.core.patterns import NM, Pattern, Unstructured, parse_pattern
 from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner
@@ -21,18 +22,24 @@ from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
 from secateur.recipes.recipe import Choice, Recipe
+from secateur.solvers.inverse_cholesky import DAMPING
 
 _SPARSE_FORMATS = ("bitmap", "nm")
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What removes weights, and which sets of them may be left."""
+    """What removes weights, and which sets of them may be left.
+
+    Attributes:
+        damping: of `reconstruct`, which is chosen for each linear before it is solved.
+    """
 
     pruner: Pruner
     refiner: Refiner | None
     pattern: Pattern
     reconstruct: bool = False
+    damping: float = DAMPING
 
     @property
     def level(self) -> Level:
@@ -50,6 +57,7 @@ class Plan:
         layout: of pruned weights that are not quantized; None writes them dense.
         dense: write quantized weights dense.
         dtype: of the weights written; None keeps the source's.
+        match_dense: solve for the dense model's outputs.
     """
 
     pruning: Pruning | None
@@ -57,6 +65,7 @@ class Plan:
     layout: Layout | None
     dense: bool
     dtype: torch.dtype | None
+    match_dense: bool = False
 
     @property
     def level(self) -> Level:
@@ -82,6 +91,30 @@ class Plan:
             "quantization": self.quantizer,
         }
         return {key: given_options(method) for key, method in methods.items() if method is not None}
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether something is chosen by windows that were held out."""
+        return self.match_dense or self.chooses_damping
+
+    @property
+    def chooses_damping(self) -> bool:
+        """Whether a method leaves its damping to be chosen, as `reconstruct` always does."""
+        pruning = self.pruning
+        return is_open(self.quantizer) or (pruning is not None and (pruning.reconstruct or is_open(pruning.pruner)))
+
+    def with_damping(self, damping: float) -> Plan:
+        """The plan with a damping for the methods that leave it open."""
+        pruning = self.pruning
+        if pruning is not None:
+            pruning = dataclasses.replace(pruning, pruner=with_damping(pruning.pruner, damping), damping=damping)
+        return dataclasses.replace(self, pruning=pruning, quantizer=with_damping(self.quantizer, damping))
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices `[I, I]` the statistics of inputs hold: where windows are halved, of each half and of both."""
+        kinds = (self.level >= Level.GRAM) + self.match_dense
+        return 3 * kinds if self.needs_halves else kinds
 
     @property
     def needs_text(self) -> bool:
@@ -124,7 +157,20 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
-    return Plan(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype)
+    found = Plan(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, recipe.match_dense)
+    if recipe.match_dense and found.level < Level.GRAM:
+        able = sorted(
+            name
+            for table in (PRUNERS, QUANTIZERS)
+            for name, method in table.items()
+            if getattr(method, "level", None) == Level.GRAM
+        )
+        named = " with ".join(filter(None, (recipe.prune, recipe.refine, recipe.quantize)))
+        raise UsageError(
+            f"`match_dense` needs the inputs' Gram matrix, which {named} does not look at: {', '.join(able)} do, and any "
+            "pruner with `reconstruct`"
+        )
+    return found
 
 
 def _check_choices(recipe: Recipe) -> None:

@@ -105,6 +105,7 @@ class Recipe:
         calibration: the text.
         quantize: name of the quantization method, if any.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
+        match_dense: whether the dense model's outputs are the target, so that linears make up for what those before have lost.
         allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
         target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
             bytes in words such as `100MB`.
@@ -126,6 +127,7 @@ class Recipe:
     quantize: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
     reconstruct: bool = False
+    match_dense: bool = False
     allocation: str = "uniform"
     target_size: str | None = None
     max_perplexity_rise: str | None = None

@@ -203,6 +203,7 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
                 "error_kind": linear.error_kind,
                 "tokens": linear.tokens,
                 "borrowed": linear.borrowed,
+                **linear.chosen(),
             }
             for linear in report.linears
         },

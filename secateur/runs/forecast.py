@@ -168,7 +168,7 @@ class _Measured:
     @property
     def scratch(self) -> int:
         """Bytes on the disk besides the checkpoint: inputs of blocks and squared gradients."""
-        waiting = (3 if self.settings.hidden == "file" else 2) * self.need.tokens * self.need.hidden
+        waiting = (3 if self.settings.hidden == "file" else 2) * self.need.waiting
         fisher = self.run.fisher
         return waiting + (fisher.file.stat().st_size if fisher is not None else 0)
 
@@ -211,7 +211,8 @@ def _first_block(run: Run, known: _Measured | None) -> _Measured:
     need, settings = settle(lambda exact: measure(walker, catcher, ids_NS, exact))
     run.recorder.write_outside()
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
-    journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file, len(ids_NS))
+    beside = run.job.recipe.match_dense
+    journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file, len(ids_NS), beside)
     if isinstance(catcher, BodyCalls):
         solve_body(run, journey, range(1))
     else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
+from secateur.core.damping import AUTO
 from secateur.core.registry import Quantizer
 from secateur.recipes.goals import placeholder, with_methods
 from secateur.recipes.plan import plan
@@ -47,17 +49,24 @@ def bare(recipe: Recipe) -> Recipe:
     found = replace(
         placeholder(recipe),
         prune=_STANDS_IN.get(recipe.prune, recipe.prune),
-        pruning={} if recipe.prune in _STANDS_IN else recipe.pruning,
+        pruning={} if recipe.prune in _STANDS_IN else _without_choice(recipe.pruning),
+        quantization=_without_choice(recipe.quantization),
         allocation="uniform",
         target_size=None,
         max_perplexity_rise=None,
         reconstruct=False,
+        match_dense=False,  # candidates are solved on the dense model's inputs
         refine=None,
         refining={},
     )
     if plan(found).needs_fisher:
         found = replace(found, quantization={**found.quantization, "sensitivity": "hessian"})
     return found
+
+
+def _without_choice(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method without a damping that would be chosen anew for every candidate."""
+    return {name: value for name, value in options.items() if (name, value) != ("damping", AUTO)}
 
 
 def bits_alone(quantizer: Quantizer | None) -> list[Choice]:

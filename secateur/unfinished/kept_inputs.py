@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ _HIDDEN_EVERY = 5.0
 _HIDDEN_SHARE = 50
 
 
+def file_beside(file: Path) -> Path:
+    """Where the dense model's inputs of a block are, by where those of the compressed one are."""
+    return file.with_name(f"{file.name}-dense")
+
+
 class KeptInputs:
-    """Of one run, in each process its own."""
+    """Of one run, in each process its own: those of the compressed model, and those of the dense one where they go along."""
 
     def __init__(self, partial: Partial) -> None:
         self._partial = partial
-        self._saved: list[Path] = []
+        self._saved: list[set[Path]] = []
         self._saved_at = time.monotonic()
         self._saving_took = 0.0
 
@@ -28,28 +34,30 @@ class KeptInputs:
         """Blocks are run from now on."""
         self._saved_at = time.monotonic()
 
-    def go_on(self, like: HiddenStates) -> tuple[int, HiddenStates] | None:
+    def go_on(self, like: Sequence[HiddenStates]) -> tuple[int, list[HiddenStates]] | None:
         """The last block whose inputs all processes have, and these, in the form that `like` has; None: there is none."""
         found = self._partial.find_hidden()
         if found is None:
             return None
-        number, file = found
-        self._saved.append(file)
-        return number, HiddenStates.open(file, like)
+        number, files = found
+        self._saved.append(set(files))
+        return number, [HiddenStates.open(file, each) for file, each in zip(files, like, strict=True)]
 
-    def save(self, hiddens: HiddenStates | None, block: int) -> dict[str, Any] | None:
+    def save(self, inputs: Sequence[HiddenStates], block: int) -> dict[str, Any] | None:
         """Now and then, put the inputs of a block on disk in each process; what the journal says of them."""
-        if hiddens is None:
+        if not inputs:
             return None
         ranks, now = self._partial.ranks, time.monotonic()
         if not ranks.share(now - self._saved_at > max(_HIDDEN_EVERY, _HIDDEN_SHARE * self._saving_took)):
             return None
         file = self._partial.hidden_file(block)
-        files = ranks.gather([file.name, hiddens.save(file)])
-        self._saved.append(file)
+        files = [file, file_beside(file)][: len(inputs)]
+        said = ranks.gather([[f.name, hiddens.save(f)] for f, hiddens in zip(files, inputs, strict=True)])
+        self._saved.append(set(files))
         self._saved_at, self._saving_took = time.monotonic(), time.monotonic() - now
-        return {"block": block, "files": files}
+        return {"block": block, "files": said}
 
-    def drop(self, hiddens: HiddenStates) -> None:
-        """Remove all but those that were saved last, and the file that hidden states are in."""
-        self._partial.drop_hidden({*self._saved[-2:], *([hiddens.file] if hiddens.file is not None else [])})
+    def drop(self, inputs: Sequence[HiddenStates]) -> None:
+        """Remove all but those that were saved last, and the files that hidden states are in."""
+        saved = {file for files in self._saved[-2:] for file in files}
+        self._partial.drop_hidden(saved | {hiddens.file for hiddens in inputs if hiddens.file is not None})

@@ -27,7 +27,7 @@ JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"
 # What a run puts into its folder.
 _OWN = re.compile(
-    r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+|fisher\.(safetensors|new)|search(-.*|\.json(\.new)?)|out"
+    r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+(-dense)?|fisher\.(safetensors|new)|search(-.*|\.json(\.new)?)|out"
 )
 _BEGIN_AGAIN = "or `overwrite` to begin again"
 
@@ -181,7 +181,8 @@ class Partial:
         Args:
             files: on the disk by now.
             content: what is to be known.
-            hidden: where to go on from, if it is another place than before: `block`, and for each process file and SHA-256.
+            hidden: where to go on from, if it is another place than before: `block`, and the files of each process with their
+                SHA-256.
         """
         hashed = {name: [size, sha256(self.folder / name)] for name, size in files.items()}
         self.records.append({**content, "files": hashed})
@@ -200,18 +201,20 @@ class Partial:
         """Where this process keeps the inputs of a block."""
         return self.folder / f"hidden-{block:05d}-{self.ranks.rank:04d}"
 
-    def find_hidden(self) -> tuple[int, Path] | None:
-        """The last block whose inputs all processes have, and this one's file of them; None if there is no such block."""
+    def find_hidden(self) -> tuple[int, list[Path]] | None:
+        """The last block whose inputs all processes have, and this one's files of them; None if there is no such block."""
         hidden = self._journal.get("hidden")
-        good = False
+        files: list[Path] = []
         if hidden is not None:
-            name, digest = hidden["files"][self.ranks.rank]
-            good = (self.folder / name).is_file() and sha256(self.folder / name) == digest
-        return (hidden["block"], self.folder / name) if all(self.ranks.gather(good)) and hidden is not None else None
+            said = hidden["files"][self.ranks.rank]
+            files = [self.folder / name for name, _ in said]
+            good = all(file.is_file() and sha256(file) == digest for file, (_, digest) in zip(files, said, strict=True))
+            files = files if good else []
+        return (hidden["block"], files) if all(self.ranks.gather(bool(files))) and hidden is not None else None
 
     def drop_hidden(self, keep: set[Path]) -> None:
         """Remove this process's files of inputs but those."""
-        for file in self.folder.glob(f"hidden-*-{self.ranks.rank:04d}"):
+        for file in self.folder.glob(f"hidden-*-{self.ranks.rank:04d}*"):
             if file not in keep:
                 file.unlink()
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from secateur.folder.reader import StoredTensors
 from secateur.mixture.experts import Experts, Rows, Visit, visited
+from secateur.model.structure import Linear
 from secateur.model.weights import place
 from secateur.pipeline.prepared import Prepared
 from secateur.walking.capture import Stage
+from secateur.walking.twin import Twin
 
 # Tokens that an expert sees at least, where nothing is said: as many, or one for so many of its inputs.
 _LEAST, _INPUTS_OF_A_TOKEN = 256, 4
@@ -67,11 +69,13 @@ class ExpertsInTurn:
         prepared: the model.
         turns: how they are visited.
         whole: whether all of them are in place the whole time, as where linears are used more than once.
+        twin: of the block, whose experts these are, with the weights of the source; None: the block's own.
     """
 
     prepared: Prepared
     turns: Turns
     whole: bool = False
+    twin: Twin | None = None
     _chunk: tuple[str, int] | None = None
     _in_place: set[str] = field(default_factory=set)
 
@@ -95,12 +99,21 @@ class ExpertsInTurn:
         for name in stage.called:
             self._read(name)
 
-    def _read(self, name: str) -> None:
+    def _linear(self, name: str) -> Linear:
         linear = self.prepared.linear(name)
+        return linear if self.twin is None else self.twin.of(linear)
+
+    def _read(self, name: str) -> None:
+        linear = self._linear(name)
         weight = linear.get_parameter("weight")
         if weight.is_meta:
             place(linear, "weight", self._stored(name, weight).to(self.prepared.device, weight.dtype))
-        elif self.turns.keep is not None and name in self.prepared.chosen and name not in self._in_place:
+        elif (
+            self.twin is None
+            and self.turns.keep is not None
+            and name in self.prepared.chosen
+            and name not in self._in_place
+        ):
             # Solved just now.
             self.turns.keep.mkdir(exist_ok=True)
             save_file({name: weight.detach().cpu().contiguous()}, self.turns.keep / f"{name}.safetensors")
@@ -108,6 +121,8 @@ class ExpertsInTurn:
 
     def _stored(self, name: str, expected: Tensor) -> Tensor:
         """The new weight of a linear that is solved, in this run or an earlier one; else that of the source."""
+        if self.twin is not None:
+            return self.prepared.weights.checked(f"{name}.weight", expected)
         file = None if self.turns.keep is None else self.turns.keep / f"{name}.safetensors"
         if file is not None and file.exists():
             return StoredTensors([file])[name]
@@ -118,7 +133,7 @@ class ExpertsInTurn:
     def leave(self) -> None:
         """Let go of all weights of experts."""
         for name in self._in_place:
-            linear = self.prepared.linear(name)
+            linear = self._linear(name)
             place(linear, "weight", linear.get_parameter("weight").to("meta"))
         self._in_place.clear()
         self._chunk = None

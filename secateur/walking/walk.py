@@ -10,8 +10,8 @@ T: tokens, I: input features, N: windows, S: tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -28,6 +28,8 @@ from secateur.unfinished.hidden import HiddenStates
 from secateur.walking.capture import BlockCall, Stage
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn
+from secateur.walking.gathering import Gathering
+from secateur.walking.twin import Twin
 
 #: Linears that read the same input, and the statistics of it over the batches of all processes.
 Gathered = tuple[list[str], InputStats]
@@ -59,6 +61,7 @@ class Passage:
         outputs: takes the block's outputs; None where nobody reads them.
         ranks: the processes that have a part of the batches each.
         clock: measures the phases.
+        first: the number of the first window, among those of all processes.
     """
 
     block: nn.Module
@@ -67,6 +70,7 @@ class Passage:
     outputs: HiddenStates | None
     ranks: Ranks
     clock: Clock
+    first: int = 0
 
     def run(self) -> None:
         """Run all batches through the block as it is."""
@@ -87,6 +91,7 @@ class Target:
         level: what is gathered of their inputs.
         solve: puts new weights in place.
         experts: how those of the block are visited.
+        halves: whether statistics of even and of odd windows are kept apart.
     """
 
     stages: list[Stage]
@@ -95,6 +100,7 @@ class Target:
     level: Level
     solve: Solve
     experts: ExpertsInTurn
+    halves: bool = False
 
     def way(self, pause: bool) -> Way:
         """How batches pass, where they may pause or not."""
@@ -109,64 +115,114 @@ class _Arrival:
     rows: Sequence[Rows]
 
 
-def walk(passage: Passage, target: Target, way: Way) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """The same batches on their way through the dense model's block.
+
+    Attributes:
+        twin: the block.
+        passage: of the other one, whose `hiddens` and `outputs` are those of the dense model.
+        experts: how its experts are visited.
+    """
+
+    twin: Twin
+    passage: Passage
+    experts: ExpertsInTurn
+
+    def batches(self, target: Target, way: Way) -> _Batches:
+        """Batches that stop at the stages of a target."""
+        linears = {name: self.twin.of(linear) for name, linear in target.linears.items()}
+        passage = replace(self.passage, block=self.twin.block)
+        return _Batches(passage, replace(target, linears=linears, experts=self.experts), way)
+
+
+def walk(passage: Passage, target: Target, way: Way, beside: Beside | None = None) -> None:
     """Run all batches through a block, solving each stage of linears when its inputs are known.
 
     Without outputs the pass ends once all stages are solved.
 
+    Args:
+        beside: the dense model's, where statistics are to tell how far inputs are from its own.
+
     Raises:
         RepeatedError: an input of a linear is not finite, or linears are not reached in the same order by every batch.
     """
-    batches = _Batches(passage, target, way)
-    try:
+    experts, outputs = [target.experts], [passage.outputs]
+    if beside is not None:
+        experts.append(beside.experts)
+        outputs.append(beside.passage.outputs)
+    with ExitStack() as left:
+        for one in experts:
+            left.callback(one.leave)
+        batches = [left.enter_context(closing(_Batches(passage, target, way)))]
+        if beside is not None:
+            batches.append(left.enter_context(closing(beside.batches(target, way))))
         for number, stage in enumerate(target.stages):
-            batches.stage = number
+            for each in batches:
+                each.stage = number
             gathered = _gather(passage, target, batches, stage)
-            with passage.clock("exchange"):
-                for _, stats in gathered:
-                    passage.ranks.add_up(stats)
             if gathered:
                 target.solve(gathered)
-            target.experts.enter(stage)
-        batches.stage = len(target.stages)
-        if passage.outputs is not None:
-            for i in range(len(passage.calls)):
+            for one in experts:
+                one.enter(stage)
+        for each, out in zip(batches, outputs, strict=True):
+            each.stage = len(target.stages)
+            for i in range(len(passage.calls) if out is not None else 0):
+                assert out is not None
                 with passage.clock("forward"):
-                    passage.outputs.append(batches.end(i))
-    finally:
-        batches.close()
-        target.experts.leave()
+                    out.append(each.end(i))
 
 
-def _gather(passage: Passage, target: Target, batches: _Batches, stage: Stage) -> list[Gathered]:
-    """The statistics of a stage's inputs over the batches of this process."""
-    found: dict[str, InputStats] = {}
-    windows = 0
+def _gather(passage: Passage, target: Target, batches: Sequence[_Batches], stage: Stage) -> list[Gathered]:
+    """The statistics of a stage's inputs over the batches of all processes.
+
+    Args:
+        batches: of this process, and the same in the dense model, if they are.
+    """
+    found: dict[str, Gathering] = {}
+    windows = passage.first
     for i in range(len(passage.calls)):
-        for rows in batches.inputs(i):
+        of_batch = passage.hiddens.shapes[i][0]
+        for rows, *dense in zip(*(each.inputs(i) for each in batches), strict=True):
             with passage.clock("statistics"):
-                for names, (x_TI, weight_T, borrowed) in _by_group(stage, rows):
-                    stats = found.setdefault(names[0], InputStats.empty(x_TI.shape[-1], target.level, x_TI.device))
-                    stats.add(x_TI.reshape(-1, x_TI.shape[-1]), weight_T, borrowed)
-                    if not stats.finite:
-                        raise RepeatedError(_where_not_finite(names, x_TI, windows, passage.ranks))
-            del rows
-        windows += passage.hiddens.shapes[i][0]
+                known = dict(_by_group(stage, dense[0])) if dense else {}
+                for name, given in _by_group(stage, rows):
+                    dense_TI = _in_dense(given, known[name]) if known else None
+                    features, device = given.x_TI.shape[-1], given.x_TI.device
+                    if name not in found:
+                        drift = dense_TI is not None
+                        found[name] = Gathering(features, target.level, target.halves, drift, device)
+                    found[name].add(given, dense_TI, windows, of_batch)
+                    if not found[name].finite:
+                        raise RepeatedError(_where_not_finite(name, given.x_TI, windows - passage.first, passage.ranks))
+            del rows, dense
+        windows += of_batch
     for names in stage.groups:
         if names[0] not in found:
             raise RepeatedError(f"{names[0]} is not reached by calibration text: not supported")
-    return [(names, found[names[0]]) for names in stage.groups]
+    with passage.clock("exchange"):
+        return [(names, found[names[0]].total(passage.ranks)) for names in stage.groups]
 
 
-def _by_group(stage: Stage, rows: Sequence[Rows]) -> Iterator[tuple[list[str], tuple[Tensor, Tensor | None, int]]]:
-    """The input of each group of a stage, how much its rows count, and how many are borrowed."""
+def _by_group(stage: Stage, rows: Sequence[Rows]) -> Iterator[tuple[str, Rows]]:
+    """The input of each group of a stage, by the name of its first linear."""
     if stage.chunk is None:
-        yield stage.groups[0], (rows[0].x_TI, None, 0)
+        yield stage.groups[0][0], rows[0]
         return
     given = {f"{stage.chunk[0]}.{name}": each for each in rows for name in each.linears}
     for names in stage.groups:
-        each = given[names[0]]
-        yield names, (each.x_TI, each.weight_T, each.borrowed)
+        yield names[0], given[names[0]]
+
+
+def _in_dense(rows: Rows, dense: Rows) -> Tensor | None:
+    """What the dense model's linears read of the tokens of some rows; None where that has no meaning.
+
+    The routers of both may send a token to different experts: what counts is what the dense model's would make of those that
+    this one is sent.
+    """
+    if rows.token_T is None:
+        return dense.x_TI
+    return None if dense.read is None else dense.read(rows.token_T)
 
 
 class _Batches:
@@ -262,19 +318,17 @@ class _Batches:
             return batch.switch()
 
 
-def _where_not_finite(names: list[str], x: Tensor, windows_before: int, ranks: Ranks) -> str:
+def _where_not_finite(name: str, x: Tensor, windows_before: int, ranks: Ranks) -> str:
     bad_N = (~torch.isfinite(x)).reshape(len(x), -1).any(1).nonzero()
     if len(bad_N) and x.ndim == 2:  # the tokens of an expert
-        return f"the input of {names[0]} is not finite: the model overflows on this text, or its weights are damaged"
+        return f"the input of {name} is not finite: the model overflows on this text, or its weights are damaged"
     if len(bad_N):
         whose = f" of process {ranks.rank}" if ranks.size > 1 else ""
         return (
-            f"the input of {names[0]} is not finite in calibration sample {windows_before + int(bad_N[0])}{whose}: "
+            f"the input of {name} is not finite in calibration sample {windows_before + int(bad_N[0])}{whose}: "
             "the model overflows on this text, or its weights are damaged"
         )
-    return (
-        f"the inputs of {names[0]} are so large that the sum of their squares overflows float32: the model is damaged"
-    )
+    return f"the inputs of {name} are so large that the sum of their squares overflows float32: the model is damaged"
 
 
 def in_batches(ids_NS: Tensor, tokens: int) -> Iterator[Tensor]:

@@ -6,8 +6,8 @@ N: windows, S: tokens of a window.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from secateur.model.weights import Ahead, materialise, place, tie
 from secateur.pipeline.job import Job
 from secateur.pipeline.prepared import Prepared
 from secateur.unfinished.hidden import HiddenStates
+from secateur.unfinished.kept_inputs import file_beside
 from secateur.walking.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
-from secateur.walking.walk import Gathered, Passage, Solve, Target, Way, in_batches, walk
+from secateur.walking.twin import Twin
+from secateur.walking.walk import Beside, Gathered, Passage, Solve, Target, Way, in_batches, walk
 
 _PROBE_TOKENS = 8
 # Where the next block is read while one is solved. On a CPU that would take the cores from solving.
@@ -152,38 +154,52 @@ class Walker:
         settings: Settings,
         file_of: Callable[[int], Path],
         windows: int | None = None,
+        beside: bool = False,
     ) -> Journey:
         """How each block is called for each batch of the windows, and the inputs of the first.
 
         Args:
             file_of: where the inputs of a block wait, if they wait in files.
             windows: of how many in all processes these are some; None: of those that the processes are given here.
+            beside: whether the dense model's inputs go along.
         """
         device = self.prepared.device
         keep_on = torch.device("cpu") if settings.hidden == "host" else device
 
-        def waiting(number: int) -> HiddenStates:
-            return HiddenStates(keep_on, file_of(number) if settings.hidden == "file" else None)
+        def waiting(number: int, named: Callable[[Path], Path] = lambda file: file) -> HiddenStates:
+            return HiddenStates(keep_on, named(file_of(number)) if settings.hidden == "file" else None)
+
+        def waiting_beside(number: int) -> HiddenStates:
+            return waiting(number, file_beside)
 
         hiddens, calls = waiting(0), []
+        dense = waiting_beside(0) if beside else None
         with self.clock("opening"):
             for batch_NS in in_batches(ids_NS, settings.batch_tokens):
                 batch = catcher.catch(batch_NS.to(device))
-                hiddens.append(batch[0].hidden)
+                for each in (hiddens, dense):
+                    if each is not None:
+                        each.append(batch[0].hidden)
                 for call in batch:
                     call.hidden = call.hidden[:0, :0].clone()
                 calls.append(batch)
         keep = None if settings.pause else file_of(0).parent / "experts"
         asked = self.prepared.recipe.calibration
+        given = self.ranks.gather(len(ids_NS))
         turns = Turns(
             inputs=asked.expert_inputs,
             tokens=asked.expert_tokens,
-            windows=sum(self.ranks.gather(len(ids_NS))) if windows is None else windows,
+            windows=sum(given) if windows is None else windows,
             window=ids_NS.shape[1],
             at_once=settings.experts,
             keep=keep,
         )
-        return Journey(self, catcher, settings.pause, waiting, calls, hiddens, turns)
+        first = sum(given[: self.ranks.rank])
+        along = None
+        if dense is not None:
+            along = Journey(self, catcher, settings.pause, waiting_beside, calls, dense, turns, first)
+        twin = Twin(catcher.body) if beside and isinstance(catcher, BodyCalls) else None
+        return Journey(self, catcher, settings.pause, waiting, calls, hiddens, turns, first, along, twin)
 
     def stages(
         self, block: nn.Module, call: BlockCall, probe: BlockCall, linears: dict[str, Linear], at_once: int = 1
@@ -217,6 +233,9 @@ class Journey:
         calls: for each batch those of all blocks, or of the body.
         hiddens: the inputs of the next block.
         turns: how experts are visited.
+        first: the number of the first window, among those of all processes.
+        beside: the same windows on their way through the dense model, where they go along.
+        twin: of the body, as it was before anything in it was solved, where those windows pass it whole.
     """
 
     walker: Walker
@@ -226,21 +245,40 @@ class Journey:
     calls: list[list[BlockCall]]
     hiddens: HiddenStates
     turns: Turns
+    first: int = 0
+    beside: Journey | None = None
+    twin: Twin | None = None
+
+    @property
+    def inputs(self) -> list[HiddenStates]:
+        """The inputs of the next block, and the dense model's where they go along."""
+        return [self.hiddens] if self.beside is None else [self.hiddens, self.beside.hiddens]
+
+    def put(self, inputs: Sequence[HiddenStates]) -> None:
+        """Go on from other inputs of the next block."""
+        self.hiddens, *dense = inputs
+        if self.beside is not None:
+            (self.beside.hiddens,) = dense
 
     def passage(self, number: int, outputs: HiddenStates | None) -> Passage:
         """Of one block, which is in place."""
         calls = [batch[number] for batch in self.calls]
         block = self.walker.prepared.blocks[number]
-        return Passage(block, calls, self.hiddens, outputs, self.walker.ranks, self.walker.clock)
+        return Passage(block, calls, self.hiddens, outputs, self.walker.ranks, self.walker.clock, self.first)
 
     def pass_unsolved(self, number: int) -> None:
         """Run the inputs of a block that is in place through it; what comes out is the next one's."""
         outputs = self.waiting(number + 1)
         if self.walker.has_experts(number):
-            self._walk(number, {}, outputs, Level.NONE, lambda _: None)
+            replace(self, beside=None)._walk(number, {}, outputs, Level.NONE, lambda _: None)
         else:
             self.passage(number, outputs).run()
         self.hiddens = outputs
+
+    def pass_beside(self, number: int) -> None:
+        """Run the dense model's inputs of a block through it, where they go along; none of it may be compressed yet."""
+        if self.beside is not None:
+            self.beside.pass_unsolved(number)
 
     def _walk(
         self, number: int, linears: dict[str, Linear], outputs: HiddenStates | None, level: Level, solve: Solve
@@ -249,15 +287,36 @@ class Journey:
         walker, probe = self.walker, self.catcher.probe
         block = walker.prepared.blocks[number]
         stages, again = walker.stages(block, probe[number], probe[0], linears, self.turns.at_once)
-        target = Target(stages, linears, again, level, solve, ExpertsInTurn(walker.prepared, self.turns, whole=again))
+        experts = ExpertsInTurn(walker.prepared, self.turns, whole=again)
+        target = Target(stages, linears, again, level, solve, experts, walker.prepared.plan.needs_halves)
         way = target.way(self.pause)
         if way is Way.REPEAT:
             walker.read(number, whole=True)
+        beside = None
+        if self.beside is not None:
+            further = self.beside.waiting(number + 1) if outputs is not None else None
+            beside = self._beside(self.beside.passage(number, further), Twin(block), again)
         try:
-            walk(self.passage(number, outputs), target, way)
+            walk(self.passage(number, outputs), target, way, beside)
         finally:
             if self.turns.keep is not None:
                 shutil.rmtree(self.turns.keep, ignore_errors=True)
+        if self.beside is not None and beside is not None:
+            self.beside._go_on(number, beside.passage.outputs)
+
+    def _beside(self, passage: Passage, twin: Twin, whole: bool) -> Beside:
+        """The dense model's batches on their way through a twin of what they pass."""
+        return Beside(twin, passage, ExpertsInTurn(self.walker.prepared, self.turns, whole, twin))
+
+    def _go_on(self, number: int, outputs: HiddenStates | None) -> None:
+        """From the outputs of a block, which must be finite; None: they go no further."""
+        if outputs is None:
+            return
+        if not outputs.finite:
+            prepared = self.walker.prepared
+            name = prepared.block_names[number]
+            raise RepeatedError(f"the output of {name} is not finite: the model overflows in {prepared.compute_dtype}")
+        self.hiddens = outputs
 
     def pass_block(self, number: int, outputs: HiddenStates | None, level: Level, solve: Solve) -> None:
         """Have something done with the linears of a block that is in place, and run its inputs through it.
@@ -274,11 +333,7 @@ class Journey:
         if not linears and outputs is None:
             return
         self._walk(number, linears, outputs, level, solve)
-        if outputs is not None and not outputs.finite:
-            name = prepared.block_names[number]
-            raise RepeatedError(f"the output of {name} is not finite: the model overflows in {prepared.compute_dtype}")
-        if outputs is not None:
-            self.hiddens = outputs
+        self._go_on(number, outputs)
 
     def pass_body(
         self, numbers: range, level: Level, solve: Solve, ended: Callable[[int], object] = lambda _: None
@@ -315,10 +370,14 @@ class Journey:
             solve(gathered)
 
         experts = ExpertsInTurn(self.walker.prepared, self.turns, whole=True)
-        target = Target(stages, linears, again, level, solve_next, experts)
+        halves = self.walker.prepared.plan.needs_halves
+        target = Target(stages, linears, again, level, solve_next, experts, halves)
         calls = [batch[0] for batch in self.calls]
-        passage = Passage(body, calls, self.hiddens, None, self.walker.ranks, self.walker.clock)
-        walk(passage, target, target.way(self.pause))
+        passage = Passage(body, calls, self.hiddens, None, self.walker.ranks, self.walker.clock, self.first)
+        beside = None
+        if self.beside is not None and self.twin is not None:
+            beside = self._beside(replace(passage, hiddens=self.beside.hiddens), self.twin, whole=True)
+        walk(passage, target, target.way(self.pause), beside)
         end_blocks(numbers.stop)
 
 

@@ -285,7 +285,12 @@ def middling(build, tmp_path_factory):
 @pytest.mark.parametrize(
     ("prune", "more"),
     # The second block holds as much as the first, and its inputs besides: ALPS takes its time.
-    [("sparsegpt", 30), ("sparsegpt", 120), ("alps --targets *.1.*", 30)],
+    [
+        ("sparsegpt", 30),
+        ("sparsegpt", 120),
+        ("alps --targets *.1.*", 30),
+        ("sparsegpt --match-dense --damping auto", 30),
+    ],
 )
 def test_a_run_keeps_to_its_limit(prune, more, middling, text_file, tmp_path):
     options = [

@@ -50,6 +50,7 @@ RECIPES = {
     "magnitude": {"prune": "magnitude", "sparsity": 0.5},
     "sparsegpt": {"prune": "sparsegpt", "sparsity": 0.5},
     "gptq": {"quantize": "gptq", "prune": "wanda", "pattern": "2:4"},
+    "matched": {"prune": "sparsegpt", "sparsity": 0.5, "pruning": {"damping": "auto"}, "match_dense": True},
     "squeezellm": {"quantize": "squeezellm", "quantization": {"bits": 3}},
 }
 

@@ -30,6 +30,7 @@ RECIPES = {
     "sparsegpt": {"prune": "sparsegpt", "sparsity": 0.5},
     "dense": {"prune": "wanda", "pattern": "2:4", "format": "dense"},
     "spqr": {"quantize": "spqr"},
+    "matched": {"quantize": "gptq", "quantization": {"damping": "auto"}, "match_dense": True},
     "squeezellm": {"quantize": "squeezellm", "prune": "wanda", "sparsity": 0.5},
 }
 

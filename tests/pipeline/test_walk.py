@@ -199,10 +199,10 @@ def test_leaving_out_the_output_of_the_last_block_changes_nothing(model_of, text
     walk = walker.walk
     lasts = []
 
-    def whole(passage, target, way):
+    def whole(passage, target, way, beside=None):
         lasts.append(passage.outputs is None)
         outputs = HiddenStates(torch.device("cpu")) if passage.outputs is None else passage.outputs
-        walk(replace(passage, outputs=outputs), target, way)
+        walk(replace(passage, outputs=outputs), target, way, beside)
         assert [shape[1] for shape in outputs.shapes] == [SEQ_LEN]
 
     monkeypatch.setattr(walker, "walk", whole)

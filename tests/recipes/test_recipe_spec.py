@@ -346,7 +346,7 @@ def test_an_items_name_is_the_same_recipe(item):
         ("rtn, spqr:▸2..8", "`bits` 8 is not possible with spqr: give 2, 3 or 4 (gptq and rtn have 8)"),
         # options
         ("gptq:4(▸grop_size=64)", "'grop_size' is no option of gptq: did you mean 'group_size'?"),
-        ("rtn:4(▸damping=1)", "'damping' is no option of rtn: it can be dtype, format, group_size, search_range, symmetric"),
+        ("rtn:4(▸damping=1)", "'damping' is no option of rtn: it can be dtype, format, group_size, match_dense"),
         ("rtn:4(▸targets=x)", "'targets' is no option of rtn"),
         ("wanda:0.5(▸group_size=64)", "'group_size' is no option of wanda: it can be dtype, format"),
         ("wanda:0.5(▸pattern=x)", "'pattern' is no option here: the amount stands behind a colon, such as wanda:0.5"),

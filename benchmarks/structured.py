@@ -17,7 +17,6 @@ O: output features, I: input features, N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,7 +37,6 @@ from benchmarks.protocol import (
     compress,
     machine,
     measured_once,
-    perplexity,
     plain_model,
     prepare,
     split_text,
@@ -256,7 +254,6 @@ def main() -> None:
         more = ["--pattern", "structured", "--sparsity", str(share), "--no-bos"]
         report = compress(model, out, [*options, *more], calibration, args.threads)
         memory.model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-        assert math.isclose(memory.perplexity(texts)["protocol"], perplexity(out, evaluation), rel_tol=1e-5)
         before, after = report["structure"]["weights"]
         shape = {what: now for what, (_, now) in report["structure"].items() if what != "weights"}
         told = {"share": 1 - after / before, "seconds": report["seconds"], "shape": shape}

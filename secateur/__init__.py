@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from secateur.runs.forecast import Forecast, forecast
     from secateur.runs.generate import generate
     from secateur.runs.sweep import Sweep, sweep
+    from secateur.search.probe import BlockProbe, ProbeResult, probe
     from secateur.speed.bench import bench
     from secateur.speed.bench_result import Bench
 
@@ -97,11 +98,11 @@ _HOMES = {
     "recipes.recipe": ["Calibration", "Choice", "Recipe"],
     "recipes.strings": ["parse_recipes"],
     "report.sweep_result": ["SweepResult"],
-    "search.probe": ["BlockProbe", "ProbeResult", "probe"],
     "runs.compress": ["compress"],
     "runs.forecast": ["Forecast", "forecast"],
     "runs.generate": ["generate"],
     "runs.sweep": ["Sweep", "sweep"],
+    "search.probe": ["BlockProbe", "ProbeResult", "probe"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

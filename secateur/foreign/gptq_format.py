@@ -293,9 +293,16 @@ the package `gptqmodel` is installed.
 
 
 def owners(stored: Iterable[str], parts: Collection[str]) -> dict[str, dict[str, str]]:
-    """The modules that have a `qweight` among stored names, and of each the names of its parts."""
+    """The modules that have a `qweight` among stored names, and of each the names of its parts.
+
+    Raises CheckpointError where there are none.
+    """
     there = dict.fromkeys(stored)
     modules = [name.removesuffix(".qweight") for name in there if name.endswith(".qweight")]
+    if not modules:
+        raise CheckpointError(
+            "config.json says that weights are packed, but the files hold no qweight: take its section out"
+        )
     return {m: {part: f"{m}.{part}" for part in parts if f"{m}.{part}" in there} for m in modules}
 
 

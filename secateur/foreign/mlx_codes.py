@@ -91,7 +91,7 @@ class MLX(Foreign):
     def section(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         other = config.get("quantization_config")
         found = config.get(KEY, other)
-        if not isinstance(found, Mapping) or "quant_method" in found or "bits" not in found:
+        if not isinstance(found, Mapping) or "quant_method" in found or not {"bits", "group_size"} <= found.keys():
             return None
         return None if isinstance(other, Mapping) and "quant_method" in other else found
 

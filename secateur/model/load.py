@@ -89,8 +89,8 @@ def load(  # noqa: PLR0913 - users name them
     """Load a model that secateur can read, as a transformers model ready to run.
 
     Args:
-        model: a folder (dense, compressed by secateur, or with an old sparse layout of compressed-tensors), a hub id, a
-            `.gguf` file, or `demo`.
+        model: a folder (dense, compressed by secateur, or packed by others, see docs/interchange.md), a hub id, a `.gguf` file,
+            or `demo`.
         backend: what computes with packed weights. `dense` unpacks them while loading; `auto` takes the fastest that is
             installed for the device; for the others see docs/backends.md. None: what `secateur.backend` says, else `auto`.
         dtype: of the loaded weights; None keeps that of the files.

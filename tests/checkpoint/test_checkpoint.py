@@ -367,7 +367,7 @@ def test_a_weight_that_is_not_there(single):
 
 @pytest.mark.parametrize(
     "section",
-    [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes"}, {"bits": 4}, {}, [], "gptq", 4],
+    [{"quant_method": "hqq", "bits": 4}, {"quant_method": "bitsandbytes"}, {"bits": 4}, {}, [], "gptq", 4],
     ids=str,
 )
 def test_weights_that_another_library_quantized(section, single):

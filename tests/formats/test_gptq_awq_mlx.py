@@ -77,6 +77,12 @@ def test_gptq_by_the_definition(bits, version, sizes, ordered, symmetric, seed):
     assert all(torch.equal(again[part], tensors[part]) for part in tensors)
 
 
+@pytest.mark.parametrize("form", [GPTQ, AWQ])
+def test_a_section_without_its_weights_is_refused(form):
+    with pytest.raises(CheckpointError, match="but the files hold no qweight"):
+        form.packed_weights({"a.weight": torch.ones(2, 2)}, {"bits": 4, "group_size": 32})
+
+
 def test_without_g_idx_groups_are_in_order():
     tensors, expected = case("4-v2")
     del tensors["g_idx"]

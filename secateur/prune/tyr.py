@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.core.damping import damping_option
+from secateur.core.damping import damping_option, number
 from secateur.core.feature_units import Units
 from secateur.core.options import check_options
 from secateur.core.registry import pruner
@@ -25,7 +25,7 @@ class Tyr:
     What the paper shares out by evolution, `allocation` search shares by the divergences that it measures.
     """
 
-    damping: float = damping_option()
+    damping: float | str = damping_option()
 
     name: ClassVar[str] = "tyr"
     paper: ClassVar[str] = "Li et al. 2025, arXiv:2503.09657"
@@ -37,4 +37,4 @@ class Tyr:
 
     def keep_units(self, stack: Stack, units: Units) -> Tensor:
         """keep_U: see `UnitPruner`."""
-        return remove_units(stack, units, self.damping, slope=True)
+        return remove_units(stack, units, number(self.damping), slope=True)

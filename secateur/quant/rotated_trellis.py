@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.core.damping import damping_option
+from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options, option
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
@@ -42,7 +42,7 @@ class RotatedTrellis:
 
     bits: int = bits_option(3, BITS, "gptq and rtn have 8")
     states: int = option(2**STATE_BITS, "States of the trellis.", choices=(256, 1024, 4096, 16384, 65536))
-    damping: float = damping_option()
+    damping: float | str = damping_option()
 
     name: ClassVar[str] = "trellis"
     paper: ClassVar[str] = "Tseng et al. 2024, arXiv:2406.11235"
@@ -68,7 +68,8 @@ class RotatedTrellis:
         gram_II = scales.rotated_gram(stack)
         # Those that have most of the energy first: the others are then there to make up for them.
         order_I = gram_II.diagonal().argsort(descending=True, stable=True)
-        U_II, used = inverse_cholesky(gram_II[order_I][:, order_I], self.damping)
+        damping = number(self.damping)
+        U_II, used = inverse_cholesky(gram_II[order_I][:, order_I], damping)
         del gram_II
         W_IO = scales.rotated_weights(stack)[order_I]
         state_bits = self.states.bit_length() - 1
@@ -76,12 +77,12 @@ class RotatedTrellis:
         coding = _Coding(self.bits, rings, order_I.tolist(), W_IO)
         sweep(W_IO, U_II, coding, len(W_IO))
         del U_II, W_IO
-        notes = stack.notes(self.damping, used)
+        notes = stack.notes(damping, used)
         found = []
         pieces = map(stack.split, (stack.W_OI, coding.symbol_IO.T, scales.out_O))
         for (size, T, L), W_OI, symbol_OI, out_O in zip(rings, *pieces, strict=True):
             codes = TrellisCodes(self.bits, L, T, BLOCK, symbol_OI.contiguous(), out_O, scales.in_I)
-            codes = _refitted(codes, W_OI, stack.stats, self.damping)
+            codes = _refitted(codes, W_OI, stack.stats, damping)
             found.append(Quantized(codes, (size, stack.features), stack.dtype, notes=notes))
         return found
 

@@ -28,6 +28,13 @@ OTHERS = {
     "alps": {"prune": "alps", "pattern": "2:4", "sparsity": None},
     "gptq": {"prune": "", "sparsity": None, "pruning": {}, "quantize": "gptq", "quantization": {"damping": "auto"}},
     "spqr": {"prune": "", "sparsity": None, "pruning": {}, "quantize": "spqr", "quantization": {"damping": "auto"}},
+    "trellis": {
+        "prune": "",
+        "sparsity": None,
+        "pruning": {},
+        "quantize": "trellis",
+        "quantization": {"damping": "auto"},
+    },
     "both": {"quantize": "gptq", "quantization": {"damping": "auto"}},
     "one of both": {"quantize": "gptq", "quantization": {"damping": 0.02}},
     "matched": {"match_dense": True},

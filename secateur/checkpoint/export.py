@@ -19,6 +19,7 @@ from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_m
 from secateur.model.fused_tensors import FusedTensors
 from secateur.model.source import Source, open_source, save_config, save_untied, with_revision
 from secateur.model.structure import Linear, build_skeleton, find_blocks
+from secateur.model.vocabulary import find_tables
 from secateur.model.weights import ModelWeights, converted
 
 
@@ -59,7 +60,7 @@ def export(
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
         blocks = find_blocks(skeleton)
-        linears = blocks.linears
+        linears = blocks.linears | _packed_tables(form, skeleton, weights)
         writer = ShardWriter(folder)
         _write_tensors(form, skeleton, linears, weights, writer, progress)
         writer.flush()
@@ -72,6 +73,13 @@ def export(
         write_card(folder, source.name, read_json(folder / "config.json"))
         write_manifest(folder, _manifest(source, to, weights.unused, notes))
     return notes
+
+
+def _packed_tables(form: Form, model: nn.Module, weights: ModelWeights) -> dict[str, Linear]:
+    """The table of embeddings and the head, as far as they are packed and the form may take them."""
+    tables = find_tables(model).values() if form.takes_tables else []
+    packed = [table.name for table in tables if table.weight in weights and weights.packed(table.weight) is not None]
+    return {name: model.get_submodule(name) for name in packed}
 
 
 def _write_tensors(

@@ -26,10 +26,12 @@ class Form(Protocol):
     Attributes:
         dtype: that every tensor written dense must have; None: the one that it has.
         unconverted: whether tensors that transformers converted as it loaded them are written as the files had them.
+        takes_tables: whether a packed table of embeddings and a packed head may be among the linears.
     """
 
     dtype: torch.dtype | None
     unconverted: bool
+    takes_tables: bool
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
@@ -54,6 +56,7 @@ class Dense:
 
     dtype: torch.dtype | None = None
     unconverted = True
+    takes_tables = False
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
@@ -71,6 +74,7 @@ class Secateur:
 
     dtype: torch.dtype | None = None
     unconverted = False
+    takes_tables = True
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
@@ -104,6 +108,7 @@ class CompressedTensors:
 
     dtype: torch.dtype | None = None
     unconverted = False
+    takes_tables = False
 
     def __init__(self) -> None:
         self.schemes: dict[str, pack_quantized.Scheme] = {}
@@ -150,6 +155,7 @@ class SpQR:
 
     dtype: torch.dtype | None = torch.float16
     unconverted = False
+    takes_tables = False
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}

@@ -64,6 +64,7 @@ class Report:
     """The result of a run.
 
     Attributes:
+        tables: of embeddings, and the head, as far as they were quantized.
         recipe: as `Recipe.to_dict` gives it, with the numbers of the run filled in.
         phases: seconds by what they were spent on: searching (where a choice was to be found for each linear), opening,
             gradients, reading, forward, statistics, exchange (between processes), solving, writing (of blocks), ending.
@@ -80,6 +81,7 @@ class Report:
     peak_bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    tables: list[LinearReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -99,10 +101,19 @@ def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float
 
 def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:
     """The relative squared error of a linear's output, and how it is known: see `LinearReport`."""
+    error, total, kind = _energies(dense_OI, W_OI, stats)
+    return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind
+
+
+def energies(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, float, str]:
+    """The squared error of a linear's output, the squared output, and how both are known."""
+    error, total, kind = _energies(dense_OI, W_OI, stats)
+    return error.item(), total.item(), kind
+
+
+def _energies(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[Tensor, Tensor, str]:
     change_OI = W_OI - dense_OI
     if not stats.tokens:
-        kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
-    else:
-        kind = "output" if stats.level == Level.GRAM else "independent inputs"
-        error, total = stats.energy(change_OI).sum(), stats.energy(dense_OI).sum()
-    return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind
+        return change_OI.square().sum(), dense_OI.square().sum(), "weights"
+    kind = "output" if stats.level == Level.GRAM else "independent inputs"
+    return stats.energy(change_OI).sum(), stats.energy(dense_OI).sum(), kind

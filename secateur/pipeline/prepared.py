@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.patterns import NM
-from secateur.core.stats import Level
+from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
 from secateur.mixture.experts import Experts
@@ -33,9 +33,12 @@ from secateur.model.structure import (
     shared_parameters,
     weight_matrix,
 )
+from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights, check_values
 from secateur.pipeline.outcome import Progress
-from secateur.pipeline.solve import Problem
+from secateur.pipeline.solve import Problem, Solution
+from secateur.pipeline.solve_tables import solve_table, tables_of
+from secateur.quant.table_codes import table_bytes
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
 
@@ -63,7 +66,8 @@ class Prepared:
         base: bytes that the process had in use before any weight was read.
         experts: of mixtures, by name.
         of_experts: names of their linears.
-        solved: gives the new weights of experts that an earlier run has solved, by the name of their linear.
+        tables: the table of embeddings and the head, as far as they are quantized, each with its bits; by the module's name.
+        solved: gives the new weights of experts that an earlier run has solved, by the name of their linear, and of a table.
     """
 
     source: Source
@@ -86,6 +90,7 @@ class Prepared:
     base: int
     experts: Mapping[str, Experts]
     of_experts: frozenset[str]
+    tables: Mapping[str, tuple[Table, int]]
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     # --- linears
@@ -110,9 +115,24 @@ class Prepared:
             W_OI = weight_matrix(linear)
         return Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
 
+    @property
+    def head(self) -> str | None:
+        """The name of a head that is quantized by itself, and may be solved by its inputs."""
+        return next((name for name, (table, _) in self.tables.items() if table.role == HEAD), None)
+
+    def solve_table(self, name: str, stats: InputStats | None = None) -> Solution:
+        """A table in codes, by what its inputs are where that is known."""
+        table, bits = self.tables[name]
+        W_VI = self.weights.checked(table.weight, self.linear(name).get_parameter("weight"))
+        dtype = self.dtype_of(table.weight) or self.weights.dtype(table.weight)
+        return solve_table(self.plan, name, W_VI, bits, dtype, self.device, stats)
+
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
-        return weight.removesuffix(".weight") == weight or weight.removesuffix(".weight") not in self.chosen
+        module = weight.removesuffix(".weight")
+        if any(module == name or weight in table.twins for name, (table, _) in self.tables.items()):
+            return False
+        return module == weight or module not in self.chosen
 
     # --- sizes in bytes
 
@@ -139,9 +159,16 @@ class Prepared:
         """Of a linear's weight where it is written dense."""
         return self.weights.bytes_as(self.weights.name_to_write(f"{name}.weight"), self.plan.dtype)
 
+    def table_bytes(self, name: str, bits: int | None = None) -> int:
+        """Of a table in codes; of so many bits, or of as many as the plan says."""
+        shape = self.linear(name).get_parameter("weight").shape
+        parts = table_bytes(self.tables[name][1] if bits is None else bits, (shape[0], shape[1]))
+        weight = self.weights.name_to_write(f"{name}.weight")
+        return sum(parts.values()) + sum(entry_bytes(f"{weight}.{part}") for part in parts)
+
     def dense_bytes(self) -> int:
         """Of the files of the dense model in the dtype that is written."""
-        return self.outside_bytes() + sum(map(self.linear_bytes, self.chosen))
+        return self.outside_bytes() + sum(map(self.linear_bytes, [*self.chosen, *self.tables]))
 
     @property
     def whole_memory(self) -> int:
@@ -210,9 +237,13 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         check_unfused(block, name)
     experts = experts_in(model)
     names, twins = list(found.linears), shared_parameters(model)
-    wanted = select_linears(names, recipe.targets, recipe.ignore)
-    tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
-    chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+    tied: list[str] = []
+    chosen: set[str] = set()
+    if plan.of_linears:
+        wanted = select_linears(names, recipe.targets, recipe.ignore)
+        tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
+        chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+    weights = ModelWeights(source, model)  # which may untie what the config ties
     prepared = Prepared(
         source=source,
         recipe=recipe,
@@ -228,12 +259,13 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         chosen=frozenset(chosen),
         tied=tied,
         twins=twins,
-        weights=ModelWeights(source, model),
+        weights=weights,
         kept=frozenset(name for name, _ in (kept_in_float32(model, plan.dtype) if plan.dtype is not None else [])),
         parameters=sum(p.numel() for p in model.parameters()),
         base=psutil.Process().memory_info().rss,
         experts=experts,
         of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
+        tables=tables_of(model, plan, source.name),
     )
     prepared.check_shapes()
     if plan.level > Level.NONE:

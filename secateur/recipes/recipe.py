@@ -24,6 +24,8 @@ from secateur.shares import parse_share
 _SHARES = ("sparsity",)
 #: Which tokens the statistics of an expert are of.
 EXPERT_INPUTS = ("routed", "gate", "all")
+#: The keys for matrices that have a row for each token; and their bits where they are left as they are, also by a search.
+TABLES, UNTOUCHED = ("embeddings", "head"), 16
 #: Within what a search makes one choice for all linears of experts.
 SHARED_IN = ("expert", "layer")
 
@@ -104,6 +106,8 @@ class Recipe:
         dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
         calibration: the text.
         quantize: name of the quantization method, if any.
+        embeddings: bits of the table of embeddings, or `UNTOUCHED`; None leaves it as it is, unless a search finds bits for it.
+        head: the same of the head, where that is another matrix.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
         allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
         target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
@@ -125,6 +129,8 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     quantize: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
+    embeddings: int | None = None
+    head: int | None = None
     reconstruct: bool = False
     allocation: str = "uniform"
     target_size: str | None = None

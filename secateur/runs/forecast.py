@@ -30,7 +30,16 @@ from secateur.pipeline.choose_settings import choose_settings
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
-from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
+from secateur.pipeline.run import (
+    Run,
+    begin,
+    enter,
+    gather_fisher,
+    solve_block,
+    solve_block_without_inputs,
+    solve_body,
+    solve_tables,
+)
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.goals import with_methods
 from secateur.recipes.plan import plan
@@ -203,11 +212,12 @@ def _first_block(run: Run, known: _Measured | None) -> _Measured:
         gather_fisher(run, windows.ids_NS[:_GRADIENTS])
     if windows is None or run.job.plan.level == Level.NONE:
         need, settings = settle(lambda exact: measure_without_inputs(run.prepared, exact))
+        solve_tables(run, run.prepared.tables)
         run.recorder.write_outside()
         solve_block_without_inputs(run, 0)
         return _Measured(run, 1.0, need, settings)
     ids_NS = windows.ids_NS
-    catcher = walker.enter(ids_NS)
+    catcher = enter(run, ids_NS)
     need, settings = settle(lambda exact: measure(walker, catcher, ids_NS, exact))
     run.recorder.write_outside()
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
@@ -215,7 +225,7 @@ def _first_block(run: Run, known: _Measured | None) -> _Measured:
     if isinstance(catcher, BodyCalls):
         solve_body(run, journey, range(1))
     else:
-        solve_block(run, journey, 0)
+        solve_block(run, journey, 0, few_NS)
     return _Measured(run, len(few_NS) / len(ids_NS), need, settings)
 
 
@@ -280,9 +290,14 @@ def _extrapolate(run: Run, share: float) -> tuple[dict[str, float], int]:
     verify(folder, trust_remote_code=run.job.source.trust_remote_code)  # it lacks blocks: what counts is the time
     ending = time.perf_counter() - began
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    blocks = weights(run.prepared.chosen) / max(weights(run.prepared.chosen_in(0)), 1)
+    first = weights(run.prepared.chosen_in(0))
+    blocks = weights(run.prepared.chosen) / max(first, 1) if run.prepared.chosen else len(run.prepared.blocks)
     block = sum(size for size, _ in run.partial.records[1]["files"].values())
     disk = int(written + (blocks - 1) * block)
+    head = run.prepared.head
+    if head is not None and all(table.name != head for table in run.recorder.tables):  # solved with the last block
+        disk += run.prepared.table_bytes(head)
+        measured["solving"] *= 1 + weights([head]) / max(weights(run.prepared.chosen), 1)
     seconds = {"opening": measured.pop("opening")}
     if "gradients" in measured:
         assert run.windows is not None

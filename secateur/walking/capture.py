@@ -146,6 +146,35 @@ class BlockCalls:
             )
         return caught
 
+    def before_head(self, model: nn.Module, head: nn.Module, ids_NS: Tensor, hidden: Tensor) -> Tensor:
+        """What the head reads of a batch of windows that the last block makes `hidden` of.
+
+        Args:
+            model: with its head, and with everything outside its blocks in place but for the head.
+        """
+        seen: list[Tensor] = []
+
+        def forward(i: int, block: nn.Module) -> Callable[..., Any]:
+            def pass_on(*args: Any, **kwargs: Any) -> Any:
+                given = hidden if i + 1 == len(self._blocks) else BlockCall.of(args, kwargs).hidden
+                return given if self._extra is None else (given, *[None] * self._extra)
+
+            return pass_on
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise _Stop
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            with _replaced(self._blocks, forward):
+                _run_body(model, ids_NS)
+        finally:
+            handle.remove()
+        if not seen:
+            raise UsageError("the head that was found reads nothing of what the blocks return: leave `head` out")
+        return seen[0]
+
     def _share(self, place: tuple[Any, ...], value: Any) -> Any:
         """`value` with every tensor replaced by an equal one that stood in the same place of an earlier call or block."""
         if isinstance(value, Tensor):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.stats import Level
+from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
 from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Settings
@@ -59,13 +59,7 @@ class Walker:
             UsageError: all blocks have to be in memory, and may not.
         """
         prepared = self.prepared
-        with self.clock("opening"):
-            for name, _ in parameters_outside(prepared.model, prepared.blocks):
-                # The head computes logits, which nobody reads here.
-                if not only_in_head(prepared.model, name) and not self._keep_mapped(name):
-                    materialise(prepared.model, "", [name], prepared.weights, prepared.device)
-            tie(prepared.model)
-            self._move_buffers()
+        self._place_outside()
         self.read(0)
         probe_1S = ids_NS[:1, :_PROBE_TOKENS].to(prepared.device)
         try:
@@ -78,20 +72,49 @@ class Walker:
                 self.read(number, whole=True)
         return BodyCalls(prepared.model, probe_1S)
 
+    def _place_outside(self) -> None:
+        """Put in place what is outside the blocks; the head computes logits, which nobody reads here."""
+        prepared = self.prepared
+        with self.clock("opening"):
+            for name, _ in parameters_outside(prepared.model, prepared.blocks):
+                if only_in_head(prepared.model, name) or self._place_solved(name) or self._keep_mapped(name):
+                    continue
+                materialise(prepared.model, "", [name], prepared.weights, prepared.device)
+            tie(prepared.model)
+            self._move_buffers()
+
+    def _place_solved(self, name: str) -> bool:
+        """Put what a table has become in its place; whether it is one that is solved."""
+        solved = self.prepared.solved.get(name.removesuffix(".weight"))
+        if solved is None:
+            return False
+        owner, device, dtype = self._owner(name), self.prepared.device, self.prepared.compute_dtype
+        if type(owner) is nn.Embedding:
+            self._keep_rows(owner, "weight", solved().to(device))
+        else:
+            place(owner, "weight", solved().to(device, dtype))
+        return True
+
     def _keep_mapped(self, name: str) -> bool:
         """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
-        weights, dtype = self.prepared.weights, self.prepared.compute_dtype
-        owner_name, _, leaf = name.rpartition(".")
-        owner = self.prepared.model.get_submodule(owner_name)
+        weights, owner = self.prepared.weights, self._owner(name)
         # A subclass may compute with its rows, in their dtype.
         if type(owner) is not nn.Embedding or self.prepared.device.type != "cpu" or name not in weights:
             return False
         if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
             return False  # for `materialise` to say so
         weights.release()
-        place(owner, leaf, weights[name])
-        owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
+        self._keep_rows(owner, name.rpartition(".")[2], weights[name])
         return True
+
+    def _owner(self, name: str) -> Any:
+        return self.prepared.model.get_submodule(name.rpartition(".")[0])
+
+    def _keep_rows(self, owner: nn.Module, leaf: str, W_VI: Tensor) -> None:
+        """Put a table in place in the dtype that it has, and have its rows in the one that is computed in."""
+        dtype = self.prepared.compute_dtype
+        place(owner, leaf, W_VI)
+        owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
 
     def _move_buffers(self) -> None:
         for module in self.prepared.model.modules():
@@ -107,6 +130,30 @@ class Walker:
                 for leaf, parameter in module._parameters.items():
                     if parameter is not None:
                         place(module, leaf, parameter.detach().to("meta"))
+
+    # --- behind the blocks
+
+    def stats_of_head(self, journey: Journey, ids_NS: Tensor, head: str) -> InputStats:
+        """The statistics, for Gram matrices, of what a head reads where these windows have come out of the last block."""
+        assert isinstance(journey.catcher, BlockCalls)
+        self._place_outside()
+        model, device = self.prepared.model, self.prepared.device
+        linear = self.prepared.linear(head)
+        stats = InputStats.empty(linear.get_parameter("weight").shape[1], Level.GRAM, device)
+        first = 0
+        for i in range(len(journey.hiddens)):
+            with self.clock("forward"):
+                hidden = journey.hiddens.take(i)
+                x = journey.catcher.before_head(model, linear, ids_NS[first : first + len(hidden)].to(device), hidden)
+            with self.clock("statistics"):
+                stats.add(x.reshape(-1, x.shape[-1]))
+            first += len(hidden)
+        self.leave()
+        if not stats.finite:
+            raise RepeatedError(
+                f"the input of {head} is not finite: the model overflows in {self.prepared.compute_dtype}"
+            )
+        return stats
 
     # --- blocks
 

@@ -171,9 +171,8 @@ class _Run:
             if name not in used and name not in known and not _ignored(model, name):
                 self._say(name, "is in the files, but in no module of the model that config.json describes")
         self._layouts(source, model, names)
-        linears, tables = self.manifest.get("linears"), self.manifest.get("tables")
-        reports = dict(linears) if isinstance(linears, dict) else {}
-        reports |= tables if isinstance(tables, dict) else {}
+        linears = self.manifest.get("linears")
+        reports = {**(linears if isinstance(linears, dict) else {}), **self._tables()}
         outside = [table.name for table in find_tables(model).values()]
         for name, expected in model.state_dict().items():
             if name not in names:
@@ -192,6 +191,11 @@ class _Run:
         for name in source.weights:
             if name not in used:
                 self._try(name, partial(_read, source.weights, name, None, None))
+
+    def _tables(self) -> dict[str, Any]:
+        """What the manifest says of the table of embeddings and of the head."""
+        tables = self.manifest.get("tables")
+        return tables if isinstance(tables, dict) else {}
 
     def _layouts(self, source: Source, model: nn.Module, names: Mapping[str, str]) -> None:
         """The config names just those linears that are packed, and says right how their modules keep them."""
@@ -239,7 +243,7 @@ class _Run:
         if not exported:
             found |= {"layout": weight.layout, "bytes": weight.bytes, "bits": 8 * weight.bytes / count}
             found["outliers"] = weight.outliers / count
-        if not packed and _quantized(self.manifest):
+        if not packed and (_quantized(self.manifest) or name in self._tables()):
             # Outliers no longer stand apart, and some values of a grid are zero, which are weights like others.
             found.pop("outliers", None)
             found["sparsity"] = min(found["sparsity"], _number(said.get("sparsity")))

@@ -5,7 +5,7 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,12 +145,13 @@ class Prepared:
         """Of a tensor that is written as it is; None: the one it has."""
         return None if name in self.kept else self.plan.dtype
 
-    def outside_bytes(self) -> int:
-        """On disk, of all tensors that are written and are no weight of a linear to compress."""
+    def outside_bytes(self, but: Sequence[Table] = ()) -> int:
+        """On disk, of all tensors that are written as they are; `but` tables that may not be."""
+        left_out = {name for table in but for name in (table.weight, *table.twins)}
         dtypes = {
             self.weights.name_to_write(name): self.dtype_of(name)
             for name in self.model.state_dict()
-            if name in self.weights and self.is_plain(name)
+            if name in self.weights and self.is_plain(name) and name not in left_out
         }
         dtypes |= dict.fromkeys(self.weights.unused)
         return sum(self.weights.bytes_as(name, dtype) + entry_bytes(name) for name, dtype in dtypes.items())
@@ -242,7 +243,7 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     if plan.of_linears:
         wanted = select_linears(names, recipe.targets, recipe.ignore)
         tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
-        chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+        chosen = _without_left_alone(set(wanted) - set(tied), recipe, bool(plan.tables))
     weights = ModelWeights(source, model)  # which may untie what the config ties
     prepared = Prepared(
         source=source,
@@ -273,8 +274,8 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     return prepared
 
 
-def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:
-    """Linears to compress without those for which nothing is chosen."""
+def _without_left_alone(chosen: set[str], recipe: Recipe, tables: bool) -> set[str]:
+    """Linears to compress without those for which nothing is chosen; `tables`: something else becomes smaller."""
     if not chosen:
         raise UsageError("nothing is left to compress: all linears share their weights with others")
     for name in recipe.linears:
@@ -283,6 +284,6 @@ def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:
                 f"the recipe chooses for {name}, which is none of the linears to compress: is it of another model?"
             )
     chosen = chosen - {name for name, choice in recipe.linears.items() if choice == Choice()}
-    if not chosen:
+    if not chosen and not tables:
         raise UsageError("nothing is left to compress: the recipe's choices leave every linear alone")
     return chosen

@@ -123,6 +123,8 @@ def plan(recipe: Recipe) -> Plan:
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)
+    if tables and recipe.linears and all(choice == Choice() for choice in recipe.linears.values()):
+        pruning = quantizer = None  # as a search may have found
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if (quantizer is not None or pruning is None) and recipe.format in _SPARSE_FORMATS:

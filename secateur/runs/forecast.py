@@ -49,6 +49,8 @@ from secateur.search.candidates import bare
 from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
+from secateur.search.table_candidates import BITS as TABLE_BITS
+from secateur.search.table_candidates import TOKENS as TABLE_TOKENS
 from secateur.unfinished.partial import Partial
 from secateur.walking.capture import BodyCalls
 from secateur.walking.clock import Clock
@@ -274,6 +276,8 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     # long, and a product with the weights for each candidate.
     whole = prepared.parameters / sum(O * I for O, I in shapes.values())
     seconds += TOKENS / ids_NS.shape[1] * ((1 + 2 * LABELS) * whole + len(tried)) * spent["forward"]
+    measured = TABLE_TOKENS / ids_NS.shape[1] * (1 + len(searcher.tables) * len(TABLE_BITS))
+    seconds += measured * whole * spent["forward"] if searcher.tables else 0.0
     rows = TOKENS * sum(searcher.reached_share(name) * (LABELS * O + I) for name, (O, I) in shapes.items())
     return _Searched(seconds, prepared.whole_memory, int(2 * rows), result)
 

@@ -40,7 +40,7 @@ def export(
         out: the folder to make.
         to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
-            codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `spqr`: for the package spqr_quant.
+            codes of 2 to 8 bits as `pack-quantized`, with the same weights to the bit; `spqr`: for the package spqr_quant.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
@@ -77,9 +77,10 @@ def export(
 
 def _packed_tables(form: Form, model: nn.Module, weights: ModelWeights) -> dict[str, Linear]:
     """The table of embeddings and the head, as far as they are packed and the form may take them."""
-    tables = find_tables(model).values() if form.takes_tables else []
-    packed = [table.name for table in tables if table.weight in weights and weights.packed(table.weight) is not None]
-    return {name: model.get_submodule(name) for name in packed}
+    there = [table for table in find_tables(model).values() if table.weight in weights]
+    packed = {table: weight for table in there if (weight := weights.packed(table.weight)) is not None}
+    taken = [table.name for table, weight in packed.items() if form.takes_table(table, weight.layout)]
+    return {name: model.get_submodule(name) for name in taken}
 
 
 def _write_tensors(

@@ -12,11 +12,13 @@ from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
 from secateur.foreign import pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
+from secateur.formats.layouts.layout import Decoder
 from secateur.formats.stored_weights import quantization_config
 from secateur.mixture.experts import Experts
 from secateur.mixture.unfuse import experts_in, merges_experts, routers_in
 from secateur.model.block_names import without_expert
 from secateur.model.structure import Linear, is_transposed
+from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights
 
 
@@ -26,12 +28,14 @@ class Form(Protocol):
     Attributes:
         dtype: that every tensor written dense must have; None: the one that it has.
         unconverted: whether tensors that transformers converted as it loaded them are written as the files had them.
-        takes_tables: whether a packed table of embeddings and a packed head may be among the linears.
     """
 
     dtype: torch.dtype | None
     unconverted: bool
-    takes_tables: bool
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        """Whether a table of embeddings, or a head, that is packed so is among the linears; else it is written dense."""
+        ...
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
@@ -56,7 +60,9 @@ class Dense:
 
     dtype: torch.dtype | None = None
     unconverted = True
-    takes_tables = False
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return False
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
@@ -74,10 +80,12 @@ class Secateur:
 
     dtype: torch.dtype | None = None
     unconverted = False
-    takes_tables = True
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return True
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         name = f"{module}.weight"
@@ -104,14 +112,20 @@ class Secateur:
 
 
 class CompressedTensors:
-    """The format `pack-quantized` of compressed-tensors: integer codes of 4 or 8 bits."""
+    """The format `pack-quantized` of compressed-tensors: integer codes of 2 to 8 bits.
+
+    A head of its own is among them where it has no zero points, which transformers takes of one scheme only. A table of
+    embeddings is not: transformers 5.23 fails on one that is packed.
+    """
 
     dtype: torch.dtype | None = None
     unconverted = False
-    takes_tables = False
 
     def __init__(self) -> None:
         self.schemes: dict[str, pack_quantized.Scheme] = {}
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return table.role == HEAD and getattr(layout, "symmetric", False)
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         weight = _quantized(module, linear, weights, "compressed-tensors")
@@ -155,11 +169,13 @@ class SpQR:
 
     dtype: torch.dtype | None = torch.float16
     unconverted = False
-    takes_tables = False
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.packed: dict[str, None] = {}
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return False
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         weight = _quantized(module, linear, weights, "spqr")

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: the layout, sparsity, bits, bytes and error of every linear of its blocks, and of the tables outside."""
+"""What is in a checkpoint: layout, sparsity, bits, bytes and error of the linears of its blocks, and of the tables outside."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def tables_of(model: Any, plan: Plan, name: str) -> dict[str, tuple[Table, int]]
             module = model.get_input_embeddings() if role == EMBEDDINGS else model.get_output_embeddings()
             raise UsageError(
                 f"`{role}` of {name} cannot be quantized, a {type(module).__name__} that does more than to give rows or "
-                f"products, or shares its weight: leave `{role}` out"
+                f"products, or shares its weight: leave `{role}` out, or give 16"
             )
     return {found[role].name: (found[role], bits) for role, bits in asked.items()}
 
@@ -130,7 +130,8 @@ def _pieces(weight: Quantized) -> Iterator[Tensor]:
     codes: Any = weight.codes
     for start in range(0, V, max(1, _AT_ONCE // I)):
         rows = slice(start, start + max(1, _AT_ONCE // I))
-        some = replace(codes, code_OK=codes.code_OK[rows], scale_OG=codes.scale_OG[rows], zero_OG=codes.zero_OG[rows])
+        zero_OG = None if codes.zero_OG is None else codes.zero_OG[rows]
+        some = replace(codes, code_OK=codes.code_OK[rows], scale_OG=codes.scale_OG[rows], zero_OG=zero_OG)
         yield some.values().to(weight.dtype)
 
 

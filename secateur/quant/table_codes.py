@@ -8,6 +8,7 @@ V: vocabulary, I: features, R: some rows, G: groups of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,25 +27,28 @@ from secateur.solvers.inverse_cholesky import DAMPING
 _ROUNDED, _SWEPT = 2**19, 2**23
 # Copies of what GPTQ sweeps over, at most.
 _SWEEPING = 8
-# From so many bits on, scales of larger groups cost less than they gain.
-_LARGE_GROUPS_FROM = 7
+#: Weights of a row that share a scale. Of half as many, scales cost more bits than they save; of twice as many, fewer.
+GROUP_SIZE = 64
+# From so many bits on a zero point gains nothing.
+_SYMMETRIC_FROM = 8
 
 
-def group_size(bits: int) -> int:
-    """Weights of a row that share a scale and a zero point."""
-    return 64 if bits >= _LARGE_GROUPS_FROM else 32
+def is_symmetric(bits: int) -> bool:
+    """Whether a table of so many bits has its zero points in the middle."""
+    return bits >= _SYMMETRIC_FROM
 
 
 def table_layout(bits: int, dtype: torch.dtype) -> PackedInt:
     """What stores the codes of a table that is of a dtype where it is dense."""
-    return PackedInt(bits, group_size(bits), False, dtype)
+    return PackedInt(bits, GROUP_SIZE, is_symmetric(bits), dtype)
 
 
 def table_bytes(bits: int, shape: tuple[int, int]) -> dict[str, int]:
     """Bytes of each part of a table in codes of so many bits."""
     V, I = shape
-    groups = V * -(-I // group_size(bits))
-    return {"codes": V * -(-I * bits // 8), "scale": 2 * groups, "zero": -(-groups * bits // 8), "shape": 16}
+    groups = V * -(-I // GROUP_SIZE)
+    zeros = {} if is_symmetric(bits) else {"zero": -(-groups * bits // 8)}
+    return {"codes": V * -(-I * bits // 8), "scale": 2 * groups, **zeros, "shape": 16}
 
 
 def sweeping_bytes(shape: tuple[int, int]) -> int:
@@ -68,12 +72,13 @@ def quantize_table(
     """
     V, I = W_VI.shape
     half = storage_dtype(torch.stack(torch.aminmax(W_VI)).float(), dtype)
-    grid = Grid(bits, group_size(bits), False, True, half)
+    grid = Grid(bits, GROUP_SIZE, is_symmetric(bits), True, half)
     at_once = max(1, (_ROUNDED if stats is None else _SWEPT) // I)
     pieces = (W_RI.to(device, torch.float32) for W_RI in W_VI.split(at_once))
     found = list(_rounded(pieces, grid) if stats is None else _swept(pieces, grid, stats))
     code_VI, scale_VG = torch.cat([each.code_OK for each in found]), torch.cat([each.scale_OG for each in found])
-    zero_VG = torch.cat([each.zero_OG for each in found if each.zero_OG is not None])
+    zeros = [each.zero_OG for each in found if each.zero_OG is not None]
+    zero_VG = torch.cat(zeros) if zeros else None
     return Quantized(Uniform(bits, grid.group_size, code_VI, scale_VG, zero_VG), (V, I), dtype).cpu()
 
 
@@ -85,5 +90,5 @@ def _rounded(pieces: Iterator[Tensor], grid: Grid) -> Iterator[Uniform]:
 def _swept(pieces: Iterator[Tensor], grid: Grid, stats: InputStats) -> Iterator[Uniform]:
     for W_RI in pieces:
         [found] = carry_error(Stack.of([W_RI], stats), grid, "activation", DAMPING, None)
-        assert isinstance(found.codes, Uniform)
-        yield found.codes
+        codes: Any = found.codes
+        yield codes

@@ -26,7 +26,7 @@ def check_target(recipe: Recipe, name: str) -> None:
 
 
 def with_dense(searcher: Searcher, library: Library) -> Library:
-    """A library in which every linear and table may also stay as it is; without bits, sparsities between those that were solved, too."""
+    """A library in which all may also stay as it is; without bits, sparsities between those that were solved, too."""
     bytes_of = searcher.prepared.linear_bytes
     found = {
         name: with_dense_table(searcher.prepared, searcher.tables[name], each)

@@ -13,7 +13,6 @@ from secateur.model.source import open_source
 from secateur.pipeline.prepared import prepare
 from secateur.quant.table_codes import quantize_table
 from secateur.recipes.plan import plan
-from secateur.search.candidates import Candidate
 from secateur.search.table_candidates import BITS, open_tables, table_candidates
 
 IDS_NS = torch.randint(2, 300, (4, 32), generator=torch.Generator().manual_seed(3))

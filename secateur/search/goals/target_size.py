@@ -16,7 +16,6 @@ from secateur.search.target import check_target, with_dense
 from secateur.shares import parse_share
 from secateur.units import parse_size, words
 
-
 # Of tables, where it is guessed what is left for linears.
 _LIKELY_BITS = 6
 

@@ -19,6 +19,7 @@ from secateur.folder.writer import ShardWriter, assemble, staged_folder, write_m
 from secateur.model.fused_tensors import FusedTensors
 from secateur.model.source import Source, open_source, save_config, save_untied, with_revision
 from secateur.model.structure import Linear, build_skeleton, find_blocks
+from secateur.model.vocabulary import find_tables
 from secateur.model.weights import ModelWeights, converted
 
 
@@ -40,7 +41,7 @@ def export(
         out: the folder to make.
         to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
-            codes of 4 or 8 bits as `pack-quantized`, with the same weights to the bit; `gptq`: integer codes of 2, 3, 4 or 8
+            codes of 2 to 8 bits as `pack-quantized`, with the same weights to the bit; `gptq`: integer codes of 2, 3, 4 or 8
             bits in GPTQ's format, whose zero points are those of version 2, and `gptq-v1` of version 1; `spqr`: for the package
             spqr_quant.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
@@ -63,7 +64,7 @@ def export(
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
         blocks = find_blocks(skeleton)
-        linears = blocks.linears
+        linears = blocks.linears | _packed_tables(form, skeleton, weights)
         writer = ShardWriter(folder)
         _write_tensors(form, skeleton, linears, weights, writer, progress)
         writer.flush()
@@ -78,6 +79,14 @@ def export(
             write_card(folder, source.name, read_json(folder / "config.json"), manifest, source.hub_name)
         write_manifest(folder, manifest)
     return notes
+
+
+def _packed_tables(form: Form, model: nn.Module, weights: ModelWeights) -> dict[str, Linear]:
+    """The table of embeddings and the head, as far as they are packed and the form may take them."""
+    there = [table for table in find_tables(model).values() if table.weight in weights]
+    packed = {table: weight for table in there if (weight := weights.packed(table.weight)) is not None}
+    taken = [table.name for table, weight in packed.items() if form.takes_table(table, weight.layout)]
+    return {name: model.get_submodule(name) for name in taken}
 
 
 def _write_tensors(

@@ -12,11 +12,13 @@ from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
 from secateur.foreign import gptq_format, pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
+from secateur.formats.layouts.layout import Decoder
 from secateur.formats.stored_weights import quantization_config
 from secateur.mixture.experts import Experts
 from secateur.mixture.unfuse import experts_in, merges_experts, routers_in
 from secateur.model.block_names import without_expert
 from secateur.model.structure import Linear, is_transposed
+from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights
 
 _ONE_TENSOR = (
@@ -38,6 +40,10 @@ class Form(Protocol):
     def notes(self) -> list[str]:
         """What a user should know of what was packed."""
         return []
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        """Whether a table of embeddings, or a head, that is packed so is among the linears; else it is written dense."""
+        return False
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         """The tensors of a linear by their names behind its own, or None: it stays dense. Raises UsageError if it cannot be."""
@@ -63,6 +69,9 @@ class Dense(Form):
     dtype: torch.dtype | None = None
     unconverted = True
 
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return False
+
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         return None
 
@@ -86,6 +95,9 @@ class Secateur(Form):
 
     def notes(self) -> list[str]:
         return [f"{name}: made dense, for no layout of secateur's is the same to the bit" for name in self.unpacked]
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return True
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         name = f"{module}.weight"
@@ -113,13 +125,20 @@ class Secateur(Form):
 
 
 class CompressedTensors(Form):
-    """The format `pack-quantized` of compressed-tensors: integer codes of 4 or 8 bits."""
+    """The format `pack-quantized` of compressed-tensors: integer codes of 2 to 8 bits.
+
+    A head of its own is among them where it has no zero points, which transformers takes of one scheme only. A table of
+    embeddings is not: transformers 5.23 fails on one that is packed.
+    """
 
     dtype: torch.dtype | None = None
     unconverted = False
 
     def __init__(self) -> None:
         self.schemes: dict[str, pack_quantized.Scheme] = {}
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return table.role == HEAD and getattr(layout, "symmetric", False)
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         weight = _quantized(module, linear, weights, "compressed-tensors")
@@ -167,6 +186,9 @@ class SpQR(Form):
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.packed: dict[str, None] = {}
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        return False
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
         weight = _quantized(module, linear, weights, "spqr")

@@ -36,6 +36,7 @@ from secateur.model.limits import check_config
 from secateur.model.located import conflicts, locate, part_of
 from secateur.model.source import Source, open_folder, open_tokenizer
 from secateur.model.structure import LINEARS, build_skeleton, is_transposed, weight_matrix
+from secateur.model.vocabulary import find_tables
 
 CONFIG_NAME = "config.json"
 
@@ -47,7 +48,7 @@ class Verification:
     Attributes:
         problems: the most important first: files that are not what they were, then what does not fit together, then values.
         files: how many the folder's manifest names, itself included.
-        linears: how many were read, the head not counted.
+        linears: how many were read, the table of embeddings and the head not counted.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -171,24 +172,30 @@ class _Run:
                 self._say(name, "is in the files, but in no module of the model that config.json describes")
         self._layouts(source, model, names)
         linears = self.manifest.get("linears")
-        reports = dict(linears) if isinstance(linears, dict) else {}
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        reports = {**(linears if isinstance(linears, dict) else {}), **self._tables()}
+        outside = [table.name for table in find_tables(model).values()]
         for name, expected in model.state_dict().items():
             if name not in names:
                 continue
+            module = name.removesuffix(".weight")
             owner = model.get_submodule(name.rpartition(".")[0])
-            is_linear = isinstance(owner, LINEARS) and name.endswith(".weight")
+            is_linear = name.endswith(".weight") and (isinstance(owner, LINEARS) or module in outside)
             weight = self._try(name, partial(_read, source.weights, names[name], expected, located.pieces.get(name)))
-            said = reports.pop(name.removesuffix(".weight"), None) if is_linear else None
+            said = reports.pop(module, None) if is_linear else None
             if is_linear and weight is not None:
-                self.found.linears += owner is not head
+                self.found.linears += module not in outside
                 packed = names[name] in source.weights.packed
-                self._compare(name.removesuffix(".weight"), weight, packed, tuple(weight_matrix(owner).shape), said)
+                self._compare(module, weight, packed, tuple(weight_matrix(owner).shape), said)
         for name in reports:
             self._say(name, f"is a linear in {MANIFEST_NAME}, but not in the model that config.json describes")
         for name in source.weights:
             if name not in used:
                 self._try(name, partial(_read, source.weights, name, None, None))
+
+    def _tables(self) -> dict[str, Any]:
+        """What the manifest says of the table of embeddings and of the head."""
+        tables = self.manifest.get("tables")
+        return tables if isinstance(tables, dict) else {}
 
     def _layouts(self, source: Source, model: nn.Module, names: Mapping[str, str]) -> None:
         """The config names just those linears that are packed, and says right how their modules keep them."""
@@ -199,11 +206,12 @@ class _Run:
         exact = set()
         unnamed = set(filter(is_pattern, entries))
         names_one = set(entries) - unnamed
+        tables = [table.name for table in find_tables(model).values()]
         for name, module in model.named_modules():
             stored = names.get(f"{name}.weight")
-            if stored is None or not isinstance(module, LINEARS):
+            if stored is None or not (isinstance(module, LINEARS) or name in tables):
                 if stored in packed:
-                    self._say(name, "is packed, but it is not a linear")
+                    self._say(name, "is packed, but it is neither a linear nor the table of embeddings")
                 continue
             owner = stored.removesuffix(".weight")
             entry = find_entry(entries, owner)
@@ -235,7 +243,7 @@ class _Run:
         if not exported:
             found |= {"layout": weight.layout, "bytes": weight.bytes, "bits": 8 * weight.bytes / count}
             found["outliers"] = weight.outliers / count
-        if not packed and _quantized(self.manifest):
+        if not packed and (_quantized(self.manifest) or name in self._tables()):
             # Outliers no longer stand apart, and some values of a grid are zero, which are weights like others.
             found.pop("outliers", None)
             found["sparsity"] = min(found["sparsity"], _number(said.get("sparsity")))

@@ -30,7 +30,7 @@ def tell_summary(report: Any, model: str, trusted: bool, searched: bool) -> None
         trusted: whether code that comes with the model may run, which the next commands need, too.
         searched: whether a choice was made for each linear.
     """
-    if searched and report.structure is None:
+    if searched and report.linears and report.structure is None:
         print_choices(report.linears)
     tell_notes(report.notes, "compress")
     _print_figures(report)
@@ -53,18 +53,15 @@ def _print_figures(report: Any) -> None:
     if report.structure is not None:
         rows += [[_STRUCTURE[what], f"{was:,}", f"{now:,}"] for what, (was, now) in report.structure.items()]
     else:
-        rows += [
-            [
-                "bits per weight, whole model",
-                f"{8 * report.source_bytes / parameters:.2f}",
-                f"{8 * report.bytes / parameters:.2f}",
-            ],
-            [f"bits per weight, {len(linears)} compressed linears", "", f"{report.bits:.2f}"],
-        ]
+        whole = [f"{8 * size / parameters:.2f}" for size in (report.source_bytes, report.bytes)]
+        rows.append(["bits per weight, whole model", *whole])
+        if linears:
+            rows.append([f"bits per weight, {len(linears)} compressed linears", "", f"{report.bits:.2f}"])
+    rows += [[f"bits per weight, {table.name}", "", f"{table.bits:.2f}"] for table in report.tables]
     if report.sparsity > 0 and report.structure is None:
         rows.append([f"weights removed, {len(linears)} compressed linears", "", f"{report.sparsity:.2%}"])
     rows += [["perplexity", "", "not measured"], None]
-    for linear in sorted(linears, key=lambda each: -each.error)[:_WORST]:
+    for linear in sorted([*linears, *report.tables], key=lambda each: -each.error)[:_WORST]:
         rows.append([f"error, {linear.name}", "", f"{linear.error:.2e}"])
     rows += [None, ["time", "", duration(report.seconds)], ["peak memory", "", size(report.peak_bytes)]]
     columns = [Column("", right=False), Column("before"), Column("after")]
@@ -76,7 +73,7 @@ def next_commands(report: Any, model: str, trusted: bool) -> list[str]:
     out = str(report.out)
     trust = ["--trust-remote-code"] if trusted else []
     commands = [["eval", out, "--reference", model], ["generate", out, "The capital of France is"]]
-    if any(linear.layout != "dense" for linear in report.linears):
+    if any(linear.layout != "dense" for linear in [*report.linears, *report.tables]):
         commands.append(["export", out, f"{out.rstrip('/')}-dense", "--to", "dense"])
     return [shlex.join(["secateur", *command, *trust]) for command in commands]
 

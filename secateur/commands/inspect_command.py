@@ -20,7 +20,7 @@ _NAMED = 8
 @command("inspect")
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show the layout, sparsity, bits, bytes and error of every linear of MODEL."""
+    """Show the layout, sparsity, bits, bytes and error of every linear of MODEL, of its embeddings and its head."""
 
     model: Model
     json_file: JsonFile = None
@@ -40,7 +40,7 @@ class Inspect:
 
 
 def _print(found: Any) -> None:
-    some_outliers = any(linear.outliers for linear in found.linears)
+    some_outliers = any(linear.outliers for linear in [*found.linears, *found.tables])
     columns = [Column("linear", right=False), Column("shape", spare=5), Column("layout", right=False, spare=1)]
     columns += [Column("sparsity"), *([Column("outliers", spare=3)] if some_outliers else []), Column("bits")]
     columns += [Column("bytes", spare=4), Column("error", spare=2)]
@@ -59,6 +59,8 @@ def _print(found: Any) -> None:
     bits = 8 * found.linear_bytes / found.linear_weights
     end = ["", ""] if some_experts else [""]
     rows.append(["all linears", "", "", f"{found.sparsity:.2%}", *gap, f"{bits:.2f}", str(found.linear_bytes), *end])
+    for table in found.tables:
+        rows.append([*_row(table.name, [table], some_outliers), *([_tokens([table])] if some_experts else [])])
     bits = 8 * found.weight_bytes / found.parameters
     rows.append(["whole model, files", "", "", "", *gap, f"{bits:.2f}", str(found.weight_bytes), *end])
     print_table(screen, columns, rows, dotted=True)

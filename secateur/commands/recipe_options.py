@@ -47,6 +47,8 @@ def _names(role: str) -> str:
 def _recipe_options() -> dict[str, _Given]:
     return {
         "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
+        "embeddings": _Given(int, "Bits of the table of embeddings: 2 to 8, 16 to leave it alone.", _METHODS),
+        "head": _Given(int, "Bits of the head, where it is not tied to the embeddings.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
         "pattern": _Given(str, "Pattern: N:M (N of every M are kept), unstructured or structured.", _DETAIL),

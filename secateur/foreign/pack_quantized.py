@@ -1,6 +1,6 @@
 """The format `pack-quantized` of compressed-tensors, which transformers, vLLM and others load: written and read.
 
-Integer codes of 4 or 8 bits, with a scale (and a zero point) for each group of a row or for the whole row. A weight that we
+Integer codes of 2 to 8 bits, with a scale (and a zero point) for each group of a row or for the whole row. A weight that we
 write is decoded by compressed-tensors to the bits of `Quantized.dequantize`: it computes (code − zero) · scale in the dtype of
 the scale, where code − zero has at most 8 significant bits and so is exact, and the product is rounded once, as ours is.
 
@@ -27,9 +27,9 @@ from secateur.kernels.bits import bytes_of, pack_bits, unpack_bits
 from secateur.kernels.packed import FLOAT_DTYPES
 
 FORMAT = "pack-quantized"
-BITS = (4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 _WORD = 4
-_READ = "secateur reads integer weights of 4 or 8 bits, in groups or per output channel, and nothing else quantized"
+_READ = "secateur reads integer weights of 2 to 8 bits, in groups or per output channel, and nothing else quantized"
 # What a section may say. `quantization_status` is not looked at: early releases wrote "frozen" beside packed weights.
 _SECTION_KEYS = {
     "config_groups", "dequantize", "format", "global_compression_ratio", "ignore", "quant_method", "quantization_status",
@@ -58,7 +58,7 @@ class Scheme:
         """The scheme of a weight of ours. Raises ValueError when this format cannot hold it."""
         codes, I = uniform_codes(weight), weight.shape[1]
         if codes.bits not in BITS:
-            raise ValueError(f"its codes are of {codes.bits} bits: {FORMAT} stores uniform codes of 4 or 8 bits")
+            raise ValueError(f"its codes are of {codes.bits} bits: {FORMAT} stores uniform codes of 2 to 8 bits")
         for what, there in (
             ("a mask of kept weights", weight.keep_OI is not None),
             ("columns in another order", weight.order_I is not None),
@@ -85,7 +85,7 @@ class Scheme:
 def uniform_codes(weight: Quantized) -> Uniform:
     """The codes of a weight. Raises ValueError when they are of another family."""
     if not isinstance(weight.codes, Uniform):
-        raise ValueError(f"its codes are not on a uniform grid: {FORMAT} stores uniform codes of 4 or 8 bits")
+        raise ValueError(f"its codes are not on a uniform grid: {FORMAT} stores uniform codes of 2 to 8 bits")
     return weight.codes
 
 

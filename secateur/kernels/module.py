@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.kernels.backends import Prepared, linear, prepare
+from secateur.kernels.chosen_rows import chosen_rows
 from secateur.kernels.lazy import LazyWeight
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 
@@ -72,6 +73,13 @@ class PackedLinear(nn.Module):
             return linear(self.prepared, x, self.bias)
         bias_O = None if self.bias is None else self.bias.to(self.prepared.device)
         return linear(self.prepared, x.to(self.prepared.device), bias_O).to(x.device)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of the weight of these numbers, `[…, I]` in a dtype."""
+        assert self.prepared is not None
+        here = ids.to(self.prepared.device) if self._fetch else ids
+        found = chosen_rows(self.packed(), here.reshape(-1)).to(dtype).view(*ids.shape, self.in_features)
+        return found.to(ids.device) if self._fetch else found
 
     def packed(self) -> Packed:
         """The weight as it is stored, but in the dtype of the inputs where the backend needs that."""

@@ -27,6 +27,7 @@ from secateur.model.structure import Linear, block_linears, parameters_outside, 
 from secateur.model.weights import release
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Problem, solve
+from secateur.quant.table_codes import sweeping_bytes
 from secateur.recipes.plan import Plan
 from secateur.walking.capture import BlockCall, BodyCalls
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
@@ -94,7 +95,8 @@ def _tensors(prepared: Prepared, number: int) -> list[tuple[Tensor, bool]]:
 def _runs_before_blocks(prepared: Prepared, name: str) -> bool:
     """Whether a parameter outside the blocks is in memory while they are entered."""
     owner = prepared.model.get_submodule(name.rpartition(".")[0])
-    mapped = prepared.device.type == "cpu" and type(owner) is nn.Embedding
+    solved = name.removesuffix(".weight") in prepared.tables
+    mapped = prepared.device.type == "cpu" and type(owner) is nn.Embedding and not solved
     return not mapped and not only_in_head(prepared.model, name)
 
 
@@ -102,11 +104,11 @@ def measure_without_inputs(prepared: Prepared, exact: bool) -> Footprint:
     """What a run takes whose methods look at no inputs: one linear at a time. `exact`: see `measure`."""
     sizes = _Sizes.of(prepared)
     shapes = {tuple(weight_matrix(prepared.linear(name)).shape) for name in prepared.chosen}
-    largest = max(O * I for O, I in shapes)
+    largest = max((O * I for O, I in shapes), default=0)
     solving = 4.0 * _MOST_WEIGHTS * largest
     if exact:
         cpu = torch.device("cpu")
-        solving = max(_solving(prepared.plan, [O], I, torch.float32, cpu)[0] for O, I in shapes)
+        solving = max((_solving(prepared.plan, [O], I, torch.float32, cpu)[0] for O, I in shapes), default=0.0)
     zero = Polynomial(0, 0)
     return Footprint(
         base=prepared.base,
@@ -147,6 +149,8 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
         ]
     solving = _Solving(prepared, exact)
     groups = [solving.group(names, kept) for each in passed for names, kept in each.held]
+    if prepared.head is not None and not isinstance(catcher, BodyCalls):
+        groups.append(_of_head(prepared, prepared.head))
     saved = max(sum(solving.saved(names) for names, _ in each.held) for each in passed)
     return Footprint(
         base=prepared.base,
@@ -166,6 +170,13 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
         processes=walker.ranks.size,
         streams=2 if prepared.plan.match_dense else 1,
     )
+
+
+def _of_head(prepared: Prepared, head: str) -> Group:
+    """A head that is solved by its inputs, when no block is in memory any more."""
+    V, I = prepared.linear(head).get_parameter("weight").shape
+    weight = prepared.weights.bytes_as(prepared.weights.name_to_write(f"{head}.weight"), None)
+    return Group(Polynomial(0, 0), 4 * I * (I + 2), weight + V * I + sweeping_bytes((V, I)))
 
 
 def _like_chosen(prepared: Prepared, number: int) -> dict[str, Linear]:

@@ -76,6 +76,7 @@ class Report:
     """The result of a run.
 
     Attributes:
+        tables: of embeddings, and the head, as far as they were quantized.
         recipe: as `Recipe.to_dict` gives it, with the numbers of the run filled in.
         structure: of a structured pattern, what there was before and is now, by what it is: weights of the blocks' linears,
             blocks, heads, neurons.
@@ -95,6 +96,7 @@ class Report:
     phases: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, tuple[int, int]] | None = None
+    tables: list[LinearReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -114,10 +116,19 @@ def _weighted(linears: list[LinearReport], value: Callable[[LinearReport], float
 
 def relative_error(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, str]:
     """The relative squared error of a linear's output, and how it is known: see `LinearReport`."""
+    error, total, kind = _energies(dense_OI, W_OI, stats)
+    return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind
+
+
+def energies(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[float, float, str]:
+    """The squared error of a linear's output, the squared output, and how both are known."""
+    error, total, kind = _energies(dense_OI, W_OI, stats)
+    return error.item(), total.item(), kind
+
+
+def _energies(dense_OI: Tensor, W_OI: Tensor, stats: InputStats) -> tuple[Tensor, Tensor, str]:
     change_OI = W_OI - dense_OI
     if not stats.tokens:
-        kind, error, total = "weights", change_OI.square().sum(), dense_OI.square().sum()
-    else:
-        kind = "output" if stats.level >= Level.GRAM else "independent inputs"
-        error, total = stats.energy(change_OI).sum(), stats.energy(dense_OI).sum()
-    return (max((error / total).item(), 0.0) if total > 0 else 0.0), kind
+        return change_OI.square().sum(), dense_OI.square().sum(), "weights"
+    kind = "output" if stats.level >= Level.GRAM else "independent inputs"
+    return stats.energy(change_OI).sum(), stats.energy(dense_OI).sum(), kind

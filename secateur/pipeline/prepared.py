@@ -6,7 +6,7 @@ O: output features, I: input features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.patterns import NM, Structured
-from secateur.core.stats import Level
+from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
 from secateur.mixture.experts import Experts
@@ -36,9 +36,12 @@ from secateur.model.structure import (
     shared_parameters,
     weight_matrix,
 )
+from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights, check_values
 from secateur.pipeline.outcome import Progress
-from secateur.pipeline.solve import Problem
+from secateur.pipeline.solve import Problem, Solution
+from secateur.pipeline.solve_tables import solve_table, tables_of
+from secateur.quant.table_codes import table_bytes
 from secateur.recipes.goals import is_open
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
@@ -70,7 +73,8 @@ class Prepared:
         base: bytes that the process had in use before any weight was read.
         experts: of mixtures, by name.
         of_experts: names of their linears.
-        solved: gives the new weights of experts that an earlier run has solved, by the name of their linear.
+        tables: the table of embeddings and the head, as far as they are quantized, each with its bits; by the module's name.
+        solved: gives the new weights of experts that an earlier run has solved, by the name of their linear, and of a table.
         structure: what a structured pattern makes of it.
     """
 
@@ -94,6 +98,7 @@ class Prepared:
     base: int
     experts: Mapping[str, Experts]
     of_experts: frozenset[str]
+    tables: Mapping[str, tuple[Table, int]]
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     structure: Structure | None = None
 
@@ -159,9 +164,24 @@ class Prepared:
             bias = self.weights.checked(f"{name}.bias", bias).to(self.device)
         return replace(problem, units=self.structure.units(name), bias_O=bias)
 
+    @property
+    def head(self) -> str | None:
+        """The name of a head that is quantized by itself, and may be solved by its inputs."""
+        return next((name for name, (table, _) in self.tables.items() if table.role == HEAD), None)
+
+    def solve_table(self, name: str, stats: InputStats | None = None) -> Solution:
+        """A table in codes, by what its inputs are where that is known."""
+        table, bits = self.tables[name]
+        W_VI = self.weights.checked(table.weight, self.linear(name).get_parameter("weight"))
+        dtype = self.dtype_of(table.weight) or self.weights.dtype(table.weight)
+        return solve_table(self.plan, name, W_VI, bits, dtype, self.device, stats)
+
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
-        return weight.removesuffix(".weight") == weight or weight.removesuffix(".weight") not in self.chosen
+        module = weight.removesuffix(".weight")
+        if any(module == name or weight in table.twins for name, (table, _) in self.tables.items()):
+            return False
+        return module == weight or module not in self.chosen
 
     # --- sizes in bytes
 
@@ -174,12 +194,13 @@ class Prepared:
         """Of a tensor that is written as it is; None: the one it has."""
         return None if name in self.kept else self.plan.dtype
 
-    def outside_bytes(self) -> int:
-        """On disk, of all tensors that are written and are no weight of a linear to compress."""
+    def outside_bytes(self, but: Sequence[Table] = ()) -> int:
+        """On disk, of all tensors that are written as they are; `but` tables that may not be."""
+        left_out = {name for table in but for name in (table.weight, *table.twins)}
         dtypes = {
             self.weights.name_to_write(name): self.dtype_of(name)
             for name in self.model.state_dict()
-            if name in self.weights and self.is_plain(name)
+            if name in self.weights and self.is_plain(name) and name not in left_out
         }
         dtypes |= dict.fromkeys(self.weights.unused)
         return sum(self.weights.bytes_as(name, dtype) + entry_bytes(name) for name, dtype in dtypes.items())
@@ -188,9 +209,16 @@ class Prepared:
         """Of a linear's weight where it is written dense."""
         return self.weights.bytes_as(self.weights.name_to_write(f"{name}.weight"), self.plan.dtype)
 
+    def table_bytes(self, name: str, bits: int | None = None) -> int:
+        """Of a table in codes; of so many bits, or of as many as the plan says."""
+        shape = self.linear(name).get_parameter("weight").shape
+        parts = table_bytes(self.tables[name][1] if bits is None else bits, (shape[0], shape[1]))
+        weight = self.weights.name_to_write(f"{name}.weight")
+        return sum(parts.values()) + sum(entry_bytes(f"{weight}.{part}") for part in parts)
+
     def dense_bytes(self) -> int:
         """Of the files of the dense model in the dtype that is written."""
-        return self.outside_bytes() + sum(map(self.linear_bytes, self.chosen))
+        return self.outside_bytes() + sum(map(self.linear_bytes, [*self.chosen, *self.tables]))
 
     @property
     def whole_memory(self) -> int:
@@ -267,17 +295,20 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         check_unfused(block, name)
     experts = experts_in(model)
     names, twins = list(found.linears), shared_parameters(model)
-    wanted = select_linears(names, recipe.targets, recipe.ignore)
-    tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
+    tied: list[str] = []
+    chosen: set[str] = set()
     structure = None
     if plan.pruning is not None and isinstance(plan.pruning.pattern, Structured):
         _check_own_weights(source, found, twins)
         given = widths if recipe.linears else None
         structure = structure_of(source, model, found, plan.pruning.pattern, given, is_open(recipe))
         structure = replace(structure, before=before)
-        tied, chosen = [], set(structure.widths)
-    else:
-        chosen = _without_left_alone(set(wanted) - set(tied), recipe)
+        chosen = set(structure.widths)
+    elif plan.of_linears:
+        wanted = select_linears(names, recipe.targets, recipe.ignore)
+        tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
+        chosen = _without_left_alone(set(wanted) - set(tied), recipe, bool(plan.tables))
+    weights = ModelWeights(source, model)  # which may untie what the config ties
     prepared = Prepared(
         source=source,
         recipe=recipe,
@@ -293,13 +324,14 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         chosen=frozenset(chosen),
         tied=tied,
         twins=twins,
-        weights=ModelWeights(source, model),
+        weights=weights,
         kept=frozenset(name for name, _ in (kept_in_float32(model, plan.dtype) if plan.dtype is not None else [])),
         parameters=sum(p.numel() for p in model.parameters()),
         base=psutil.Process().memory_info().rss,
         experts=experts,
         of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
         structure=structure,
+        tables=tables_of(model, plan, source.name),
     )
     prepared.check_shapes()
     if plan.level > Level.NONE:
@@ -314,8 +346,8 @@ def _check_own_weights(source: Source, found: Blocks, twins: Collection[str]) ->
         raise UsageError(f"{shared} of {source.name} shares its weight with another module, so no units can go")
 
 
-def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:
-    """Linears to compress without those for which nothing is chosen."""
+def _without_left_alone(chosen: set[str], recipe: Recipe, tables: bool) -> set[str]:
+    """Linears to compress without those for which nothing is chosen; `tables`: something else becomes smaller."""
     if not chosen:
         raise UsageError("nothing is left to compress: all linears share their weights with others")
     for name in recipe.linears:
@@ -324,6 +356,6 @@ def _without_left_alone(chosen: set[str], recipe: Recipe) -> set[str]:
                 f"the recipe chooses for {name}, which is none of the linears to compress: is it of another model?"
             )
     chosen = chosen - {name for name, choice in recipe.linears.items() if choice == Choice()}
-    if not chosen:
+    if not chosen and not tables:
         raise UsageError("nothing is left to compress: the recipe's choices leave every linear alone")
     return chosen

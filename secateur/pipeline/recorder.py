@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ class Recorder:
     Attributes:
         inputs: of blocks, as far as they are on the disk.
         reports: of the linears that are solved.
+        tables: of the tables that are.
         entries: of their layouts in the config, by name.
         notes: what the user should know.
         number_of: the block of each linear to compress, by name.
@@ -52,6 +53,7 @@ class Recorder:
         self.prepared, self.partial, self._clock, self._progress = prepared, partial, clock, progress
         self.inputs = KeptInputs(partial)
         self.reports: list[LinearReport] = []
+        self.tables: list[LinearReport] = []
         self.entries: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
         self._writer = ShardWriter(partial.folder, begin=sum(len(record["files"]) for record in partial.records))
@@ -61,12 +63,15 @@ class Recorder:
         self._fused = FusedTensors(prepared.weights, prepared.model)
         # Since the last record.
         self._solutions: list[Solution] = []
+        self._solved_tables: list[Solution] = []
         self._new_notes: list[str] = []
         numbers = {name: i for i, name in enumerate(prepared.block_names)}
         self.number_of = {name: numbers[split_name(name, prepared.lists)[0]] for name in prepared.chosen}
         for record in partial.records:
             for linear in record["linears"]:
-                self._count(Solution.of_record(linear, {}))
+                self._count(Solution.of_record(linear, {}), self.reports)
+            for table in record["tables"]:
+                self._count(Solution.of_record(table, {}), self.tables)
             self.notes += (note for note in record["notes"] if note not in self.notes)
         self._solved_before = len(self.reports)
         self._started = time.monotonic()
@@ -76,8 +81,8 @@ class Recorder:
         self._started = time.monotonic()
         self.inputs.start()
 
-    def _count(self, solution: Solution) -> None:
-        self.reports.append(solution.report)
+    def _count(self, solution: Solution, reports: list[LinearReport]) -> None:
+        reports.append(solution.report)
         if solution.entry is not None:
             self.entries[solution.name] = solution.entry
 
@@ -108,7 +113,7 @@ class Recorder:
         self._written.update([weight, f"{solution.name}.bias"] if BIAS in solution.parts else [weight])
         if in_place:
             self._place(solution)
-        self._count(solution)
+        self._count(solution, self.reports)
         self._solutions.append(replace(solution, parts={}, W_OI=None))
         spent = time.monotonic() - self._started
         remaining = (len(self.prepared.chosen) - self._solved_before) / (len(self.reports) - self._solved_before) - 1
@@ -116,6 +121,28 @@ class Recorder:
         told = solution.report
         _LOG.info("%s: block %d of %d, %.2f bits, error %.2e", told.name, number + 1, blocks, told.bits, told.error)
         self._progress(Progress("compressing", number, blocks, solution.report, spent * remaining, peak_memory()))
+
+    def put_table(self, solution: Solution) -> None:
+        """Write a table of embeddings, or the head."""
+        table, _ = self.prepared.tables[solution.name]
+        if self.partial.ranks.first:
+            if solution.entry is None:
+                self._write_dense(table.weight, solution.parts[""])
+            else:
+                tensors = solution.tensors(self.prepared.weights.name_to_write(table.weight))
+                for name, tensor in tensors.items():
+                    self._writer.add(name, tensor)
+        self._count(solution, self.tables)
+        self._solved_tables.append(replace(solution, parts={}))
+        _LOG.info("%s: %.2f bits, error %.2e", solution.name, solution.report.bits, solution.report.error)
+
+    def take_table(self, name: str) -> Solution:
+        """A table that an earlier run has recorded."""
+        record = self.partial.records[0]
+        stored = StoredTensors([self.partial.folder / file for file in record["files"]])
+        weight = self.prepared.weights.name_to_write(self.prepared.tables[name][0].weight)
+        parts = {key.removeprefix(weight).removeprefix("."): stored[key] for key in _parts_of(weight, stored)}
+        return Solution.of_record(next(each for each in record["tables"] if each["name"] == name), parts)
 
     def _place(self, solution: Solution) -> None:
         linear = self.prepared.linear(solution.name)
@@ -177,7 +204,8 @@ class Recorder:
         weights = self.prepared.weights
         with self._clock("opening"):
             for name, _ in parameters_outside(self.prepared.model, self.prepared.blocks):
-                self._write_plain(name)
+                if self.prepared.is_plain(name):
+                    self._write_plain(name)
             for name in weights.unused:
                 self._writer.add(name, converted(name, weights.stored(name), None, ""))
             self._record()
@@ -195,6 +223,10 @@ class Recorder:
             idle = [name for name in self.prepared.idle if name.rpartition(".")[0] == prefix]
             which = prefix if prefix not in lists else ", ".join(idle)
             self.note(f"left as {'it is' if len(idle) == 1 else 'they are'}, for text does not run them: {which}")
+        for name, (table, bits) in self.prepared.tables.items():
+            asked = dict(self.prepared.plan.tables)
+            if table.twins and len(set(asked.values())) > 1:
+                self.note(f"{name} and the head are one tensor: it gets the {bits} bits asked for one of them")
         if self.prepared.tied:
             names = ", ".join(patterns_of(self.prepared.tied, lists))
             self.note(f"left as they are, for several modules share their weights: {names}")
@@ -237,7 +269,7 @@ class Recorder:
                 self._record(hidden)
             if outputs:
                 self.inputs.drop(outputs)
-        self._solutions, self._new_notes, self._kept = [], [], {}
+        self._solutions, self._solved_tables, self._new_notes, self._kept = [], [], [], {}
 
     def _record(self, hidden: dict[str, Any] | None = None) -> None:
         """Have what was written since the last record on the disk, and say so in the journal."""
@@ -247,6 +279,15 @@ class Recorder:
             self._waiting = {}
         self._writer.flush()
         files, self._writer.files = self._writer.files, {}
-        content = {"linears": [solution.record() for solution in self._solutions], "notes": self._new_notes}
+        content = {
+            "linears": [solution.record() for solution in self._solutions],
+            "tables": [solution.record() for solution in self._solved_tables],
+            "notes": self._new_notes,
+        }
         self.partial.record(files, content, hidden)
-        self._new_notes = []
+        self._solved_tables, self._new_notes = [], []
+
+
+def _parts_of(weight: str, stored: Iterable[str]) -> Iterator[str]:
+    """Stored names of a weight, or of its parts."""
+    return (name for name in stored if name == weight or name.startswith(f"{weight}."))

@@ -6,8 +6,9 @@ N: windows, S: tokens of a window.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from secateur.pipeline.outcome import Report
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.recorder import Recorder
 from secateur.pipeline.solve import Solution
+from secateur.pipeline.solve_tables import share_solution
 from secateur.pipeline.team import Team
 from secateur.unfinished.partial import Partial
-from secateur.walking.capture import BodyCalls
+from secateur.walking.capture import BlockCalls, BodyCalls
 from secateur.walking.clock import Clock
 from secateur.walking.walk import Gathered
-from secateur.walking.walker import Journey, Walker
+from secateur.walking.walker import Catcher, Journey, Walker
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Run:
             out=self.partial.out,
             # Not in the order of solving, which hangs on how many experts were visited together.
             linears=sorted(self.recorder.reports, key=lambda linear: place[linear.name]),
+            tables=sorted(self.recorder.tables, key=lambda table: list(self.prepared.tables).index(table.name)),
             notes=self.recorder.notes,
             calibration=calibration,
             source_bytes=sum(f.stat().st_size for f in self.job.source.files),
@@ -194,6 +197,8 @@ def _record(run: Run, solutions: list[Solution], notes: list[str], in_place: boo
 
 def _solve_without_inputs(run: Run) -> None:
     _settle(run, lambda exact: measure_without_inputs(run.prepared, exact))
+    solve_tables(run, run.prepared.tables)
+    run.prepared.solved.clear()
     run.recorder.write_outside()
     run.recorder.start()
     for number in range(done_blocks(run), len(run.prepared.blocks)):
@@ -211,7 +216,7 @@ def solve_block_without_inputs(run: Run, number: int) -> None:
 
 def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
     done, walker = done_blocks(run), run.walker
-    catcher = walker.enter(own_NS)
+    catcher = enter(run, own_NS)
     settings = _settle(run, lambda exact: measure(walker, catcher, own_NS, exact))
     run.recorder.write_outside()
     journey = walker.catch(catcher, own_NS, settings, run.partial.hidden_file, beside=run.job.recipe.match_dense)
@@ -233,7 +238,57 @@ def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
         if number < done:
             run_again(run, journey, number)
         else:
-            solve_block(run, journey, number)
+            solve_block(run, journey, number, own_NS)
+
+
+def solve_tables(run: Run, names: Iterable[str]) -> None:
+    """Round tables, and have blocks see what they have become, unless an earlier run did."""
+    names = list(names)
+    if not run.partial.records:
+        for name in names:
+            run.job.say(f"rounding {name}")
+            with run.clock("solving"):
+                solution = run.prepared.solve_table(name) if run.job.ranks.first else None
+            with run.clock("exchange"):
+                solution = share_solution(run.job.ranks, solution)
+            run.recorder.put_table(solution)
+            run.prepared.solved[name] = partial(solution.as_module_weight, False)
+    else:
+        done = [name for name in names if any(each.name == name for each in run.recorder.tables)]
+        for name in done:
+            run.prepared.solved[name] = partial(run.recorder.take_table(name).as_module_weight, False)
+
+
+def enter(run: Run, own_NS: Tensor) -> Catcher:
+    """Put the first block in place, and what comes before it, tables as they are written; a head that no inputs are gathered
+    for is rounded, too."""
+    head = run.prepared.head
+    solve_tables(run, [name for name in run.prepared.tables if name != head])
+    catcher = run.walker.enter(own_NS)
+    if head is not None and not by_inputs(run, catcher):
+        solve_tables(run, [head])
+    run.prepared.solved.clear()
+    return catcher
+
+
+def by_inputs(run: Run, catcher: Catcher) -> bool:
+    """Whether a head is solved by its inputs, once the last block is."""
+    return run.job.plan.level >= Level.GRAM and isinstance(catcher, BlockCalls)
+
+
+def solve_head(run: Run, journey: Journey, own_NS: Tensor) -> None:
+    """Solve the head by what comes out of the last block."""
+    head, ranks = run.prepared.head, run.job.ranks
+    assert head is not None
+    run.job.say(f"solving {head}")
+    stats = run.walker.stats_of_head(journey, own_NS, head)
+    with run.clock("exchange"):
+        ranks.add_up(stats)
+    with run.clock("solving"):
+        solution = run.prepared.solve_table(head, stats) if ranks.first else None
+    with run.clock("exchange"):
+        record = ranks.share(solution.record() if solution is not None else None)
+    run.recorder.put_table(solution or Solution.of_record(record, {}))
 
 
 def _go_on(run: Run, begin: int, done: int) -> None:
@@ -254,13 +309,21 @@ def run_again(run: Run, journey: Journey, number: int) -> None:
     release(run.prepared.blocks[number])
 
 
-def solve_block(run: Run, journey: Journey, number: int) -> None:
-    """Compress a block that is in place, run its inputs through it, and record it."""
-    outputs = journey.waiting(number + 1) if number + 1 < len(run.prepared.blocks) else None
+def solve_block(run: Run, journey: Journey, number: int, own_NS: Tensor) -> None:
+    """Compress a block that is in place, run its inputs through it, and record it; with the last one, a head that reads it.
+
+    Args:
+        own_NS: the windows on their way.
+    """
+    last = number + 1 == len(run.prepared.blocks)
+    to_head = last and run.prepared.head is not None and by_inputs(run, journey.catcher)
+    outputs = None if last and not to_head else journey.waiting(number + 1)
     level = run.job.plan.level
     journey.pass_block(number, outputs, level, lambda gathered: solve_stage(run, gathered))
     release(run.prepared.blocks[number])
-    run.recorder.end_block(number, journey.inputs if outputs is not None else ())
+    if to_head:
+        solve_head(run, journey, own_NS)
+    run.recorder.end_block(number, journey.inputs if outputs is not None and not last else ())
 
 
 def solve_body(run: Run, journey: Journey, numbers: range) -> None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import CheckpointError
 from secateur.formats.layouts.packed_weight import StoredForm
 from secateur.kernels.backends import choose
+from secateur.kernels.embedding import PackedEmbedding
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed
 
@@ -134,30 +135,38 @@ def main_device(device_map: Any) -> torch.device:
     return torch.device(device_map)
 
 
-def show_sizes(model: nn.Module) -> list[PackedLinear]:
-    """Let packed linears have a parameter, without memory, of their size: what shares a model out between devices counts those.
+def show_sizes(model: nn.Module) -> list[nn.Module]:
+    """Let packed modules have a parameter, without memory, of their size: what shares a model out between devices counts those.
 
     Returns:
-        The linears, for `hide_sizes`.
+        The modules, for `hide_sizes`.
     """
-    linears = [module for _, module in packed_linears(model)]
-    for linear in linears:
-        size = torch.empty(linear.nbytes, dtype=torch.uint8, device="meta")
-        linear.register_parameter("size", nn.Parameter(size, requires_grad=False))
-    return linears
+    modules = {name: linear.nbytes for name, linear in packed_linears(model)}
+    for name, count in modules.items():
+        size = torch.empty(count, dtype=torch.uint8, device="meta")
+        model.get_submodule(name).register_parameter("size", nn.Parameter(size, requires_grad=False))
+    return [model.get_submodule(name) for name in modules]
 
 
-def hide_sizes(linears: Iterable[PackedLinear]) -> None:
+def hide_sizes(modules: Iterable[nn.Module]) -> None:
     """Take that away again."""
-    for linear in linears:
-        linear._parameters.pop("size", None)
+    for module in modules:
+        module._parameters.pop("size", None)
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """The modules of a model that compute on packed weights, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            yield name, module
+    """What computes on packed weights in a model, by name: those of tables of embeddings first, by the names of the tables.
+
+    A head that reads the weight of a table is none besides.
+    """
+    seen: set[int] = set()
+    modules = dict(model.named_modules())
+    tables = {name: module.linear for name, module in modules.items() if isinstance(module, PackedEmbedding)}
+    linears = {name: module for name, module in modules.items() if isinstance(module, PackedLinear)}
+    for name, linear in {**tables, **linears}.items():
+        if id(linear) not in seen:
+            seen.add(id(linear))
+            yield name, linear
 
 
 def densify(model: nn.Module) -> None:

@@ -7,11 +7,9 @@ while the model loads. `save_pretrained` writes them packed again.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -39,6 +37,7 @@ from secateur.formats.stored_weights import (
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
+from secateur.plugin.expanding import expanding, expands
 from secateur.plugin.expert_modules import (
     check_names_sort,
     fill_weights,
@@ -51,7 +50,6 @@ from secateur.plugin.expert_modules import (
 )
 from secateur.plugin.names import renamed, spellings, stored_as, used_renamings
 from secateur.plugin.packed_modules import (
-    PackedLinear,
     densify,
     hide_sizes,
     ignore_in_files,
@@ -62,6 +60,7 @@ from secateur.plugin.packed_modules import (
     replace_linears,
     show_sizes,
 )
+from secateur.plugin.packed_tables import refuse_to_resize, replace_tables, tie_again, unpack_tables
 
 _backend: ContextVar[str] = ContextVar("secateur_backend", default=AUTO)
 
@@ -102,31 +101,6 @@ class SecateurConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-class _Expand(ConversionOps):
-    """Turns the parts of one weight into the dense weight."""
-
-    def __init__(self, quantizer: SecateurQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def __deepcopy__(self, memo: Any) -> _Expand:
-        return self  # transformers copies the operation for every weight; the quantizer must stay the same
-
-    def convert(
-        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        tensors = {
-            pattern.rpartition(".")[2]: found[0] if isinstance(found, list) else found
-            for pattern, found in input_dict.items()
-        }
-        try:
-            W = self.quantizer.decode(model, full_layer_name, tensors)
-        except CheckpointError as error:
-            # transformers would catch it and raise one in its place that does not name the weight.
-            self.quantizer.errors.append(error)
-            return {}
-        return {full_layer_name: W}
-
-
 class SecateurQuantizer(HfQuantizer):
     """Loads models whose weights lie in secateur's layouts, and saves them in these layouts again."""
 
@@ -148,7 +122,7 @@ class SecateurQuantizer(HfQuantizer):
         self._all_replaced = False
         self._all_packed = False
         # While transformers asks how large they are.
-        self._sized: list[PackedLinear] = []
+        self._sized: list[torch.nn.Module] = []
 
     def _process_model_before_weight_loading(
         self,
@@ -182,7 +156,9 @@ class SecateurQuantizer(HfQuantizer):
                 raise CheckpointError(f"{name}.weight should be packed, says config.json, but its tensors are missing")
         if current_backend() != "dense" and readers:
             with torch.device("cpu"):  # transformers makes everything on the meta device here
-                replaced = replace_linears(model, readers, current_backend(), main_device(device_map), model.dtype)
+                where = current_backend(), main_device(device_map), model.dtype
+                replaced = replace_linears(model, readers, *where)
+                replaced += replace_tables(model, readers, *where)
             # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
             weights.stored.release()
             if isinstance(device_map, str):
@@ -221,9 +197,7 @@ class SecateurQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self._all_replaced:
             return []
-        # By keyword: the order of its fields is not the same in all releases.
-        parts = [f"weight.{part}" for part in sorted(part_names())]
-        return [_ExpandConverter(parts, ["weight"], operations=[_Expand(self)])]
+        return [expanding(self.decode, self.errors)]
 
     def decode(self, model: Any, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight called `name` in the model, in the dtype and shape of the model's own parameter.
@@ -251,7 +225,7 @@ class SecateurQuantizer(HfQuantizer):
             raise self.errors[0]
         # What expands on loading is not to be run backwards on saving: `get_state_dict_and_metadata` packs.
         if getattr(model, "_weight_conversions", None):
-            kept = [c for c in model._weight_conversions if not _is_ours(c)]
+            kept = [c for c in model._weight_conversions if not expands(c)]
             # Nor what renamed nothing, which early releases of transformers 5 keep too.
             model._weight_conversions = used_renamings(kept, self.stored)
         hide_sizes(self._sized)
@@ -263,6 +237,7 @@ class SecateurQuantizer(HfQuantizer):
         else:
             fill_weights(self._experts, partial(self._read_of_expert, model), model)
         place_linears(model)
+        refuse_to_resize(model)
         self._keep_grids(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -284,8 +259,11 @@ class SecateurQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state, packed = {}, {}
+        tied = model.all_tied_weights_keys
         for name, tensor in (taken_apart(model, self._experts) if self._whole else model.state_dict()).items():
             module, _, parameter = name.rpartition(".")
+            if name in tied and self._entry(model, tied[name].rpartition(".")[0]) is not None:
+                continue  # the same table, which is written packed
             entry = self._entry(model, module) if parameter == "weight" else None
             if entry is None:
                 state[name] = tensor
@@ -355,7 +333,9 @@ class SecateurQuantizer(HfQuantizer):
         )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        unpack_tables(model)
         densify(model)
+        tie_again(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, **_: Any) -> bool:
@@ -373,20 +353,6 @@ class SecateurQuantizer(HfQuantizer):
         A compressed weight that is dense would train, too, and then no longer fit its layout.
         """
         return self._all_packed
-
-
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(op, _Expand) for op in getattr(conversion, "operations", []))
-
-
-class _ExpandConverter(WeightConverter):
-    """transformers makes a deep copy of a converter for every tensor; only what it collects has to be its own."""
-
-    def __deepcopy__(self, memo: Any) -> _ExpandConverter:
-        twin = copy(self)
-        twin.collected_tensors = defaultdict(list)
-        twin.layer_targets = defaultdict(set)
-        return twin
 
 
 def register() -> None:

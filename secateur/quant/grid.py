@@ -114,7 +114,7 @@ class Grid:
     """One scale and zero point a group, stored as they are.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         group_size: stored weights that share a scale.
         symmetric: the zero point lies in the middle and is not stored. Else the grid runs from the least to the greatest
             weight, and its zero point is an integer.

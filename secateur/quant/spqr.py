@@ -13,7 +13,7 @@ from typing import ClassVar
 from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options, option
 from secateur.core.pruned import Pruned
-from secateur.core.quantized import Quantized
+from secateur.core.quantized import BITS, Quantized
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
@@ -44,7 +44,7 @@ class SpQR:
     much in their group are left out when the group's grid is fitted.
     """
 
-    bits: int = bits_option(3, (2, 3, 4), "gptq and rtn have 8")
+    bits: int = bits_option(3)
     group_size: int = group_size_option(16, words=())
     scale_bits: int = option(3, "Bits of quantized scales and zero points.", low=1, high=8)
     tile_rows: int = option(16, "Rows that share the grid of their scales.", low=2)
@@ -58,7 +58,7 @@ class SpQR:
 
     name: ClassVar[str] = "spqr"
     paper: ClassVar[str] = "Dettmers et al. 2023, arXiv:2306.03078"
-    all_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    all_bits: ClassVar[tuple[int, ...]] = BITS
     level: ClassVar[Level] = Level.GRAM
     needs_fisher: ClassVar[bool] = False
 

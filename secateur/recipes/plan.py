@@ -12,6 +12,7 @@ import torch
 from secateur.core.damping import is_open, with_damping
 from secateur.core.options import given_options
 from secateur.core.patterns import NM, Pattern, Structured, Unstructured, parse_pattern
+from secateur.core.quantized import BITS
 from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, UnitPruner
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
@@ -21,7 +22,7 @@ from secateur.formats.layouts.nm import NMBits
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
-from secateur.recipes.recipe import Choice, Recipe
+from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING
 
 #: The pattern of whole units.
@@ -66,6 +67,7 @@ class Plan:
         layout: of pruned weights that are not quantized; None writes them dense.
         dense: write quantized weights dense.
         dtype: of the weights written; None keeps the source's.
+        tables: bits of the table of embeddings and of the head, by what recipes call them, as far as they are quantized.
         match_dense: solve for the dense model's outputs.
     """
 
@@ -74,11 +76,17 @@ class Plan:
     layout: Layout | None
     dense: bool
     dtype: torch.dtype | None
+    tables: tuple[tuple[str, int], ...] = ()
     match_dense: bool = False
 
     @property
+    def of_linears(self) -> bool:
+        """Whether anything becomes of linears."""
+        return self.pruning is not None or self.quantizer is not None
+
+    @property
     def level(self) -> Level:
-        return max(part.level for part in (self.pruning, self.quantizer) if part is not None)
+        return max((part.level for part in (self.pruning, self.quantizer) if part is not None), default=Level.NONE)
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
@@ -149,7 +157,8 @@ def plan(recipe: Recipe) -> Plan:
     """
     _check_choices(recipe)
     recipe = placeholder(recipe)
-    if not recipe.prune and recipe.quantize is None:
+    tables = _tables(recipe)
+    if not recipe.prune and recipe.quantize is None and not tables:
         raise UsageError(
             f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
             f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
@@ -159,9 +168,11 @@ def plan(recipe: Recipe) -> Plan:
     unpruned = getattr(quantizer, "unpruned", None)
     if pruning is not None and unpruned:
         raise UsageError(f"`quantize` {recipe.quantize} does not go with `prune`: {unpruned}")
+    if tables and recipe.linears and all(choice == Choice() for choice in recipe.linears.values()):
+        pruning = quantizer = None  # as a search may have found
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
-    if quantizer is not None and recipe.format in _SPARSE_FORMATS:
+    if (quantizer is not None or pruning is None) and recipe.format in _SPARSE_FORMATS:
         raise UsageError(f"`format` {recipe.format} does not hold quantized weights: give auto or dense")
     layouts: dict[str, Layout | None] = {"dense": None, "bitmap": Bitmap(), "auto": Bitmap()}
     if isinstance(pattern, Structured):
@@ -171,7 +182,9 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
-    found = Plan(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, recipe.match_dense)
+    found = Plan(
+        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense
+    )
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name
@@ -185,6 +198,17 @@ def plan(recipe: Recipe) -> Plan:
             "pruner with `reconstruct`"
         )
     return found
+
+
+def _tables(recipe: Recipe) -> tuple[tuple[str, int], ...]:
+    """The bits of tables that are to be quantized. Raises UsageError where there are no such codes."""
+    given = {name: getattr(recipe, name) for name in TABLES}
+    for name, bits in given.items():
+        if bits not in (None, *BITS, UNTOUCHED):
+            raise UsageError(
+                f"`{name}` {bits} is not possible: give {BITS[0]} to {BITS[-1]} bits, or {UNTOUCHED} to leave it as it is"
+            )
+    return tuple((name, bits) for name, bits in given.items() if bits not in (None, UNTOUCHED))
 
 
 def _check_choices(recipe: Recipe) -> None:

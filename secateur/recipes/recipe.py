@@ -24,6 +24,8 @@ from secateur.shares import parse_share
 _SHARES = ("sparsity",)
 #: Which tokens the statistics of an expert are of.
 EXPERT_INPUTS = ("routed", "gate", "all")
+#: The keys for matrices that have a row for each token; and their bits where they are left as they are, also by a search.
+TABLES, UNTOUCHED = ("embeddings", "head"), 16
 #: Within what a search makes one choice for all linears of experts.
 SHARED_IN = ("expert", "layer")
 
@@ -111,6 +113,8 @@ class Recipe:
         dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
         calibration: the text.
         quantize: name of the quantization method, if any.
+        embeddings: bits of the table of embeddings, or `UNTOUCHED`; None leaves it as it is, unless a search finds bits for it.
+        head: the same of the head, where that is another matrix.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
         match_dense: whether the dense model's outputs are the target, so that linears make up for what those before have lost.
         allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
@@ -136,6 +140,8 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     quantize: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
+    embeddings: int | None = None
+    head: int | None = None
     reconstruct: bool = False
     match_dense: bool = False
     allocation: str = "uniform"

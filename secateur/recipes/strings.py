@@ -7,7 +7,7 @@
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
     share   = digits with a point or without [ "%" ]
-    option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype" or "match_dense"
+    option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
     value   = number [ "%" ] | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 
@@ -39,7 +39,7 @@ from secateur.shares import exact_share
 
 _CALLED = {"prune": "pruner", "refine": "refiner", "quantize": "quantizer"}
 # What a part may say about the whole recipe.
-_COMMON = ("format", "dtype", "match_dense")
+_COMMON = ("format", "dtype", "match_dense", "embeddings", "head")
 # What a pruner may say besides.
 _PRUNING = ("reconstruct",)
 _AMOUNTS = ("sparsity", "pattern", "bits")
@@ -345,7 +345,7 @@ def _value(text: str) -> Any:
 
 def _name(recipe: Recipe) -> str:
     """What gives this recipe alone."""
-    common = {name: getattr(recipe, name) for name in _COMMON if getattr(recipe, name) not in ("auto", False)}
+    common = {name: getattr(recipe, name) for name in _COMMON if getattr(recipe, name) != getattr(Recipe(), name)}
     parts = []
     if recipe.prune:
         amount = recipe.pattern or f"{Decimal(repr(recipe.sparsity)).normalize():f}"

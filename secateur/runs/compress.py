@@ -26,7 +26,7 @@ from secateur.model.in_memory import open_files
 from secateur.model.load import open_device
 from secateur.model.source import Source, save_config, save_untied
 from secateur.pipeline.job import Job
-from secateur.pipeline.outcome import Progress, Report
+from secateur.pipeline.outcome import LinearReport, Progress, Report
 from secateur.pipeline.run import Run, run, versions
 from secateur.pipeline.shared import Shared
 from secateur.recipes.built_in import as_recipe
@@ -196,20 +196,23 @@ def _manifest(run: Run, report: Report) -> dict[str, Any]:
         "bits": report.bits,
         "notes": report.notes,
         "unused": run.prepared.weights.unused,
-        "linears": {
-            linear.name: {
-                "shape": list(linear.shape),
-                "layout": linear.layout,
-                "sparsity": linear.sparsity,
-                "outliers": linear.outliers,
-                "bits": linear.bits,
-                "bytes": linear.bytes,
-                "error": linear.error,
-                "error_kind": linear.error_kind,
-                "tokens": linear.tokens,
-                "borrowed": linear.borrowed,
-                **linear.chosen(),
-            }
-            for linear in report.linears
-        },
+        "linears": {linear.name: _told(linear) for linear in report.linears},
+        **({"tables": {table.name: _told(table) for table in report.tables}} if report.tables else {}),
+    }
+
+
+def _told(linear: LinearReport) -> dict[str, Any]:
+    """What a manifest says of a linear."""
+    return {
+        "shape": list(linear.shape),
+        "layout": linear.layout,
+        "sparsity": linear.sparsity,
+        "outliers": linear.outliers,
+        "bits": linear.bits,
+        "bytes": linear.bytes,
+        "error": linear.error,
+        "error_kind": linear.error_kind,
+        "tokens": linear.tokens,
+        "borrowed": linear.borrowed,
+        **linear.chosen(),
     }

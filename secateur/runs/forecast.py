@@ -32,7 +32,16 @@ from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.prepared import Prepared
-from secateur.pipeline.run import Run, begin, gather_fisher, solve_block, solve_block_without_inputs, solve_body
+from secateur.pipeline.run import (
+    Run,
+    begin,
+    enter,
+    gather_fisher,
+    solve_block,
+    solve_block_without_inputs,
+    solve_body,
+    solve_tables,
+)
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.goals import with_methods
 from secateur.recipes.plan import plan
@@ -42,6 +51,8 @@ from secateur.search.candidates import bare
 from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
+from secateur.search.table_candidates import BITS as TABLE_BITS
+from secateur.search.table_candidates import TOKENS as TABLE_TOKENS
 from secateur.unfinished.partial import Partial
 from secateur.walking.capture import BodyCalls
 from secateur.walking.clock import Clock
@@ -210,11 +221,12 @@ def _compressed(run: Run, known: _Measured | None) -> _Measured:
         gather_fisher(run, windows.ids_NS[:_GRADIENTS])
     if windows is None or run.job.plan.level == Level.NONE:
         need, settings = settle(lambda exact: measure_without_inputs(run.prepared, exact))
+        solve_tables(run, run.prepared.tables)
         run.recorder.write_outside()
         seconds = _timed(run, kinds, lambda number: solve_block_without_inputs(run, number))
         return _Measured(run, 1.0, need, settings, seconds)
     ids_NS = windows.ids_NS
-    catcher = walker.enter(ids_NS)
+    catcher = enter(run, ids_NS)
     need, settings = settle(lambda exact: measure(walker, catcher, ids_NS, exact))
     run.recorder.write_outside()
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
@@ -227,7 +239,7 @@ def _compressed(run: Run, known: _Measured | None) -> _Measured:
         else:
             walker.read(number)
             # One that is not the first sees what the first made, for what comes between.
-            solve_block(run, journey, number)
+            solve_block(run, journey, number, few_NS)
 
     seconds = _timed(run, [0] if isinstance(catcher, BodyCalls) else kinds, compress)
     return _Measured(run, len(few_NS) / len(ids_NS), need, settings, seconds)
@@ -288,6 +300,8 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     # long, and a product with the weights for each candidate.
     whole = prepared.parameters / sum(O * I for O, I in shapes.values())
     seconds += TOKENS / ids_NS.shape[1] * ((1 + 2 * LABELS) * whole + len(tried)) * spent["forward"]
+    measured = TABLE_TOKENS / ids_NS.shape[1] * (1 + len(searcher.tables) * len(TABLE_BITS))
+    seconds += measured * whole * spent["forward"] if searcher.tables else 0.0
     rows = TOKENS * sum(searcher.reached_share(name) * (LABELS * O + I) for name, (O, I) in shapes.items())
     return _Searched(seconds, prepared.whole_memory, int(2 * rows), result)
 
@@ -312,6 +326,11 @@ def _extrapolate(measured: _Measured) -> tuple[dict[str, float], int]:
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     sizes = [sum(size for size, _ in record["files"].values()) for record in run.partial.records[1:]]
     disk = int(written + sum((more - 1) * size for more, size in zip(times, sizes, strict=True)))
+    head = prepared.head
+    if head is not None and all(table.name != head for table in run.recorder.tables):  # solved with the last block
+        disk += prepared.table_bytes(head)
+        linears = sum(weight_matrix(prepared.linear(name)).numel() for name in prepared.chosen)
+        seconds["solving"] *= 1 + weight_matrix(prepared.linear(head)).numel() / max(linears, 1)
     seconds["ending"] = ending * disk / written
     return dict(seconds), disk
 

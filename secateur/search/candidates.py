@@ -88,7 +88,7 @@ def is_both(choice: Choice) -> bool:
 
 
 def near_the_mean(first: list[Candidate], mean: float) -> list[Choice]:
-    """The candidates whose size is not far from the mean that there is room for, or the two smallest.
+    """The candidates whose size is not far from the mean that there is room for, or the two that are least far.
 
     Those pruned and quantized take longest to solve: of them there are fewer.
 
@@ -101,7 +101,8 @@ def near_the_mean(first: list[Candidate], mean: float) -> list[Choice]:
     under = sum(candidate.bytes <= mean for candidate in both)
     far = [*both[: max(0, under - NEAR)], *both[under + NEAR :]]
     near = [c.choice for c in first if c not in far and mean / _FAR <= c.bytes <= mean * _FAR]
-    return near or [candidate.choice for candidate in by_size[:2]]
+    ends = by_size[-2:] if by_size[-1].bytes < mean else by_size[:2]
+    return near or [candidate.choice for candidate in ends]
 
 
 def finer(candidates: list[Candidate]) -> list[Candidate]:

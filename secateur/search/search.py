@@ -62,7 +62,8 @@ def _search(job: Job, recipe: Recipe, goal: Goal, folder: Path, attempt: Attempt
             if kept["key"] == key:
                 found: dict[str, Any] = kept["recipe"]
                 return found
-        chosen = replace(recipe, linears=goal.choose(replace(searcher, asked=recipe), windows)).to_dict()
+        searcher = replace(searcher, asked=recipe)
+        chosen = searcher.recipe_with(goal.choose(searcher, windows)).to_dict()
     content = json.dumps({"key": key, "recipe": chosen})
     write_whole(file, lambda new: new.write_text(content, encoding="utf-8"))
     return chosen

@@ -18,6 +18,7 @@ from secateur.calibration.tokens import cut
 from secateur.core.stats import InputStats, Level
 from secateur.folder.writer import entry_bytes
 from secateur.model.structure import weight_matrix
+from secateur.model.vocabulary import Table
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows
 from secateur.pipeline.choose_settings import choose_settings
@@ -26,11 +27,12 @@ from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.prune.wanda import wanda_score
-from secateur.recipes.recipe import Choice, Recipe
+from secateur.recipes.recipe import UNTOUCHED, Choice, Recipe
 from secateur.search.candidates import Candidate, Library, near_the_mean
 from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
+from secateur.search.table_candidates import open_tables, table_candidates, with_choices
 from secateur.search.unreached import expect_unreached, share_of
 from secateur.structured.sites import Site, Width
 from secateur.structured.structure_of import head_widths
@@ -55,6 +57,7 @@ class Searcher:
         asked: the recipe whose goal is to be reached.
         prepared, walker: the model.
         shared: which of its linears take one choice together.
+        tables: for which bits are to be found, too, by name.
         folder: for what is kept until the search is over.
         attempt: makes a model on the way, where the goal has any made.
         clock: what each phase has taken.
@@ -65,6 +68,7 @@ class Searcher:
     prepared: Prepared
     walker: Walker
     shared: SharedChoices
+    tables: dict[str, Table]
     folder: Path
     attempt: Attempt | None
     clock: Clock
@@ -75,9 +79,10 @@ class Searcher:
         clock = Clock(job.device)
         with clock("opening"):
             prepared = prepare(job.source, job.recipe, job.plan, job.device)
-            shared = SharedChoices.of(prepared, asked.share_choice)
+            tables = open_tables(prepared, asked)
+            shared = SharedChoices.of(prepared, asked.share_choice, tables)
             prepared.check_values(job.progress)
-        return cls(job, asked, prepared, Walker(job, prepared, clock), shared, folder, attempt, clock)
+        return cls(job, asked, prepared, Walker(job, prepared, clock), shared, tables, folder, attempt, clock)
 
     @property
     def weights(self) -> dict[str, int]:
@@ -103,17 +108,20 @@ class Searcher:
     def check_memory(self) -> None:
         """Raise UsageError where there is a limit that the whole model exceeds."""
         instead = "search without a limit and repeat the run with `recipe` OUT/secateur.json"
-        self.job.room.check(self.prepared.whole_memory, "a search", instead)
+        # A table beside what it becomes, and half of that on its way.
+        sizes = [self.prepared.linear(name).get_parameter("weight").numel() for name in self.tables]
+        tables = 2 * self.prepared.compute_dtype.itemsize * max(sizes, default=0)
+        self.job.room.check(self.prepared.whole_memory + tables, "a search", instead)
 
     def library(self, windows: Windows, choices: list[Choice], room: int | None = None) -> Library:
-        """Solve every linear for every choice on dense inputs, and measure what each does to the predictions.
+        """Solve every linear for every choice on dense inputs, and measure what each does to the predictions; tables, too.
 
         Half of the windows are for solving, others for measuring. For experts that no token reaches see `expect_unreached`.
 
         Args:
             room: bytes that all linears together are to take: only what is near is tried, as soon as sizes are known.
         """
-        effects = self.effects(windows)
+        effects, of_tables = self.effects_and_tables(windows)
         found: Library = {}
         reached: dict[str, int] = {}
         shares: dict[str, float] = {}
@@ -144,7 +152,7 @@ class Searcher:
                 ]
 
         self.walk(ids_NS, _each(look), self.level)
-        return expect_unreached(found, reached, shares, effects.tokens)
+        return expect_unreached(found, reached, shares, effects.tokens) | of_tables
 
     def outliers(self, windows: Windows) -> dict[str, float]:
         """The share of outliers of every linear on dense inputs."""
@@ -182,22 +190,41 @@ class Searcher:
                 found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
         return found
 
+    def kept_bytes(self) -> int:
+        """Of what is written whatever is chosen."""
+        prepared = self.prepared
+        return prepared.outside_bytes(list(self.tables.values())) + sum(map(prepared.table_bytes, prepared.tables))
+
+    def recipe_with(self, choices: dict[str, Choice]) -> Recipe:
+        """What is asked, with what was chosen for each linear and each table."""
+        return with_choices(self.asked, self.tables, choices, UNTOUCHED)
+
     def effects(self, windows: Windows) -> Effects:
         """What changes of linears do, measured on half of the windows."""
+        return self.effects_and_tables(windows)[0]
+
+    def effects_and_tables(self, windows: Windows) -> tuple[Effects, Library]:
+        """The same, and the candidates of tables: what needs the whole model."""
         ids_NS = windows.ids_NS
         length = min(WINDOW, ids_NS.shape[1])
         others_NS = ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)
         pieces_NS = torch.tensor([piece for ids in others_NS.tolist() for piece in cut(ids, windows.bos_ids, length)])
         held_NS = pieces_NS[: max(1, TOKENS // length)]
         self.job.say("computing gradients")
-        return gather_effects(
-            self.prepared.load_whole(),
+        model = self.prepared.load_whole()
+        effects = gather_effects(
+            model,
             held_NS,
             sorted(self.prepared.chosen),
             self.folder,
             self.job.recipe.calibration.seed,
             lambda done, total: self.job.say(f"computing gradients: {done} of {total} windows"),
         )
+        found = {
+            name: table_candidates(self.prepared, model, table, held_NS, self.folder, self.job.say)
+            for name, table in self.tables.items()
+        }
+        return effects, found
 
     def walk(self, ids_NS: Tensor, look: Solve, level: Level, blocks: int | None = None) -> None:
         """Run windows through the dense model, block by block, and have every stage of linears looked at.

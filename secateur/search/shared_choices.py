@@ -5,7 +5,7 @@ What runs mixtures of experts often wants one scheme for all experts of a layer:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.errors import UsageError
@@ -25,9 +25,13 @@ class SharedChoices:
     groups: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of(cls, prepared: Prepared, within: str | None) -> SharedChoices:
-        """Those within an `expert`, or within the experts of a `layer`. Raises UsageError where none are compressed."""
-        names = [name for name in prepared.names if name in prepared.chosen]
+    def of(cls, prepared: Prepared, within: str | None, tables: Iterable[str] = ()) -> SharedChoices:
+        """Those within an `expert`, or within the experts of a `layer`. Raises UsageError where none are compressed.
+
+        Args:
+            tables: names of others that something is chosen for, each by itself.
+        """
+        names = [*(name for name in prepared.names if name in prepared.chosen), *tables]
         if within is None:
             return cls({name: [name] for name in names})
         owner_of = {

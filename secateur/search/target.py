@@ -7,6 +7,7 @@ from secateur.folder.writer import entry_bytes
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.candidates import Candidate, Library, finer
 from secateur.search.searcher import Searcher
+from secateur.search.table_candidates import with_dense_table
 
 
 def check_target(recipe: Recipe, name: str) -> None:
@@ -25,10 +26,12 @@ def check_target(recipe: Recipe, name: str) -> None:
 
 
 def with_dense(searcher: Searcher, library: Library) -> Library:
-    """A library in which every linear may also stay as it is; without bits, sparsities between those that were solved, too."""
+    """A library in which all may also stay as it is; without bits, sparsities between those that were solved, too."""
     bytes_of = searcher.prepared.linear_bytes
     found = {
-        name: [*each, Candidate(Choice(), bytes_of(name) + entry_bytes(f"{name}.weight"), 0.0)]
+        name: with_dense_table(searcher.prepared, searcher.tables[name], each)
+        if name in searcher.tables
+        else [*each, Candidate(Choice(), bytes_of(name) + entry_bytes(f"{name}.weight"), 0.0)]
         for name, each in library.items()
     }
     return found if searcher.asked.quantize else {name: finer(each) for name, each in found.items()}

@@ -29,11 +29,14 @@ from secateur import kernels
 from secateur.errors import UsageError
 from secateur.formats.layouts.layout import Layout
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
+from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.in_memory import open_model
 from secateur.model.load import open_device, parse_dtype
 from secateur.model.source import Source
-from secateur.plugin.packed_modules import packed_linears
+from secateur.model.structure import build_skeleton
+from secateur.model.vocabulary import EMBEDDINGS, find_tables, is_tied
+from secateur.plugin.names import stored_as
 from secateur.speed.bench_result import Bench, Case
 from secateur.speed.decoding import decode_source
 from secateur.speed.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
@@ -154,15 +157,28 @@ def _group(
 
 
 def _packed_weights(source: Source) -> Iterator[tuple[Layout, Callable[[], Packed]]]:
-    """The layout of each packed weight of a model, and what has it in the CPU's memory."""
+    """The layout of each packed weight of a model that something is multiplied with, and what has it in the CPU's memory."""
     if source.loaded is not None:
-        for _, linear in packed_linears(source.loaded):
+        multiplied = [module for module in source.loaded.modules() if isinstance(module, PackedLinear)]
+        for linear in multiplied:
             form: Any = linear.store  # of what was read, which is told with its layout
             yield form.layout, partial(map_tensors, linear.packed(), Tensor.cpu)
     # Other libraries' packed checkpoints are made dense as they are loaded.
     elif source.quantization is not None:
+        looked_up = _only_looked_up(source)
         for name, packed in source.weights.packed.items():
+            if name == looked_up:
+                continue
             yield packed.layout, partial(packed.load, name, source.weights.stored)
+
+
+def _only_looked_up(source: Source) -> str | None:
+    """The name in the files of a table of embeddings that no head reads."""
+    model = build_skeleton(source, source.dtype)
+    table = find_tables(model).get(EMBEDDINGS)
+    if table is None or is_tied(model):
+        return None
+    return stored_as(model, table.weight, source.weights.packed, {})
 
 
 class _Rotation:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.evaluation.routing import Call, counts_of, watched
+from secateur.kernels.embedding import PackedEmbedding
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import nbytes
 from secateur.mixture.experts import Experts
@@ -99,7 +100,8 @@ class Costs:
         if getattr(head, "weight", None) is not embeddings.weight:
             outside = [module for module in outside if module is not embeddings]
         experts = {name: _of_experts(model.get_submodule(name), count) for name, count in counts.items()}
-        row = embeddings.weight[0].nbytes
+        packed = isinstance(embeddings, PackedEmbedding)
+        row = embeddings.linear.nbytes // embeddings.num_embeddings if packed else embeddings.weight[0].nbytes
         return cls(_held(outside), experts, row)
 
 

@@ -6,7 +6,7 @@ T: tokens, N: windows, S: tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,18 +148,43 @@ class BlockCalls:
 
     def finish(self, model: nn.Module, x_NSH: Tensor) -> Any:
         """What a model makes of the outputs of its last block: norm, head, and whatever else comes after the blocks."""
+        ids_NS = torch.zeros(x_NSH.shape[:2], dtype=torch.int64, device=x_NSH.device)
+        with self._bypassed(x_NSH):
+            return model(input_ids=ids_NS, use_cache=False)
+
+    def before_head(self, model: nn.Module, head: nn.Module, ids_NS: Tensor, hidden: Tensor) -> Tensor:
+        """What the head reads of a batch of windows that the last block makes `hidden` of.
+
+        Args:
+            model: with its head, and with everything outside its blocks in place but for the head.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise _Stop
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            with self._bypassed(hidden):
+                _run_body(model, ids_NS)
+        finally:
+            handle.remove()
+        if not seen:
+            raise UsageError("the head that was found reads nothing of what the blocks return: leave `head` out")
+        return seen[0]
+
+    def _bypassed(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Within the context, blocks pass on what they are given, and the last one returns `hidden`."""
 
         def forward(i: int, block: nn.Module) -> Callable[..., Any]:
             def pass_on(*args: Any, **kwargs: Any) -> Any:
-                hidden = x_NSH if i + 1 == len(self._blocks) else BlockCall.of(args, kwargs).hidden
-                return hidden if self._extra is None else (hidden, *[None] * self._extra)
+                given = hidden if i + 1 == len(self._blocks) else BlockCall.of(args, kwargs).hidden
+                return given if self._extra is None else (given, *[None] * self._extra)
 
             return pass_on
 
-        with _replaced(self._blocks, forward):
-            return model(
-                input_ids=torch.zeros(x_NSH.shape[:2], dtype=torch.int64, device=x_NSH.device), use_cache=False
-            )
+        return _replaced(self._blocks, forward)
 
     def _share(self, place: tuple[Any, ...], value: Any) -> Any:
         """`value` with every tensor replaced by an equal one that stood in the same place of an earlier call or block."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.stats import Level
+from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
 from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Settings
@@ -61,15 +61,7 @@ class Walker:
             UsageError: all blocks have to be in memory, and may not.
         """
         prepared = self.prepared
-        with self.clock("opening"):
-            for name, _ in parameters_outside(prepared.model, prepared.blocks):
-                # The head computes logits, which nobody reads here.
-                if not only_in_head(prepared.model, name) and not keep_mapped(
-                    prepared.model, name, prepared.weights, prepared.compute_dtype, prepared.device
-                ):
-                    materialise(prepared.model, "", [name], prepared.weights, prepared.device)
-            tie(prepared.model)
-            move_buffers(prepared.model, prepared.device)
+        self._place_outside()
         self.read(0)
         probe_1S = ids_NS[:1, :_PROBE_TOKENS].to(prepared.device)
         try:
@@ -82,6 +74,32 @@ class Walker:
                 self.read(number, whole=True)
         return BodyCalls(prepared.model, probe_1S)
 
+    def _place_outside(self) -> None:
+        """Put in place what is outside the blocks; the head computes logits, which nobody reads here."""
+        prepared = self.prepared
+        with self.clock("opening"):
+            for name, _ in parameters_outside(prepared.model, prepared.blocks):
+                if only_in_head(prepared.model, name) or self._place_solved(name):
+                    continue
+                if keep_mapped(prepared.model, name, prepared.weights, prepared.compute_dtype, prepared.device):
+                    continue
+                materialise(prepared.model, "", [name], prepared.weights, prepared.device)
+            tie(prepared.model)
+            move_buffers(prepared.model, prepared.device)
+
+    def _place_solved(self, name: str) -> bool:
+        """Put what a table has become in its place; whether it is one that is solved."""
+        solved = self.prepared.solved.get(name.removesuffix(".weight"))
+        if solved is None:
+            return False
+        owner = self.prepared.model.get_submodule(name.rpartition(".")[0])
+        device, dtype = self.prepared.device, self.prepared.compute_dtype
+        if type(owner) is nn.Embedding:
+            keep_rows(owner, "weight", solved().to(device), dtype)
+        else:
+            place(owner, "weight", solved().to(device, dtype))
+        return True
+
     def leave(self) -> None:
         """Let go of what is outside the blocks."""
         inside = {id(part) for block in self.prepared.blocks for part in block.modules()}
@@ -90,6 +108,30 @@ class Walker:
                 for leaf, parameter in module._parameters.items():
                     if parameter is not None:
                         place(module, leaf, parameter.detach().to("meta"))
+
+    # --- behind the blocks
+
+    def stats_of_head(self, journey: Journey, ids_NS: Tensor, head: str) -> InputStats:
+        """The statistics, for Gram matrices, of what a head reads where these windows have come out of the last block."""
+        assert isinstance(journey.catcher, BlockCalls)
+        self._place_outside()
+        model, device = self.prepared.model, self.prepared.device
+        linear = self.prepared.linear(head)
+        stats = InputStats.empty(linear.get_parameter("weight").shape[1], Level.GRAM, device)
+        first = 0
+        for i in range(len(journey.hiddens)):
+            with self.clock("forward"):
+                hidden = journey.hiddens.take(i)
+                x = journey.catcher.before_head(model, linear, ids_NS[first : first + len(hidden)].to(device), hidden)
+            with self.clock("statistics"):
+                stats.add(x.reshape(-1, x.shape[-1]))
+            first += len(hidden)
+        self.leave()
+        if not stats.finite:
+            raise RepeatedError(
+                f"the input of {head} is not finite: the model overflows in {self.prepared.compute_dtype}"
+            )
+        return stats
 
     # --- blocks
 
@@ -368,9 +410,14 @@ def keep_mapped(model: nn.Module, name: str, weights: ModelWeights, dtype: torch
     if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
         return False  # for `materialise` to say so
     weights.release()
-    place(owner, leaf, weights[name])
-    owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
+    keep_rows(owner, leaf, weights[name], dtype)
     return True
+
+
+def keep_rows(owner: nn.Module, leaf: str, W_VI: Tensor, dtype: torch.dtype) -> None:
+    """Put a table of embeddings in place in the dtype that it has, and have its rows in the one that is computed in."""
+    place(owner, leaf, W_VI)
+    owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
 
 
 def read_shared(

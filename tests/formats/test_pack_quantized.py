@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import secateur
+from secateur.checkpoint.export import export
 from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
 from secateur.foreign.compressed_tensors import CompressedTensors
@@ -129,7 +130,7 @@ def check_logits(folder, out, dense):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group_size", [16, 64], ids=["groups", "channels"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.usefixtures("library")
 def test_transformers_loads_and_runs_it(bits, group_size, symmetric, dtype, model_of, tmp_path):
     folder = model_of("llama", dtype)
@@ -138,6 +139,24 @@ def test_transformers_loads_and_runs_it(bits, group_size, symmetric, dtype, mode
     weights = open_weights(tmp_path / "packed", json.loads((tmp_path / "packed" / "config.json").read_text()))
     assert weights.keys() == dense.keys()
     assert all(same(weights[name], dense[name]) for name in dense)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "opt"])
+def test_a_head_comes_along_where_it_can(name, model_of, text_file, tmp_path):
+    calibration = secateur.Calibration(source=str(text_file), samples=8, seq_len=32)
+    options = {"bits": 4, "group_size": 16, "symmetric": True}
+    recipe = secateur.Recipe(quantize="gptq", quantization=options, embeddings=8, head=8, calibration=calibration)
+    secateur.compress(str(model_of(name, BF16)), tmp_path / "out", recipe)
+    export(str(tmp_path / "out"), tmp_path / "theirs", "compressed-tensors")
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    tied = name != "llama"
+    packed = {key for key in stored if key.endswith("weight_packed") and ".layers." not in key}
+    assert packed == (set() if tied else {"lm_head.weight_packed"})
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"), secateur.load(tmp_path / "out", "dense")
+    ids_NS = torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        assert same(theirs(ids_NS).logits, ours(ids_NS).logits)
 
 
 @pytest.mark.usefixtures("library")
@@ -158,7 +177,7 @@ SHAPES = st.sampled_from([(1, 1), (3, 8), (9, 12), (17, 33), (36, 20), (25, 64)]
 @settings(max_examples=120, deadline=None)
 @given(
     shape=SHAPES,
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
     groups=st.integers(1, 5),
     symmetric=st.booleans(),
     dtype=st.sampled_from(DTYPES),
@@ -183,7 +202,7 @@ def test_compressed_tensors_decompresses_our_bits(library, shape, bits, groups, 
     O=st.integers(1, 40),
     G=st.integers(1, 6),
     size=st.integers(1, 20),
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
     symmetric=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
@@ -225,9 +244,8 @@ def test_what_it_cannot_hold_is_refused_in_one_line():
     fine = torch.full_like(good.codes.scale_OG, 1 + 2**-10)
     wide = torch.full_like(good.codes.scale_OG.bfloat16(), 2.0**17)
     for weight, message in [
-        (replace(good, codes=table), r"not on a uniform grid: .* uniform codes of 4 or 8 bits"),
-        (replace(good, codes=replace(good.codes, bits=2)), r"of 2 bits: .* uniform codes of 4 or 8 bits"),
-        (replace(good, codes=replace(good.codes, bits=3)), r"of 3 bits: .* uniform codes of 4 or 8 bits"),
+        (replace(good, codes=table), r"not on a uniform grid: .* uniform codes of 2 to 8 bits"),
+        (replace(good, codes=replace(good.codes, bits=1)), r"of 1 bits: .* uniform codes of 2 to 8 bits"),
         (replace(good, codes=replace(good.codes, group_size=10)), "24 input features do not divide into groups of 10"),
         (replace(good, keep_OI=keep_OI), "a mask of kept weights"),
         (replace(good, order_I=torch.arange(24)), "columns in another order"),
@@ -562,7 +580,7 @@ def test_schemes_that_are_read(weights, scheme):
 
 ACTIVATIONS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 REFUSED = {
-    "2 bits": (section({"num_bits": 2}), "num_bits 2: secateur reads integer weights of 4 or 8 bits"),
+    "9 bits": (section({"num_bits": 9}), "num_bits 9: secateur reads integer weights of 2 to 8 bits"),
     "bits that are no number": (section({"num_bits": "4"}), "num_bits '4'"),
     "floats": (section({"type": "float"}), "type 'float'"),
     "one scale a tensor": (section({"strategy": "tensor", "group_size": None}), "strategy 'tensor'"),

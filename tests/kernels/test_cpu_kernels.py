@@ -59,7 +59,7 @@ def terms(weight):
     """The absolute values, added up, of what float32 arithmetic adds up to become each weight, in float64.
 
     Kernels sum code · scale and zero · scale apart, and scale and zero may be sums themselves. Where AVX-512 multiplies
-    codes of 2 to 4 bits where they stand, it reads them as 1 + code / 2^bits, and takes the ones away with the zeros.
+    codes of 2 to 7 bits where they stand, it reads them as 1 + code / 2^bits, and takes the ones away with the zeros.
     """
     if isinstance(weight, SparseWeight):
         return weight.dense().double().abs()
@@ -69,7 +69,7 @@ def terms(weight):
     if isinstance(bare.grid, TableGrid):
         return bare.dense().double().abs() + added
     zeros, full = (replace(bare, codes_S=torch.full_like(bare.codes_S, bits)).dense().double() for bits in (0, 255))
-    if torch.ops.secateur.instructions() == NAMES["avx512"] and bare.bits in (2, 3, 4) and not bare.masked:
+    if torch.ops.secateur.instructions() == NAMES["avx512"] and 2 <= bare.bits <= 7 and not bare.masked:
         added += 2 * 2**bare.bits * (full - zeros).abs() / (2**bare.bits - 1)
     if isinstance(bare.grid, TwoLevelGrid):
         same_sign = bare.grid.second_TG4.abs() * torch.tensor([1, 1, -1, -1], dtype=bare.grid.second_TG4.dtype)

@@ -358,11 +358,11 @@ def test_inspect_says_what_the_report_says(says, model_of, recipe_of, monkeypatc
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--quantize rtn --bits 5", "--bits 5 is not possible with rtn: give 2, 3, 4 or 8"),
+        ("--quantize rtn --bits 9", "--bits 9 is not possible with rtn: give 2, 3, 4, 5, 6, 7 or 8"),
         ("--quantize rtn --group-size 1", "--group-size 1 is not possible"),
         ("--quantize gptq --group-size half", "--group-size half is not possible"),
         ("--quantize spqr --group-size row", "--group-size of spqr is 'row', which is not a whole number"),
-        ("--quantize spqr --bits 8", "--bits 8 is not possible with spqr"),
+        ("--quantize spqr --bits 1", "--bits 1 is not possible with spqr"),
         ("--quantize squeezellm --bits 8", "--bits 8 is not possible"),
         ("--quantize spqr --outlier-share 0.3", "--outlier-share 0.3 is not possible with spqr: give at least 0"),
         ("--quantize spqr --outlier-share 0.1 --outlier-threshold 1", "say the same in two ways"),

@@ -51,8 +51,8 @@ def test_every_method_says_what_it_is(role, name):
         ),
         ("refine", "dsnot", "cycles", 0, "`cycles` 0 is not possible with dsnot"),
         ("refine", "dsnot", "threshold", -0.5, "`threshold` -0.5 is not possible with dsnot"),
-        ("quantize", "gptq", "bits", 5, "`bits` 5 is not possible with gptq: give 2, 3, 4 or 8"),
-        ("quantize", "spqr", "bits", 8, "gptq and rtn have 8"),
+        ("quantize", "gptq", "bits", 9, "`bits` 9 is not possible with gptq: give 2, 3, 4, 5, 6, 7 or 8"),
+        ("quantize", "squeezellm", "bits", 8, "a table of 8 bits takes as much"),
         ("quantize", "gptq", "order", "random", "natural, activation or permuted"),
         ("quantize", "gptq", "group_size", "column", "give at least 2 or 'row'"),
         ("quantize", "gptq", "symmetric", 1, "`symmetric` of gptq is 1, which is not a true or false"),
@@ -139,7 +139,7 @@ def test_methods_are_shown(says):
     assert json.loads(out)["options"]["bits"] == {
         "default": 4,
         "type": "int",
-        "values": "2, 3, 4 or 8",
+        "values": "2, 3, 4, 5, 6, 7 or 8",
         "help": "Bits of a code.",
     }
     code, _, err = says("methods", "gtpq")

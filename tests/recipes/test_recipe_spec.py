@@ -107,7 +107,9 @@ def test_the_names_of_a_range_are_short():
     assert names("wanda:0.001%..0.003%/0.001%") == ["wanda:0.00001", "wanda:0.00002", "wanda:0.00003"]
 
 
-@pytest.mark.parametrize(("text", "bits"), [("rtn:2..4", [2, 3, 4]), ("rtn:2..8", [2, 3, 4, 8]), ("rtn:4..4", [4])])
+@pytest.mark.parametrize(
+    ("text", "bits"), [("rtn:2..4", [2, 3, 4]), ("rtn:2..8", [2, 3, 4, 5, 6, 7, 8]), ("rtn:4..4", [4])]
+)
 def test_a_range_of_bits_is_over_those_that_there_are(text, bits):
     assert [recipe.quantization["bits"] for _, recipe in parse_recipes(text)] == bits
 
@@ -334,16 +336,16 @@ def test_an_items_name_is_the_same_recipe(item):
         ("wanda:0.3..0.7/▸0.0001", "steps of 0.0001 are more than 1000: give a larger one"),
         ("wanda:2:4▸..3:4", "is wanted here, not '.'"),
         # amounts of quantizers
-        ("rtn:▸", "a number of bits (2, 3, 4 or 8) is missing at the end"),
-        ("rtn:▸four", "a number of bits (2, 3, 4 or 8) is wanted here, not 'four'"),
-        ("rtn:▸5", "`bits` 5 is not possible with rtn: give 2, 3, 4 or 8"),
-        ("rtn:▸2.5", "2.5 is no number of bits: give 2, 3, 4 or 8"),
+        ("rtn:▸", "a number of bits (2, 3, 4, 5, 6, 7 or 8) is missing at the end"),
+        ("rtn:▸four", "a number of bits (2, 3, 4, 5, 6, 7 or 8) is wanted here, not 'four'"),
+        ("rtn:▸9", "`bits` 9 is not possible with rtn: give 2, 3, 4, 5, 6, 7 or 8"),
+        ("rtn:▸2.5", "2.5 is no number of bits: give 2, 3, 4, 5, 6, 7 or 8"),
         ("rtn:4▸%", "is wanted here, not '%'"),
-        ("rtn:2..▸5", "there are no codes of 5 bits: give 2, 3, 4 or 8"),
-        ("rtn:▸1..4", "there are no codes of 1 bits: give 2, 3, 4 or 8"),
+        ("rtn:2..▸9", "there are no codes of 9 bits: give 2, 3, 4, 5, 6, 7 or 8"),
+        ("rtn:▸1..4", "there are no codes of 1 bits: give 2, 3, 4, 5, 6, 7 or 8"),
         ("rtn:▸4..2", "the range 4..2 goes down: give the smaller number first"),
-        ("rtn:2..4▸/1", "a range of bits has no step: it is over 2, 3, 4 or 8"),
-        ("rtn, spqr:▸2..8", "`bits` 8 is not possible with spqr: give 2, 3 or 4 (gptq and rtn have 8)"),
+        ("rtn:2..4▸/1", "a range of bits has no step: it is over 2, 3, 4, 5, 6, 7 or 8"),
+        ("rtn, squeezellm:▸2..8", "`bits` 5 is not possible with squeezellm: give 2, 3 or 4 (a table of 8 bits takes"),
         # options
         ("gptq:4(▸grop_size=64)", "'grop_size' is no option of gptq: did you mean 'group_size'?"),
         ("rtn:4(▸damping=1)", "'damping' is no option of rtn: it can be dtype, format, group_size, match_dense"),

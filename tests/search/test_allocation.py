@@ -246,7 +246,7 @@ def test_a_target_that_cannot_be_met_says_the_smallest_size_that_can(base, model
 
     # Headers tell that, before any text is read.
     with pytest.raises(UsageError, match=r"but [\d.]+ \w+ \(0\.\d+x\) are not compressed") as error:
-        secateur.compress(model, tmp_path / "out", Recipe(calibration=Calibration("missing.txt"), target_size="0.01x"))
+        secateur.compress(model, tmp_path / "out", Recipe(calibration=Calibration("missing.txt"), target_size="0.001x"))
     outside = float(str(error.value).split("(")[1].split("x")[0])
     with pytest.raises(UsageError, match=r"are not compressed"):
         secateur.forecast(model, wanted(f"{outside - 0.001:.3f}x"), out=tmp_path)
@@ -420,7 +420,7 @@ def test_linears_for_which_nothing_is_chosen_are_left_alone(base, model_of, tmp_
         ({"prune": "magnitude", "sparsity": 0.5, "allocation": "owl"}, 0.05),
         ({"quantize": "squeezellm", "allocation": "search"}, 0.05),
         ({"target_size": "0.7x"}, 0.05),
-        ({"quantize": "rtn", "max_perplexity_rise": "20%"}, 1.0),
+        ({"quantize": "rtn", "max_perplexity_rise": "20%"}, 10.0),  # at most the dense model
     ],
     ids=str,
 )
@@ -460,14 +460,14 @@ def test_of_a_size_only_what_is_near_is_tried(base, model_of, tmp_path, monkeypa
     monkeypatch.setattr(searcher, "solve", solve)
     model = str(model_of("llama"))
     with pytest.raises(UsageError) as error:
-        secateur.compress(model, tmp_path / "out", Recipe(calibration=base.calibration, target_size="0.01x"))
+        secateur.compress(model, tmp_path / "out", Recipe(calibration=base.calibration, target_size="0.001x"))
     least = float(str(error.value).split("(")[1].split("x")[0]) + 0.002  # next to nothing for linears
-    # Bits a weight are of such small linears more than half headers, so 0.9x is not far from 4 bits.
-    for size, near in (("0.9x", [(None, 4), (None, 8), (0.5, 4)]), (f"{least:.3f}x", [(None, 2), (0.9, 3)])):
+    # Of 32 bits, 0.9x is beyond all that is tried once the tables of the vocabulary are in codes.
+    for size, near in (("0.9x", [(None, 7), (None, 8)]), (f"{least:.3f}x", [(None, 2), (0.9, 3)])):
         with suppress(UsageError):  # the smaller one cannot be met
             secateur.compress(model, tmp_path / size, Recipe(calibration=base.calibration, target_size=size))
         first, *others = tried.values()
-        assert len(first) == 10
+        assert len(first) == 13
         assert others
         assert all(each == near for each in others)
         tried.clear()

@@ -244,8 +244,9 @@ struct Meaning {
     high = _mm256_load_ps(entries + 8);
   }
 
-  // Of up to four bits, with other bits above them.
+  // Of up to seven bits, with other bits above them; of a table, of up to four.
   __m256 operator()(__m256i codes, int bits) const {
+    if (bits > 4) return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32((1 << bits) - 1)));
     if (bits <= 3) return _mm256_permutevar8x32_ps(low, codes);
     if (!is_table) return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
     const __m256 fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
@@ -404,7 +405,7 @@ inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, in
   return s.repeated;
 }
 
-// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2, 3, 4 or 8 bits, and
+// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2 to 8 bits, and
 // groups are of whole blocks of columns, which have one scale.
 template <int bits, int block, int T, int R>
 void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O, Stream* streams) {
@@ -476,6 +477,9 @@ void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, fl
     if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
     if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);
     if (w.bits == 4) return fused<4>(w, in, first, last, y, O, scratch);
+    if (w.bits == 5 && !w.table.data) return fused<5>(w, in, first, last, y, O, scratch);
+    if (w.bits == 6 && !w.table.data) return fused<6>(w, in, first, last, y, O, scratch);
+    if (w.bits == 7 && !w.table.data) return fused<7>(w, in, first, last, y, O, scratch);
     if (w.bits == 8 && !w.table.data) return fused<8>(w, in, first, last, y, O, scratch);
   }
   const int64_t Gs = round_up(w.G + WIDTH);

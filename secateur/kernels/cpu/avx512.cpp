@@ -126,15 +126,23 @@ void sparse_row(const Sparse& w, int64_t r, float* row) {
 
 // --- codes
 
-// Of a quadword that is repeated, the bytes that begin at each of 16 codes, in the low bytes of doublewords.
+// Of the quadwords of `quads`, the bytes that begin at each of 16 codes, in the low bytes of doublewords.
 inline __m512i shifts_16(int bits) {
   alignas(64) uint8_t at[64] = {};
-  for (int j = 0; j < 16; j++) at[4 * j] = uint8_t(bits * j);
+  for (int j = 0; j < 16; j++) at[4 * j] = uint8_t(bits * (bits <= 4 ? j : j % 8));
   return _mm512_load_si512(at);
 }
 
 inline __m512i quad(const uint8_t* p) {
   return _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+// The quadwords that 16 codes lie in: one, or one for each eight codes of more than four bits.
+inline __m512i quads(const uint8_t* p, int bits) {
+  if (bits <= 4) return quad(p);
+  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + bits));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_broadcastq_epi64(low)), _mm256_broadcastq_epi64(high), 1);
 }
 
 inline __m512 codes_16(const uint8_t* p, __m512i shifts, __m512 table) {
@@ -166,12 +174,15 @@ inline void code_values(const Coded& w, int64_t r, int64_t K, float* out) {
     const __m512 table = w.table.data ? row_table(w, r) : numbers_table(w.bits);
     const __m512i shifts = shifts_16(w.bits);
     for (int64_t k = 0; k < K; k += 16, p += 2 * w.bits) _mm512_storeu_ps(out + k, codes_16(p, shifts, table));
-  } else if (w.bits == 8 && !w.table.data) {
+  } else if (w.table.data) {
+    for (int64_t k = 0; k < K; k++) out[k] = value_at(w.table, (r << w.bits) + code_at(p, w.bits, k));
+  } else if (w.bits == 8) {
     for (int64_t k = 0; k < K; k += 16) _mm512_storeu_ps(out + k, bytes_16(p + k));
   } else {
-    for (int64_t k = 0; k < K; k++) {
-      const int code = code_at(p, w.bits, k);
-      out[k] = w.table.data ? value_at(w.table, (r << w.bits) + code) : float(code);
+    const __m512i shifts = shifts_16(w.bits), low_bits = _mm512_set1_epi32((1 << w.bits) - 1);
+    for (int64_t k = 0; k < K; k += 16, p += 2 * w.bits) {
+      const __m512i codes = _mm512_multishift_epi64_epi8(shifts, quads(p, w.bits));
+      _mm512_storeu_ps(out + k, _mm512_cvtepi32_ps(_mm512_and_si512(codes, low_bits)));
     }
   }
 }
@@ -326,11 +337,11 @@ inline float some_outliers(const Coded& w, int64_t r, const float* x) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Codes of up to four bits as numbers from 1 to 2: they become the highest bits of the fraction of a float. That takes one
+// Codes of up to seven bits as numbers from 1 to 2: they become the highest bits of the fraction of a float. That takes one
 // instruction of a kind of which two can run at a time, where a lookup has to wait for the one unit that moves bytes about.
 inline __m512i shifts_to_fraction(int bits) {
   alignas(64) uint8_t at[64] = {};
-  for (int j = 0; j < 16; j++) at[4 * j + 2] = uint8_t((bits * j - (7 - bits)) & 63);
+  for (int j = 0; j < 16; j++) at[4 * j + 2] = uint8_t((bits * (bits <= 4 ? j : j % 8) - (7 - bits)) & 63);
   return _mm512_load_si512(at);
 }
 
@@ -338,7 +349,7 @@ template <int bits>
 inline __m512 fractions_16(const uint8_t* p, __m512i shifts) {
   const __m512i fraction = _mm512_set1_epi32(((1 << bits) - 1) << (23 - bits)), one = _mm512_set1_epi32(0x3f800000);
   constexpr int and_or = 0xea;
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shifts, quad(p)), fraction, one, and_or));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shifts, quads(p, bits)), fraction, one, and_or));
 }
 
 // Scales of the blocks of row r, for codes that are read as u + code/unit. What its zero points take away goes to y.
@@ -359,7 +370,7 @@ inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, in
   return s.repeated;
 }
 
-// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2, 3, 4 or 8 bits, and
+// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2 to 8 bits, and
 // groups are of whole blocks of columns, which have one scale.
 template <bool lookup, int bits, int block, int T, int R>
 void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O, Stream* streams) {
@@ -416,8 +427,8 @@ void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last,
 
 template <int bits>
 void fused(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
-  if (bits < 8 && w.table.data) {
-    SECATEUR_BY_TOKENS((fused_tokens<bits < 8, bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
+  if (bits <= 4 && w.table.data) {
+    SECATEUR_BY_TOKENS((fused_tokens<bits <= 4, bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
   } else if (w.group_size >= w.I || w.group_size % 64 == 0) {
     SECATEUR_BY_TOKENS((fused_tokens<false, bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
   } else if (w.group_size % 32 == 0) {
@@ -432,6 +443,9 @@ void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, fl
     if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
     if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);
     if (w.bits == 4) return fused<4>(w, in, first, last, y, O, scratch);
+    if (w.bits == 5 && !w.table.data) return fused<5>(w, in, first, last, y, O, scratch);
+    if (w.bits == 6 && !w.table.data) return fused<6>(w, in, first, last, y, O, scratch);
+    if (w.bits == 7 && !w.table.data) return fused<7>(w, in, first, last, y, O, scratch);
     if (w.bits == 8 && !w.table.data) return fused<8>(w, in, first, last, y, O, scratch);
   }
   const int64_t Gs = round_up(w.G + WIDTH);

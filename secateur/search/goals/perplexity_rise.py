@@ -125,7 +125,7 @@ def _loss_of(searcher: Searcher, linears: dict[str, Choice], ids_NS: Tensor, bos
     """The loss on windows of the model that choices make, in nats a token."""
     assert searcher.attempt is not None
     folder = searcher.folder / "attempt"
-    searcher.attempt(replace(searcher.asked, linears=linears), folder)
+    searcher.attempt(searcher.recipe_with(linears), folder)
     model = load_source(open_source(str(folder)), torch.float32, searcher.job.device)
     loss = measure(model, ids_NS, bos=bos).loss
     del model

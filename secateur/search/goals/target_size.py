@@ -16,6 +16,9 @@ from secateur.search.target import check_target, with_dense
 from secateur.shares import parse_share
 from secateur.units import parse_size, words
 
+# Of tables, where it is guessed what is left for linears.
+_LIKELY_BITS = 6
+
 
 @goal
 @dataclass(frozen=True)
@@ -44,13 +47,14 @@ class TargetSize:
         return int(self.share * dense_bytes) if self.share is not None else int(self.bytes or 0)
 
     def _room(self, searcher: Searcher) -> int:
-        """What there is for the linears; what is not compressed is taken off. Raises UsageError where nothing is left."""
-        dense, outside = searcher.prepared.dense_bytes(), searcher.prepared.outside_bytes()
+        """What there is for linears and tables; what else is written is taken off. Raises UsageError where nothing is left."""
+        dense, outside = searcher.prepared.dense_bytes(), searcher.kept_bytes()
         target = self.in_bytes(dense)
         if target <= outside:
+            which = "norms and the like" if searcher.tables else "embeddings, norms and the head"
             raise UsageError(
                 f"`target_size` {self.text} is {words(target)}, but {words(outside)} ({outside / dense:.3f}x) are not "
-                "compressed (embeddings, norms and the head): give more"
+                f"compressed further ({which}): give more"
             )
         return target - outside
 
@@ -74,7 +78,9 @@ class TargetSize:
                 f"`target_size` {self.text} is {words(target)}, which the dense model of {words(dense)} does not exceed"
             )
         tried = for_a_target(searcher.asked, searcher.job.plan.quantizer)
-        library = searcher.shared.library(with_dense(searcher, searcher.library(windows, tried, room)))
+        of_tables = sum(searcher.prepared.table_bytes(name, _LIKELY_BITS) for name in searcher.tables)
+        solved = searcher.library(windows, tried, room - of_tables)
+        library = searcher.shared.library(with_dense(searcher, solved))
         least = sum(min(c.bytes for c in each) for each in library.values())
         if least > room:
             smallest = target - room + least

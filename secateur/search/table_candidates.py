@@ -1,0 +1,97 @@
+"""What the table of embeddings and the head may become, and what each of that does to the predictions, measured.
+
+N: windows, S: tokens of a window, V: vocabulary, I: features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model.vocabulary import Table, find_tables
+from secateur.pipeline.prepared import Prepared
+from secateur.quant.table_codes import quantize_table
+from secateur.recipes.goals import has_target
+from secateur.recipes.recipe import Choice, Recipe
+from secateur.search.candidates import Candidate
+
+#: Bits that are tried.
+BITS = (8, 6, 5, 4, 3)
+#: Tokens that a divergence is measured on: nothing is drawn, so that fewer do than for the effects of linears.
+TOKENS = 1024
+
+
+def open_tables(prepared: Prepared, asked: Recipe) -> dict[str, Table]:
+    """The tables of a model for which a search finds bits, by their modules' names."""
+    if not has_target(asked) or not asked.quantize:
+        return {}
+    fixed = {table.role for table, _ in prepared.tables.values()}
+    found = find_tables(prepared.model)
+    return {t.name: t for role, t in found.items() if getattr(asked, role) is None and role not in fixed}
+
+
+def table_candidates(
+    prepared: Prepared, model: Any, table: Table, ids_NS: Tensor, scratch: Path, say: Callable[[str], None]
+) -> list[Candidate]:
+    """A table in codes of each number of bits, with the divergence that it causes alone.
+
+    Args:
+        model: the dense one, whole; it is left as it was.
+        ids_NS: windows.
+        scratch: a folder for what the dense model predicts.
+        say: told of every step.
+    """
+    ids_NS = ids_NS[: max(1, TOKENS // ids_NS.shape[1])].to(model.device)
+    files = [scratch / f"dense-{n:04d}.pt" for n in range(len(ids_NS))]
+    for file, ids_S in zip(files, ids_NS, strict=True):
+        if not file.exists():
+            torch.save(_predictions(model, ids_S).cpu(), file)
+    dense = model.get_submodule(table.name).weight
+    dtype = prepared.dtype_of(table.weight) or prepared.weights[table.weight].dtype
+    found = []
+    for bits in BITS:
+        say(f"measuring {table.name} at {bits} bits")
+        weight = quantize_table(dense.detach(), bits, dtype, prepared.device)
+        _put(model, table, nn.Parameter(weight.dequantize().to(dense), requires_grad=False))
+        divergence = sum(
+            _divergence(torch.load(file).to(model.device), _predictions(model, ids_S))
+            for file, ids_S in zip(files, ids_NS, strict=True)
+        )
+        cost = max(divergence / ids_NS.numel(), 0.0)
+        found.append(Candidate(Choice(None, bits), prepared.table_bytes(table.name, bits), cost))
+    _put(model, table, dense)
+    return found
+
+
+def _put(model: nn.Module, table: Table, weight: nn.Parameter) -> None:
+    for name in (table.weight, *table.twins):
+        model.get_submodule(name.rpartition(".")[0])._parameters["weight"] = weight
+
+
+def _predictions(model: Any, ids_S: Tensor) -> Tensor:
+    """The logarithms of what a model thinks likely behind each token."""
+    found: Tensor = model(input_ids=ids_S[None], use_cache=False).logits[0].float().log_softmax(1)
+    return found
+
+
+def _divergence(dense_SV: Tensor, other_SV: Tensor) -> float:
+    """KL(dense ‖ other), summed over tokens."""
+    return (dense_SV.exp() * (dense_SV - other_SV)).sum().item()
+
+
+def with_dense_table(prepared: Prepared, table: Table, found: list[Candidate]) -> list[Candidate]:
+    """Also as it is."""
+    size = prepared.outside_bytes() - prepared.outside_bytes([table])
+    return [*found, Candidate(Choice(), size, 0.0)]
+
+
+def with_choices(asked: Recipe, tables: dict[str, Table], choices: dict[str, Choice], untouched: int) -> Recipe:
+    """A recipe with what was chosen for each linear and each table."""
+    linears = {name: choice for name, choice in choices.items() if name not in tables}
+    bits = {tables[name].role: choice.bits or untouched for name, choice in choices.items() if name in tables}
+    return replace(asked, linears=linears, **bits)  # type: ignore[arg-type]

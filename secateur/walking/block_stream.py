@@ -26,8 +26,8 @@ from secateur.model.structure import build_skeleton, find_blocks, parameters_out
 from secateur.model.weights import ModelWeights, materialise, release, tie
 from secateur.unfinished.hidden import HiddenStates
 from secateur.walking.capture import BlockCall, BlockCalls, NotInTurn
+from secateur.walking.placing import keep_mapped, move_buffers, read_shared
 from secateur.walking.walk import in_batches
-from secateur.walking.walker import keep_mapped, move_buffers, read_shared
 
 # Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
 _PROBES = (8, 32)

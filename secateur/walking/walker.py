@@ -6,7 +6,7 @@ N: windows, S: tokens of a window.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
-from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Settings
 from secateur.model.structure import Linear, parameters_outside
-from secateur.model.weights import Ahead, ModelWeights, materialise, place, tie
+from secateur.model.weights import Ahead, materialise, place, tie
 from secateur.pipeline.job import Job
 from secateur.pipeline.prepared import Prepared
 from secateur.unfinished.hidden import HiddenStates
@@ -27,6 +26,7 @@ from secateur.unfinished.kept_inputs import file_beside
 from secateur.walking.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
+from secateur.walking.placing import keep_mapped, keep_rows, move_buffers, read_shared
 from secateur.walking.twin import Twin
 from secateur.walking.walk import Beside, Gathered, Passage, Solve, Target, Way, in_batches, walk
 
@@ -398,49 +398,3 @@ def only_in_head(model: Any, name: str) -> bool:
     """Whether a parameter is of the head alone, which computes logits."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return owner is model.get_output_embeddings() and owner is not model.get_input_embeddings()
-
-
-def keep_mapped(model: nn.Module, name: str, weights: ModelWeights, dtype: torch.dtype, device: torch.device) -> bool:
-    """Leave a table of embeddings in its file, of which few rows are wanted; whether that is possible."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    # A subclass may compute with its rows, in their dtype.
-    if type(owner) is not nn.Embedding or device.type != "cpu" or name not in weights:
-        return False
-    if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
-        return False  # for `materialise` to say so
-    weights.release()
-    keep_rows(owner, leaf, weights[name], dtype)
-    return True
-
-
-def keep_rows(owner: nn.Module, leaf: str, W_VI: Tensor, dtype: torch.dtype) -> None:
-    """Put a table of embeddings in place in the dtype that it has, and have its rows in the one that is computed in."""
-    place(owner, leaf, W_VI)
-    owner.register_forward_hook(lambda _, __, rows: rows.to(dtype))
-
-
-def read_shared(
-    block: nn.Module,
-    prefix: str,
-    names: Iterable[str],
-    weights: ModelWeights,
-    twins: Mapping[str, Collection[str]],
-    device: torch.device,
-) -> None:
-    """Give a block the weights that it shares with another and that are stored under the other's name."""
-    for name in names:
-        twin = next((twin for twin in twins.get(f"{prefix}.{name}", ()) if twin in weights), None)
-        if twin is not None and f"{prefix}.{name}" not in weights:
-            owner = block.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            tensor = weights.checked(twin, owner.get_parameter(leaf))
-            place(owner, leaf, tensor.to(device, owner.get_parameter(leaf).dtype))
-
-
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Move what a model has computed itself to a device."""
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                place(module, leaf, buffer.to(device))

@@ -115,7 +115,7 @@ def load(  # noqa: PLR0913 - users name them
         placement = Placement(device_map, max_memory, offload_folder)
     elif max_memory is not None or offload_folder is not None:
         raise UsageError("max_memory and offload_folder are for a device_map: add device_map='auto'")
-    source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype)
+    source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype, codes=backend != "dense")
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 

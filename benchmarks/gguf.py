@@ -115,10 +115,11 @@ def compress(args: argparse.Namespace, method: str, grid: str) -> Path:
     """SmolLM2 on a grid, made once."""
     model = plain_model(args.work, torch.bfloat16, dithered=True)
     _, calibration = split_text(args.text, args.work, model)
-    out = args.work / f"{method}-{grid}"
+    out = args.work / f"{method}-{grid}{f'-{args.blocks}' if args.blocks else ''}"
+    targets = tuple(f"model.layers.{block}.*" for block in range(args.blocks))
     if not (out / "secateur.json").exists():
         text = secateur.Calibration(source=str(calibration), samples=args.samples, seq_len=SEQ_LEN, bos=False)
-        recipe = secateur.Recipe(quantize=method, quantization={"grid": grid}, calibration=text)
+        recipe = secateur.Recipe(quantize=method, quantization={"grid": grid}, calibration=text, targets=targets)
         secateur.compress(str(model), out, recipe, overwrite=True)
     return out
 
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--grids", default=GRIDS)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--windows", type=int, default=EVAL_WINDOWS)
+    parser.add_argument("--blocks", type=int, default=0, help="compress only the first so many")
     parser.add_argument("--llama", help="Python with llama-cpp-python")
     parser.add_argument("--converter", help="llama.cpp's folder, or its converter")
     parser.add_argument("--like", help="GGUF file of the model of 1.1 B, in place of the converter")

@@ -56,7 +56,7 @@ def convert(converter: list[str], folder: Path, out: Path, dtype: torch.dtype, n
     """
     command = [*converter, str(folder)]
     for option, value in (("outfile", str(out)), ("outtype", _OUT_TYPES[dtype])):
-        command += [f"--{option}", value]
+        command += ["-" * 2 + option, value]  # its options are none of ours
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:

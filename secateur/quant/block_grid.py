@@ -44,15 +44,21 @@ def check_grid(method: Any, defaults: Sequence[tuple[str, Any]]) -> None:
             raise UsageError(f"`{name}` is decided by `grid` {method.grid}: leave `{name}` out, or give `grid` uniform")
 
 
+def check_pruned(method: Any) -> None:
+    """Raise UsageError where a quantizer has a grid that has no place for weights without a code."""
+    grid = getattr(method, "grid", UNIFORM)
+    if grid != UNIFORM:
+        raise UsageError(
+            f"`grid` {grid} has a code for every weight, and what is pruned has none: leave `prune` out, or give `grid` uniform"
+        )
+
+
 def block_grid(method: Any, stack: Stack, pruned: Pruned | None) -> BlockGrid | None:
     """The grid that a method's options ask for; None: one of its own. Raises UsageError where it does not fit the weights."""
     if method.grid == UNIFORM:
         return None
     if pruned is not None:
-        raise UsageError(
-            f"`grid` {method.grid} has a code for every weight, and what is pruned has none: leave `prune` out, or give "
-            "`grid` uniform"
-        )
+        check_pruned(method)
     form = type_for(method.grid.upper(), stack.features)
     if form is None:
         raise UsageError(

@@ -17,6 +17,7 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
+from secateur.quant.block_grid import check_pruned
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
@@ -114,6 +115,8 @@ def plan(recipe: Recipe) -> Plan:
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)
+    if pruning is not None and quantizer is not None:
+        check_pruned(quantizer)
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if quantizer is not None and recipe.format in _SPARSE_FORMATS:

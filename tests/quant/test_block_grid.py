@@ -15,6 +15,9 @@ from secateur.quant.block_fit import Coded, fit_block
 from secateur.quant.block_grid import BlockGrid
 from secateur.quant.gptq import GPTQ
 from secateur.quant.rtn import RTN
+from secateur.recipes.plan import plan
+from secateur.recipes.recipe import Recipe
+from secateur.search.target import check_target
 
 I = 512
 METHODS = {"rtn": RTN, "gptq": GPTQ, "natural": lambda grid: GPTQ(grid=grid, order="natural")}
@@ -161,6 +164,10 @@ def test_what_does_not_fit_is_refused():
     stack = Stack.of([W_OI], InputStats.isotropic(I, Level.GRAM))
     with pytest.raises(UsageError, match="`grid` q4_0 has a code for every weight"):
         GPTQ(grid="q4_0").quantize(stack, Pruned(W_OI, torch.ones_like(W_OI, dtype=torch.bool)))
+    with pytest.raises(UsageError, match="`grid` q4_k has a code for every weight"):
+        plan(Recipe(prune="wanda", sparsity=0.5, quantize="rtn", quantization={"grid": "q4_k"}))
+    with pytest.raises(UsageError, match="`target_size` finds sparsity and bits of every linear: leave `grid` out"):
+        check_target(Recipe(quantize="gptq", quantization={"grid": "q4_k"}, target_size="30%"), "target_size")
     odd = Stack.of([W_OI[:, :100]], InputStats.isotropic(100, Level.GRAM))
     with pytest.raises(UsageError, match="does not fit a linear of 100 inputs"):
         RTN(grid="q4_0").quantize(odd)

@@ -1,6 +1,7 @@
 """GGUF: codes solved for its grids against llama.cpp's own, our files in llama.cpp, and what an export takes.
 
     pip install gguf libgguf          # libgguf: ggml's own quantizers, with importance matrices
+    python -m benchmarks.gguf --part linear
     python -m benchmarks.gguf --text wiki.test.raw --part quality
     python -m benchmarks.gguf --text wiki.test.raw --part llama --llama llama/bin/python
     python -m benchmarks.gguf --part time
@@ -46,12 +47,14 @@ from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
-from secateur.core.stats import Level
+from secateur.core.stats import InputStats, Level
 from secateur.evaluation.perplexity import measure
 from secateur.foreign.gguf_blocks import read_blocks
-from secateur.formats.layouts.block_types import type_for
+from secateur.formats.layouts.block_types import BLOCK_TYPES, type_for
 from secateur.model.source import open_source
 from secateur.quant.block_grid import grid_option
+from secateur.quant.gptq import GPTQ
+from secateur.quant.rtn import RTN
 
 GRIDS = "q4_0,q4_k,q3_k,q2_k"
 # Logits of so many tokens of each window are compared.
@@ -172,6 +175,27 @@ def in_llama(args: argparse.Namespace) -> None:
     print(f"logits: root mean square difference {difference:.5f} of their spread, same first choice {100 * same:.2f} %")
 
 
+def one_linear(args: argparse.Namespace) -> None:
+    """The error of one random linear's output, relative to its square, by each way of rounding."""
+    torch.manual_seed(0)
+    I, O = 512, 192
+    x_TI = torch.randn(2048, I) @ (torch.randn(I, I) * 0.1 + torch.eye(I)) * (1 + 3 * torch.rand(I).square())
+    W_OI = torch.randn(O, I) * 0.02 * torch.rand(O, 1)
+    stats = InputStats.empty(I, Level.GRAM)
+    stats.add(x_TI)
+    stack = Stack.of([W_OI], stats)
+    whole = (x_TI @ W_OI.T).square().sum()
+    rows = []
+    for name, form in BLOCK_TYPES.items():
+        grid = name.lower()
+        methods = (Ggml(grid), RTN(grid=grid), GPTQ(grid=grid), GPTQ(grid=grid, order="natural"))
+        errors = [
+            (x_TI @ (method.quantize(stack)[0].dequantize() - W_OI).T).square().sum() / whole for method in methods
+        ]
+        rows.append([grid, f"{form.bits_per_weight:.2f}", *(f"{error:.2e}" for error in errors)])
+    table(["grid", "bits", "ggml", "rtn", "gptq", "gptq, natural order"], rows)
+
+
 def timed(args: argparse.Namespace) -> None:
     """Seconds and memory of exporting a random Llama of 1.1 B on a grid, with the converter."""
     folder = args.work / "llama-1.1b"
@@ -201,7 +225,7 @@ def timed(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the arguments and run one part."""
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=["quality", "llama", "time"], required=True)
+    parser.add_argument("--part", choices=["linear", "quality", "llama", "time"], required=True)
     parser.add_argument("--grids", default=GRIDS)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--windows", type=int, default=EVAL_WINDOWS)
@@ -211,7 +235,7 @@ def main() -> None:
     parser.add_argument("--like", help="GGUF file of the model of 1.1 B, in place of the converter")
     args = parser.parse_args()
     prepare(args)
-    {"quality": quality, "llama": in_llama, "time": timed}[args.part](args)
+    {"linear": one_linear, "quality": quality, "llama": in_llama, "time": timed}[args.part](args)
 
 
 if __name__ == "__main__":

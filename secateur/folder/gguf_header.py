@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,26 @@ from secateur.errors import CheckpointError
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
+_UINT32 = 4
 _MOST_DIMENSIONS = 4
+_ALIGNMENT_KEY = b"general.alignment"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        name: of the tensor.
+        shape: rows before what is in them.
+        kind: the number of its type.
+        start: its first byte.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    start: int
 
 
 def matrix_dtype(file: Path) -> torch.dtype | None:
@@ -29,36 +49,68 @@ def matrix_dtype(file: Path) -> torch.dtype | None:
         CheckpointError: it is not a GGUF file, or is truncated.
     """
     counts: dict[torch.dtype | None, int] = {}
-    try:
-        with file.open("rb") as stream:
-            for name, dims, kind in _tensors(stream, file.stat().st_size):
-                if len(dims) == 2 and name.startswith(b"blk."):
-                    dtype = _FLOATS.get(kind)
-                    counts[dtype] = counts.get(dtype, 0) + math.prod(dims)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    for place in tensor_places(file):
+        if len(place.shape) == 2 and place.name.startswith("blk."):
+            dtype = _FLOATS.get(place.kind)
+            counts[dtype] = counts.get(dtype, 0) + math.prod(place.shape)
     return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
 
-def _tensors(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, tuple[int, ...], int]]:
+def tensor_places(file: Path) -> list[Place]:
+    """Where the tensors of a file begin; how long they are is told by their types.
+
+    Raises:
+        CheckpointError: it is not a GGUF file, or is truncated.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            count, alignment = _read_entries(stream, size)
+            found = list(_tensors(stream, size, count))
+            begin = -(-stream.tell() // alignment) * alignment
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    places = [
+        Place(name.decode("utf-8", "replace"), dims[::-1], kind, begin + offset) for name, dims, kind, offset in found
+    ]
+    if any(place.start > size for place in places):
+        raise CheckpointError(f"{file} cannot be read: it is truncated")
+    return places
+
+
+def _read_entries(stream: BinaryIO, size: int) -> tuple[int, int]:
+    """Go past all that stands before the tensors: how many there are, and to what multiples of bytes they are aligned."""
     if stream.read(4) != b"GGUF":
         raise ValueError("it is not a GGUF file")
     version, tensors, entries = _numbers(stream, "IQQ")
     if version not in (2, 3):
         raise ValueError(f"its version is {version}, and 2 and 3 are known")
+    alignment = 32
     for _ in range(entries):
-        _skip(stream, _length(stream), size)
-        _skip_value(stream, _numbers(stream, "I")[0], size)
-    for _ in range(tensors):
+        length = _length(stream)
+        if length > size:
+            raise ValueError("it is truncated")
+        key, (kind,) = stream.read(length), _numbers(stream, "I")
+        if key == _ALIGNMENT_KEY and kind == _UINT32:
+            (alignment,) = _numbers(stream, "I")
+            if alignment < 1 or alignment & (alignment - 1):
+                raise ValueError(f"its tensors are aligned to {alignment}, which is no power of two")
+        else:
+            _skip_value(stream, kind, size)
+    return tensors, alignment
+
+
+def _tensors(stream: BinaryIO, size: int, count: int) -> Iterator[tuple[bytes, tuple[int, ...], int, int]]:
+    for _ in range(count):
         length = _length(stream)
         if length > size:
             raise ValueError("it is truncated")
         name = stream.read(length)
-        (count,) = _numbers(stream, "I")
-        if count > _MOST_DIMENSIONS:
-            raise ValueError(f"a tensor has {count} dimensions")
-        *dims, kind, _ = _numbers(stream, f"{count}QIQ")
-        yield name, tuple(dims), kind
+        (dimensions,) = _numbers(stream, "I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor has {dimensions} dimensions")
+        *dims, kind, offset = _numbers(stream, f"{dimensions}QIQ")
+        yield name, tuple(dims), kind, offset
 
 
 def _skip_value(stream: BinaryIO, kind: int, size: int) -> None:

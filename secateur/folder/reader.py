@@ -102,6 +102,10 @@ class Tensors(Mapping[str, Tensor]):
     def release(self) -> None:
         """Let the memory go that has been read, as far as it is not of tensors that are held."""
 
+    def held(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Some of them, for longer than the others are there."""
+        return {name: self[name] for name in names}
+
 
 class LoadedTensors(dict[str, Tensor], Tensors):
     """Tensors in memory."""
@@ -164,6 +168,9 @@ class StoredTensors(Tensors):
 
     def release(self) -> None:
         self._mapped = None  # files are mapped anew from here on
+
+    def held(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        return HeldTensors(self, names)
 
     def __contains__(self, name: object) -> bool:
         # Not Mapping's own, which would read the tensor to find out.

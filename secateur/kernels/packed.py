@@ -147,7 +147,7 @@ class GridOperands(NamedTuple):
     Attributes:
         group_size: weights of a group.
         scale: of each group, where it is a number `[Γ]`.
-        zero: of each group, a code `[Γ]`; None where all are 2^(bits − 1).
+        zero: of each group, a code `[Γ]`, or a float32 that need not be one; None where all are 2^(bits − 1).
         pair: where scales and zero points are codes c and d: `[Γ]`, c + 16·d, where neither has more than four bits; `[Γ, 2]`
             otherwise.
         second: what those codes stand for, `[T, G, 4]`: step and low of the scale, step and low of the zero point.

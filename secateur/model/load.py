@@ -123,7 +123,7 @@ def load(  # noqa: PLR0913 - users name them
         raise UsageError(
             "offload_folder, and max_memory by device, are for a device_map: add device_map='auto', or give one size"
         )
-    source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype)
+    source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype, codes=backend != "dense")
     limit = None if isinstance(max_memory, Mapping) else limit_memory(max_memory)
     if limit is not None and placement is None:
         return load_within(source, dtype or source.dtype, target, limit, backend)

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.utils import quantization_config
 
 from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.folder.entries import check_entries
 from secateur.folder.gguf_header import matrix_dtype
 from secateur.folder.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.folder.paths import check_named
-from secateur.folder.reader import LoadedTensors, read_json, weight_files
+from secateur.folder.reader import read_json, weight_files
 from secateur.folder.writer import write_json
 from secateur.formats.dtypes import config_dtype
 from secateur.formats.layouts.packed_weight import DecodedWeights
@@ -42,6 +39,7 @@ from secateur.formats.stored_weights import (
 )
 from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
+from secateur.model.gguf_source import read_gguf
 from secateur.model.limits import check_config
 
 DEMO = "demo"
@@ -62,7 +60,7 @@ class Source:
         files: where they lie.
         folder: the Hugging Face folder, or None for a GGUF file.
         trust_remote_code: whether the user allowed the model's own code to run.
-        quantization: secateur's `quantization_config`, where the folder has one.
+        quantization: secateur's `quantization_config`, where the folder has one, or a GGUF file keeps its codes.
         from_hub: whether the user asked for it by a hub id, so that the hub may be asked for more.
         sound: the dtypes (None: those they have) that all values were found to be finite in.
         own_config: what its `config.json` says, or None for a GGUF file.
@@ -148,15 +146,21 @@ def open_tokenizer(name: str, folder: Path, trust_remote_code: bool, from_hub: b
 
 
 def open_source(
-    model: str, trust_remote_code: bool = False, verify: bool = False, dtype: torch.dtype | None = None
+    model: str,
+    trust_remote_code: bool = False,
+    verify: bool = False,
+    dtype: torch.dtype | None = None,
+    codes: bool = False,
 ) -> Source:
-    """Open a model without reading its weights (those of a GGUF file are dequantized at once, by transformers).
+    """Open a model without reading its weights (those of a GGUF file are read at once, by transformers).
 
     Args:
         model: a folder, a hub id (`id@revision` for a branch, tag or commit), a `.gguf` file, or `demo`.
         trust_remote_code: whether code that comes with the model may run.
         verify: compare the SHA-256 of every file with the manifest before any is opened.
         dtype: that weights are wanted in, so that those of a GGUF file are rounded to no other; None: the model's own.
+        codes: whether linears of a GGUF file keep their codes where a layout of ours holds them, as if they lay in a folder
+            of ours; else they are dense.
 
     Raises:
         UsageError: there is no such model, or it is not a decoder-only language model.
@@ -177,7 +181,7 @@ def open_source(
             raise CheckpointError(
                 f"{model} cannot be verified: it has no {MANIFEST_NAME}, which tells what its files were"
             )
-        return _open_gguf(model, _demo_file() if demo else path, dtype)
+        return _open_gguf(model, _demo_file() if demo else path, dtype, codes)
     from_hub = not os.path.isdir(path)
     if os.path.exists(path) and from_hub:
         raise UsageError(f"{model} is a file, but not a .gguf: give a Hugging Face folder")
@@ -320,31 +324,10 @@ def _demo_file() -> Path:
     return files[0]
 
 
-def _open_gguf(name: str, file: Path, dtype: torch.dtype | None) -> Source:
-    if find_spec("gguf") is None:
-        raise UsageError(f"reading {file.name} needs the package gguf: pip install gguf")
-    # What quantized weights stand for is a model in bfloat16, as such models were trained in.
-    stored = matrix_dtype(file) or torch.bfloat16
-    try:
-        with redirect_stderr(StringIO()):  # a progress bar that has no switch
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=dtype or stored, **_dequantized()
-            )
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from error
-    config = model.config
-    config.__dict__.pop("quantization_config", None)
-    config.dtype = stored
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    weights = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+def _open_gguf(name: str, file: Path, dtype: torch.dtype | None, codes: bool) -> Source:
+    config, weights, stored, quantization = read_gguf(file, dtype, codes)
     rounded = matrix_dtype(file) is None
-    return Source(name, config, DecodedWeights(LoadedTensors(weights)), stored, stored, (file,), None, rounded=rounded)
-
-
-def _dequantized() -> dict[str, Any]:
-    """Options that have transformers make the weights of a GGUF file dense, where its release can keep them packed."""
-    config = getattr(quantization_config, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
+    return Source(name, config, weights, stored, stored, (file,), None, quantization=quantization, rounded=rounded)
 
 
 def save_untied(folder: Path) -> None:

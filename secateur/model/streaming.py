@@ -197,6 +197,7 @@ class _Loading:
             def empty(tensor: Tensor, parts: Any = parts, pieces: Any = pieces, kept: Any = kept) -> Tensor:
                 extent = next((extent for extent, part in parts if _is_padded(tensor, part)), None)
                 if extent is None:
+                    found.kept += tensor.nbytes
                     return tensor
                 kept.append(torch.empty_like(tensor, device="meta"))
                 pieces[id(kept[-1])] = found.add(extent, tensor, tensor.nbytes - extent.size)
@@ -217,19 +218,24 @@ class _Loading:
                 _own(module, leaf)
                 found.kept += parameter.nbytes
                 if parameter.ndim > 1 and found.kept > room:
-                    raise UsageError(
-                        f"{full} does not lie in the files of {self._name} as {str(parameter.dtype).removeprefix('torch.')} "
-                        "is computed with: leave `dtype` out, or compress or export the model first"
-                    )
+                    raise self._other(full)
+        if found.kept > max(room, found.size // 2):
+            raise self._other(prefix)
         found.pieces.sort(key=lambda piece: (piece.extent.file, piece.extent.start))
         found.unbind()
         return found
+
+    def _other(self, name: str) -> UsageError:
+        return UsageError(
+            f"{name} does not lie in the files of {self._name} as it is computed with: leave `dtype` out, or compress or "
+            "export the model first"
+        )
 
     def _parts(self, weight: str) -> list[tuple[Extent, Tensor]]:
         packed = self._weights.packed(weight)
         assert packed is not None
         stored = self._weights.stored_tensors
-        return [(self._extents[key], stored[key]) for key in packed.parts.values()]
+        return [(self._extents[key], stored[key]) for key in packed.parts.values() if key in self._extents]
 
 
 def _own(owner: nn.Module, leaf: str) -> None:

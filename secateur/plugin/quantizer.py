@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
-from secateur.folder.reader import HeldTensors, StoredTensors
+from secateur.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 from secateur.formats.stored_weights import (
@@ -113,7 +113,7 @@ class SecateurQuantizer(HfQuantizer):
         #: How weights are packed in the files, by the names that they have there.
         self.packed: Mapping[str, PackedWeight] = {}
         #: The tensors in the files; after loading, only where a dense weight does not tell how it was quantized.
-        self.stored: Mapping[str, Tensor] = {}
+        self.stored: Any = {}
         #: Of which some weights are packed, by name; taken apart, but where `_whole` says so.
         self._experts: dict[str, Experts] = {}
         self._whole = False
@@ -255,7 +255,7 @@ class SecateurQuantizer(HfQuantizer):
         self._all_packed = not dense
         rounded = (self._packed(model, name) for name, layout in dense.items() if layout.rounded)
         keys = [key for packed in rounded if packed is not None for key in packed.parts.values()]
-        self.stored = HeldTensors(self.stored, keys) if keys else {}
+        self.stored = self.stored.held(keys) if keys else {}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         state, packed = {}, {}

@@ -7,6 +7,7 @@ of a row, G: groups of a row.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Outliers, Quantized
 from secateur.core.stack import Stack
+from secateur.quant.block_grid import BlockGrid
 from secateur.quant.grid import Fitted, Grid, inverse
 from secateur.quant.groups import fit_groups, stored_rows
 from secateur.quant.two_level import TwoLevelGrid
@@ -22,7 +24,7 @@ from secateur.solvers.column_sweep import sweep
 
 def carry_error(
     stack: Stack,
-    grid: Grid | TwoLevelGrid,
+    grid: Grid | TwoLevelGrid | BlockGrid,
     order: str,
     damping: float,
     pruned: Pruned | None,
@@ -95,7 +97,7 @@ class _Rounding:
 
     def __init__(
         self,
-        grid: Grid | TwoLevelGrid,
+        grid: Grid | TwoLevelGrid | BlockGrid,
         swept: list[int],
         pivot_I: Tensor,
         keep_OI: Tensor | None,
@@ -106,7 +108,7 @@ class _Rounding:
         self.pivot_I = pivot_I
         self.limit_O = limit_O
         self.keep_OI = keep_OI
-        self.fitted: list[Fitted] = []
+        self.fitted: list[Any] = []  # as the grid fits them
         self.outlier_IO: Tensor | None = None
         if limit_O is not None:
             self.outlier_IO = torch.zeros(len(swept), len(limit_O), dtype=torch.bool, device=limit_O.device)
@@ -126,7 +128,7 @@ class _Rounding:
         if first == len(self.fitted) * self.grid.group_size:
             self.fitted.append(self._fit(W_SO, self.pivot_I[first : first + len(W_SO), None].pow(-2)))
 
-    def _fit(self, w_SO: Tensor, importance_SO: Tensor | None) -> Fitted:
+    def _fit(self, w_SO: Tensor, importance_SO: Tensor | None) -> Any:
         assert importance_SO is not None
         if self.limit_O is not None:
             likely_SO = useful_outliers(w_SO, importance_SO, self.limit_O, self.grid.levels)
@@ -136,7 +138,8 @@ class _Rounding:
     def settle(self, i: int, w_O: Tensor) -> Tensor:
         column = self.swept[i]
         if self.keep_OI is None:
-            fitted = self.fitted[column // self.grid.group_size]
+            group, within = divmod(column, self.grid.group_size)
+            fitted = self.fitted[group].at(within)
         else:
             group_1O = self.group_IO[column].long()[None]
             fitted = Fitted(self.scale_GO.gather(0, group_1O)[0], self.zero_GO.gather(0, group_1O)[0])

@@ -15,6 +15,8 @@ from secateur.core.quantized import BITS, Quantized
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
+from secateur.errors import UsageError
+from secateur.quant.block_grid import UNIFORM, block_grid, check_grid, grid_option
 from secateur.quant.error_feedback import carry_error
 from secateur.quant.grid import Grid
 from secateur.quant.grid_options import (
@@ -37,6 +39,7 @@ class GPTQ:
     search_range: bool = search_range_option()
     order: str = order_option("activation")
     damping: float | str = damping_option()
+    grid: str = grid_option()
 
     name: ClassVar[str] = "gptq"
     paper: ClassVar[str] = "Frantar et al. 2022, arXiv:2210.17323"
@@ -46,6 +49,12 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         check_options(self)
+        decided = (("bits", 4), ("group_size", 64), ("symmetric", False), ("search_range", True))
+        check_grid(self, decided)
+        if self.grid != UNIFORM and self.order == "permuted":
+            raise UsageError(
+                f"`order` permuted has to be stored, and `grid` {self.grid} stores no order: give activation"
+            )
 
     def quantize(self, stack: Stack, pruned: Pruned | None = None) -> list[Quantized]:
         """Round the weights, carrying on the error; with a mask also that of what it removes.
@@ -53,4 +62,5 @@ class GPTQ:
         With `pruned` a column is pruned and rounded at once, and the sum of both errors is carried on (Frantar & Alistarh
         2023, arXiv:2301.00774, section 3.5). The grids are those of the weights that the pruner left.
         """
-        return carry_error(stack, Grid.of(self, stack), self.order, number(self.damping), pruned)
+        grid = block_grid(self, stack, pruned) or Grid.of(self, stack)
+        return carry_error(stack, grid, self.order, number(self.damping), pruned)

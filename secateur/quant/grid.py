@@ -42,6 +42,10 @@ class Fitted:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inverse_O", inverse(self.scale_O))
 
+    def at(self, column: int) -> Fitted:
+        """The grid of a column of the group: all have this one."""
+        return self
+
     def round(self, w: Tensor, levels: int) -> Tensor:
         """What the nearest of the levels 0 to `levels` stand for."""
         code = nearest(w, self.inverse_O, self.zero_O, levels)

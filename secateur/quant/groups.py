@@ -6,20 +6,22 @@ O: output features, I: input features, K: weights stored of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from secateur.core.quantized import take_kept
-from secateur.quant.grid import Fitted
+
+_Fitted = TypeVar("_Fitted")
 
 
 def fit_groups(
-    fit: Callable[[Tensor, Tensor | None], Fitted],
+    fit: Callable[[Tensor, Tensor | None], _Fitted],
     group_size: int,
     W_OI: Tensor,
     keep_OI: Tensor | None,
     importance_I: Tensor | None = None,
-) -> list[Fitted]:
+) -> list[_Fitted]:
     """The grid of every group of the weights that are stored, before any is rounded.
 
     Args:

@@ -286,8 +286,8 @@ def test_a_device_or_dtype_that_makes_no_sense(command, kind, fails, pruned, mod
 
 
 def test_other_words_that_are_not_known(fails, pruned, tmp_path):
-    assert "--to 'gguf' is not known: it can be dense, secateur, compressed-tensors, spqr" in fails(
-        2, "export", pruned, tmp_path / "o", "--to", "gguf"
+    assert "--to 'onnx' is not known: it can be dense, secateur, compressed-tensors, spqr, gguf" in fails(
+        2, "export", pruned, tmp_path / "o", "--to", "onnx"
     )
     assert "backend 'fast' is not known" in fails(2, "generate", pruned, "bon", "--backend", "fast")
     assert "--data self" in fails(2, "eval", pruned, "--data", "self")

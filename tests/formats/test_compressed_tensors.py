@@ -216,8 +216,8 @@ def test_a_section_that_packs_nothing_is_read(tmp_path):
 
 
 def test_export_refuses_an_unknown_form(tmp_path):
-    with pytest.raises(UsageError, match="'gguf' is not known: it can be dense, secateur"):
-        export(str(BITMASK), tmp_path / "out", "gguf")
+    with pytest.raises(UsageError, match="'onnx' is not known: it can be dense, secateur"):
+        export(str(BITMASK), tmp_path / "out", "onnx")
 
 
 def test_export_to_dense(tmp_path):

@@ -224,7 +224,10 @@ void check_coded(const std::vector<const Kernels*>& all, int64_t number) {
     const int64_t total = group_start[O];
     if (kind == 1) {
       w.scale = memory.values(total, half, false);
-      if (chance(0.5)) w.zero = memory.exactly(random_bytes(total));
+      if (chance(0.4))
+        w.zero = memory.exactly(random_bytes(total));
+      else if (chance(0.3))
+        w.level = memory.values(total, Float::f32, false);
       largest = 8 * 512 + 16;
     } else {
       w.nibbles = chance(0.5);

@@ -292,6 +292,7 @@ inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int6
       s = load_some(w.scale, at + g, left);
       z = _mm256_set1_ps(float(1 << (w.bits - 1)));
       if (w.zero) z = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_some(w.zero + at + g, left, 1)));
+      if (w.level.data) z = load_some(w.level, at + g, left);
     } else {
       __m256i c, d;
       if (w.nibbles) {

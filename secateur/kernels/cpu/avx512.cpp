@@ -212,6 +212,7 @@ inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const floa
     s = end ? load_some(w.scale, at, n) : load16(w.scale, at);
     z = _mm512_set1_ps(float(1 << (w.bits - 1)));
     if (w.zero) z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, w.zero + at)));
+    if (w.level.data) z = end ? load_some(w.level, at, n) : load16(w.level, at);
   } else {
     __m512i c, d;
     if (w.nibbles) {

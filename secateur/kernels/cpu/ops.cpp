@@ -194,7 +194,10 @@ Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, cons
     const int64_t groups = w.group_start ? w.group_start[O] : O * w.G;
     if (scale) {
       w.scale = floats_of(*scale, groups, "scale");
-      w.zero = optional_data<uint8_t>(zero, ScalarType::Byte, groups, "zero");
+      if (zero && zero->scalar_type() == ScalarType::Float)
+        w.level = floats_of(*zero, groups, "zero");
+      else
+        w.zero = optional_data<uint8_t>(zero, ScalarType::Byte, groups, "zero");
     } else {
       STD_TORCH_CHECK(tile_rows >= 1, "secateur: tiles of ", tile_rows, " rows");
       w.tile_rows = tile_rows;

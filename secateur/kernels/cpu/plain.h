@@ -67,7 +67,7 @@ inline void plain_grid(const Coded& w, int64_t r, int64_t first_group, int64_t n
   if (w.scale.data) {
     for (int64_t g = 0; g < n; g++) {
       scale[g] = value_at(w.scale, first_group + g);
-      zero[g] = w.zero ? w.zero[first_group + g] : float(1 << (w.bits - 1));
+      zero[g] = w.zero ? w.zero[first_group + g] : w.level.data ? value_at(w.level, first_group + g) : float(1 << (w.bits - 1));
     }
     return;
   }

@@ -40,7 +40,8 @@ struct Coded {
   int64_t G;                   // ⌈I / group_size⌉; 0 for a table
   // One of three grids: scale and zero,
   Floats scale;
-  const uint8_t* zero;  // null: 2^(bits − 1)
+  const uint8_t* zero;  // null: `level`, or where that is null too 2^(bits − 1)
+  Floats level;         // zero points that are between codes, or beyond them
   // codes of scale and zero and the second level,
   const uint8_t* pair;
   bool nibbles;

@@ -89,6 +89,8 @@ def _coded(weight: CodedWeight) -> TritonWeight:
         kind, scale = "table", grid.table
     elif grid.scale is not None:
         kind, scale = "symmetric" if grid.zero is None else "uniform", grid.scale
+        if grid.zero is not None and grid.zero.is_floating_point():
+            kind = "level"
     else:
         assert grid.pair is not None
         kind, scale = "two-level" if grid.pair.ndim == 1 else "two-level bytes", grid.pair

@@ -103,6 +103,8 @@ def _line(scale, zero, second, row_R1, tile_R1, column_1L, O, I, BITS: tl.conste
         a_RL = tl.load(scale + at_RL, mask=inside_RL, other=0.0).to(tl.float32)
         if GRID == "uniform":
             b_RL = -_above(tl.load(zero + at_RL, mask=inside_RL, other=0).to(tl.int32), BITS) * a_RL
+        elif GRID == "level":  # zero points between codes
+            b_RL = -(tl.load(zero + at_RL, mask=inside_RL, other=0.0) + 2**BITS) * a_RL
         else:
             b_RL = a_RL * -(2**BITS + 2 ** (BITS - 1))
     return a_RL, b_RL

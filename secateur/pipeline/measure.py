@@ -32,7 +32,8 @@ from secateur.recipes.plan import Plan
 from secateur.walking.capture import BlockCall, BodyCalls
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
 from secateur.walking.gathering import Gathering
-from secateur.walking.walker import Catcher, Walker, only_in_head
+from secateur.walking.placing import only_in_head
+from secateur.walking.walker import Catcher, Walker
 
 # Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
 _PROBES = (8, 32)

@@ -238,7 +238,7 @@ def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
         if number < done:
             run_again(run, journey, number)
         else:
-            solve_block(run, journey, number, own_NS)
+            solve_block(run, journey, number)
 
 
 def solve_tables(run: Run, names: Iterable[str]) -> None:
@@ -276,12 +276,12 @@ def by_inputs(run: Run, catcher: Catcher) -> bool:
     return run.job.plan.level >= Level.GRAM and isinstance(catcher, BlockCalls)
 
 
-def solve_head(run: Run, journey: Journey, own_NS: Tensor) -> None:
+def solve_head(run: Run, journey: Journey) -> None:
     """Solve the head by what comes out of the last block."""
     head, ranks = run.prepared.head, run.job.ranks
     assert head is not None
     run.job.say(f"solving {head}")
-    stats = run.walker.stats_of_head(journey, own_NS, head)
+    stats = run.walker.stats_of_head(journey, head)
     with run.clock("exchange"):
         ranks.add_up(stats)
     with run.clock("solving"):
@@ -309,12 +309,8 @@ def run_again(run: Run, journey: Journey, number: int) -> None:
     release(run.prepared.blocks[number])
 
 
-def solve_block(run: Run, journey: Journey, number: int, own_NS: Tensor) -> None:
-    """Compress a block that is in place, run its inputs through it, and record it; with the last one, a head that reads it.
-
-    Args:
-        own_NS: the windows on their way.
-    """
+def solve_block(run: Run, journey: Journey, number: int) -> None:
+    """Compress a block that is in place, run its inputs through it, and record it; with the last one, a head that reads it."""
     last = number + 1 == len(run.prepared.blocks)
     to_head = last and run.prepared.head is not None and by_inputs(run, journey.catcher)
     outputs = None if last and not to_head else journey.waiting(number + 1)
@@ -322,7 +318,7 @@ def solve_block(run: Run, journey: Journey, number: int, own_NS: Tensor) -> None
     journey.pass_block(number, outputs, level, lambda gathered: solve_stage(run, gathered))
     release(run.prepared.blocks[number])
     if to_head:
-        solve_head(run, journey, own_NS)
+        solve_head(run, journey)
     run.recorder.end_block(number, journey.inputs if outputs is not None and not last else ())
 
 

@@ -239,7 +239,7 @@ def _compressed(run: Run, known: _Measured | None) -> _Measured:
         else:
             walker.read(number)
             # One that is not the first sees what the first made, for what comes between.
-            solve_block(run, journey, number, few_NS)
+            solve_block(run, journey, number)
 
     seconds = _timed(run, [0] if isinstance(catcher, BodyCalls) else kinds, compress)
     return _Measured(run, len(few_NS) / len(ids_NS), need, settings, seconds)

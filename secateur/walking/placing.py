@@ -6,6 +6,7 @@ V: vocabulary, I: features of a row.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,3 +59,9 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 place(module, leaf, buffer.to(device))
+
+
+def only_in_head(model: Any, name: str) -> bool:
+    """Whether a parameter is of the head alone, which computes logits."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner is model.get_output_embeddings() and owner is not model.get_input_embeddings()

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from secateur.unfinished.kept_inputs import file_beside
 from secateur.walking.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
-from secateur.walking.placing import keep_mapped, keep_rows, move_buffers, read_shared
+from secateur.walking.placing import keep_mapped, keep_rows, move_buffers, only_in_head, read_shared
 from secateur.walking.twin import Twin
 from secateur.walking.walk import Beside, Gathered, Passage, Solve, Target, Way, in_batches, walk
 
@@ -111,8 +110,8 @@ class Walker:
 
     # --- behind the blocks
 
-    def stats_of_head(self, journey: Journey, ids_NS: Tensor, head: str) -> InputStats:
-        """The statistics, for Gram matrices, of what a head reads where these windows have come out of the last block."""
+    def stats_of_head(self, journey: Journey, head: str) -> InputStats:
+        """The statistics, for Gram matrices, of what a head reads where windows have come out of the last block."""
         assert isinstance(journey.catcher, BlockCalls)
         self._place_outside()
         model, device = self.prepared.model, self.prepared.device
@@ -122,7 +121,8 @@ class Walker:
         for i in range(len(journey.hiddens)):
             with self.clock("forward"):
                 hidden = journey.hiddens.take(i)
-                x = journey.catcher.before_head(model, linear, ids_NS[first : first + len(hidden)].to(device), hidden)
+                ids_NS = journey.ids_NS[first : first + len(hidden)].to(device)
+                x = journey.catcher.before_head(model, linear, ids_NS, hidden)
             with self.clock("statistics"):
                 stats.add(x.reshape(-1, x.shape[-1]))
             first += len(hidden)
@@ -209,9 +209,9 @@ class Walker:
         first = sum(given[: self.ranks.rank])
         along = None
         if dense is not None:
-            along = Journey(self, catcher, settings.pause, waiting_beside, calls, dense, turns, first)
+            along = Journey(self, catcher, settings.pause, waiting_beside, calls, dense, turns, ids_NS, first)
         twin = Twin(catcher.body) if beside and isinstance(catcher, BodyCalls) else None
-        return Journey(self, catcher, settings.pause, waiting, calls, hiddens, turns, first, along, twin)
+        return Journey(self, catcher, settings.pause, waiting, calls, hiddens, turns, ids_NS, first, along, twin)
 
     def stages(
         self, block: nn.Module, call: BlockCall, probe: BlockCall, linears: dict[str, Linear], at_once: int = 1
@@ -240,6 +240,7 @@ class Journey:
         calls: for each batch those of all blocks, or of the body.
         hiddens: the inputs of the next block.
         turns: how experts are visited.
+        ids_NS: the windows.
         first: the number of the first window, among those of all processes.
         beside: the same windows on their way through the dense model, where they go along.
         twin: of the body, as it was before anything in it was solved, where those windows pass it whole.
@@ -252,6 +253,7 @@ class Journey:
     calls: list[list[BlockCall]]
     hiddens: HiddenStates
     turns: Turns
+    ids_NS: Tensor
     first: int = 0
     beside: Journey | None = None
     twin: Twin | None = None
@@ -392,9 +394,3 @@ def _tensor(block: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     found: Tensor = getattr(block.get_submodule(owner), leaf)
     return found
-
-
-def only_in_head(model: Any, name: str) -> bool:
-    """Whether a parameter is of the head alone, which computes logits."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return owner is model.get_output_embeddings() and owner is not model.get_input_embeddings()

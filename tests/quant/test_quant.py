@@ -449,8 +449,8 @@ def test_a_higher_threshold_leaves_fewer_outliers():
 @pytest.mark.parametrize(
     ("kinds", "option", "values"),
     [
-        ((RTN, GPTQ), "bits", [0, 1, 5, 16]),
-        ((SpQR,), "bits", [1, 5, 8]),
+        ((RTN, GPTQ), "bits", [0, 1, 9, 16]),
+        ((SpQR,), "bits", [1, 9]),
         ((RTN, GPTQ, SpQR), "group_size", [1, 0, -64, "column"]),
         ((SpQR,), "group_size", ["row"]),
         ((GPTQ, SpQR), "order", ["random", ""]),

@@ -59,9 +59,7 @@ class Gate:
     size_rise: Annotated[
         str | None, typer.Option("--max-size-rise", help="Largest rise of size on disk (default: 0.5%).")
     ] = None
-    max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence from the reference, nats per token.")] = (
-        None
-    )
+    max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence from the reference, in nats.")] = None
     min_agreement: Annotated[
         str | None, typer.Option(help="Least share of predictions with the reference's likeliest token.")
     ] = None
@@ -106,10 +104,9 @@ class Gate:
         """What measuring takes, whether it is to write a baseline or to compare with one."""
         from secateur.evaluation.quality import Runner
 
-        runner = Runner(dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory)
         return {
             "reference": self.reference,
-            "runner": runner,
+            "runner": Runner(dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory),
             "cache": self.cache,
             "revision": self.revision,
             "progress": counter(self.quiet),

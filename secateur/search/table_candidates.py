@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.model.vocabulary import Table, find_tables
@@ -24,6 +24,8 @@ from secateur.search.candidates import Candidate
 BITS = (8, 6, 5, 4, 3)
 #: Tokens that a divergence is measured on: nothing is drawn, so that fewer do than for the effects of linears.
 TOKENS = 1024
+# What the dense model's predictions are called in their file.
+_DENSE = "predictions"
 
 
 def open_tables(prepared: Prepared, asked: Recipe) -> dict[str, Table]:
@@ -47,10 +49,10 @@ def table_candidates(
         say: told of every step.
     """
     ids_NS = ids_NS[: max(1, TOKENS // ids_NS.shape[1])].to(model.device)
-    files = [scratch / f"dense-{n:04d}.pt" for n in range(len(ids_NS))]
+    files = [scratch / f"dense-{n:04d}.safetensors" for n in range(len(ids_NS))]
     for file, ids_S in zip(files, ids_NS, strict=True):
         if not file.exists():
-            torch.save(_predictions(model, ids_S).cpu(), file)
+            save_file({_DENSE: _predictions(model, ids_S).cpu().contiguous()}, file)
     dense = model.get_submodule(table.name).weight
     dtype = prepared.dtype_of(table.weight) or prepared.weights[table.weight].dtype
     found = []
@@ -59,7 +61,7 @@ def table_candidates(
         weight = quantize_table(dense.detach(), bits, dtype, prepared.device)
         _put(model, table, nn.Parameter(weight.dequantize().to(dense), requires_grad=False))
         divergence = sum(
-            _divergence(torch.load(file).to(model.device), _predictions(model, ids_S))
+            _divergence(load_file(file)[_DENSE].to(model.device), _predictions(model, ids_S))
             for file, ids_S in zip(files, ids_NS, strict=True)
         )
         cost = max(divergence / ids_NS.numel(), 0.0)

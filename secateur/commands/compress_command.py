@@ -46,11 +46,9 @@ class Compress:
     device: Device = "cpu"
     batch_tokens: BatchTokens = None
     max_memory: MaxMemory = None
-    resume: Annotated[bool, typer.Option("--resume", help="Continuation of an interrupted run, from OUT.partial.")] = (
-        False
-    )
+    resume: Annotated[bool, typer.Option("--resume", help="Continuation of an interrupted run.")] = False
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check of the new folder at the end.")] = True
-    plot: Annotated[Path | None, typer.Option(help="Picture of every linear's sparsity and bits, .png or .svg.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Picture of sparsity and bits, .png or .svg.")] = None
     card: Card = True
     overwrite: Overwrite = False
     revision: Revision = None

@@ -47,19 +47,19 @@ def _names(role: str) -> str:
 def _recipe_options() -> dict[str, _Given]:
     return {
         "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
-        "embeddings": _Given(int, "Bits of the table of embeddings: 2 to 8, 16 to leave it alone.", _METHODS),
-        "head": _Given(int, "Bits of the head, where it is not tied to the embeddings.", _METHODS),
+        "embeddings": _Given(int, "Bits of embeddings: 2 to 8, or 16 (none).", _METHODS),
+        "head": _Given(int, "Bits of a head that is not tied.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
-        "pattern": _Given(str, "Pattern: N:M (N of every M are kept), unstructured or structured.", _DETAIL),
-        "units": _Given(str, "Structured: what may go: neurons, heads, blocks; with commas.", _DETAIL),
-        "multiple": _Given(int, "Structured: number that the neurons left are a multiple of.", _DETAIL),
+        "pattern": _Given(str, "N:M (N of M stay), unstructured, structured.", _DETAIL),
+        "units": _Given(str, "Structured: some of neurons,heads,blocks.", _DETAIL),
+        "multiple": _Given(int, "Structured: divisor of the neurons left.", _DETAIL),
         "refit": _Given(bool, "Structured: new weights that make up for what goes.", _DETAIL),
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
         "match_dense": _Given(bool, "Dense model's outputs as every linear's target.", _TEXT),
-        "allocation": _Given(str, "Distribution of a total over the linears: uniform, owl or search.", _SEARCH),
-        "target_size": _Given(str, "Size to reach by search, e.g. 35% (of the dense model) or 100MB.", _SEARCH),
+        "allocation": _Given(str, "Sharing of a total: uniform, owl or search.", _SEARCH),
+        "target_size": _Given(str, "Size to reach by search, e.g. 35% or 100MB.", _SEARCH),
         "max_perplexity_rise": _Given(str, "Largest rise of perplexity in a search, e.g. 3%.", _SEARCH),
         "share_choice": _Given(str, "One choice within each expert, or each layer of experts.", _SEARCH),
         "targets": _Given(list[str], "Glob of the linears to compress; repeatable.", _OUTPUT),
@@ -78,10 +78,10 @@ _CALIBRATION = {
     "seq_len": _Given(int, "Tokens in a window.", _TEXT),
     "seed": _Given(int, "Random seed.", _TEXT),
     "expert_tokens": _Given(int, "Tokens that an expert of a mixture sees at least.", _TEXT),
-    "expert_inputs": _Given(str, "Tokens of an expert: routed, gate (weighted) or all.", _TEXT),
+    "expert_inputs": _Given(str, "Tokens of an expert: routed, gate or all.", _TEXT),
     "bos": _Given(bool, "BOS at the start of each window, if the tokenizer adds one.", _TEXT),
 }
-_RECIPE = _Given(str, "Built-in recipe, YAML file, or folder made by secateur.", _METHODS)
+_RECIPE = _Given(str, "Built-in recipe, YAML file, or folder.", _METHODS)
 
 
 def _parameter(

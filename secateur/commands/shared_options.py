@@ -82,13 +82,13 @@ CacheTokens = Annotated[
     ),
 ]
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replacement of an output folder that secateur wrote.")]
-Card = Annotated[bool, typer.Option("--card/--no-card", help="Model card, README.md, of our own before the source's.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub (or: id@revision).")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Permission to run code that comes with the model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replacement of a folder of secateur's.")]
+Card = Annotated[bool, typer.Option("--card/--no-card", help="Model card of our own in README.md.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Permission to run the model's own code.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Comparison of all files with the manifest's SHA-256 before they are opened.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the figures as JSON ('-': standard output).")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for figures as JSON ('-': stdout).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No output but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback of an error.", callback=_set_debug)]

@@ -103,9 +103,6 @@ class Recipe:
         pruning, refining, quantization: the options of each of them that are given; the others are the method's to choose.
         sparsity: share of weights to remove.
         pattern: `unstructured`, `N:M`, or `structured`: whole units go, and the result is a smaller dense model.
-        units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
-        multiple: of a structured pattern, that the number of neurons left is of; None: of 32, where the model's is.
-        refit: of a structured pattern, whether the weights that read what stays make up for what goes.
         refine: name of the mask refiner, if any.
         targets: glob patterns of the names of linears to compress; none means all inside the blocks.
         ignore: glob patterns of linears to leave alone.
@@ -113,10 +110,13 @@ class Recipe:
         dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
         calibration: the text.
         quantize: name of the quantization method, if any.
-        embeddings: bits of the table of embeddings, or `UNTOUCHED`; None leaves it as it is, unless a search finds bits for it.
-        head: the same of the head, where that is another matrix.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
         match_dense: whether the dense model's outputs are the target, so that linears make up for what those before have lost.
+        units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
+        multiple: of a structured pattern, that the number of neurons left is of; None: of 32, where the model's is.
+        refit: of a structured pattern, whether the weights that read what stays make up for what goes.
+        embeddings: bits of the table of embeddings, or `UNTOUCHED`; None leaves it as it is, unless a search finds bits for it.
+        head: the same of the head, where that is another matrix.
         allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
         target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
             bytes in words such as `100MB`.
@@ -129,9 +129,6 @@ class Recipe:
     prune: str = ""
     sparsity: float | None = None
     pattern: str | None = None
-    units: str | None = None
-    multiple: int | None = None
-    refit: bool = True
     refine: str | None = None
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -140,10 +137,13 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     quantize: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
-    embeddings: int | None = None
-    head: int | None = None
     reconstruct: bool = False
     match_dense: bool = False
+    units: str | None = None
+    multiple: int | None = None
+    refit: bool = True
+    embeddings: int | None = None
+    head: int | None = None
     allocation: str = "uniform"
     target_size: str | None = None
     max_perplexity_rise: str | None = None

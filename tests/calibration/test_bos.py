@@ -465,7 +465,7 @@ def test_squared_gradients_are_of_text(llama, model_of):
 
 
 def test_effects_are_measured_on_pieces_that_begin_with_it(model_of, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(searcher, "_WINDOW", 10)
+    monkeypatch.setattr(searcher, "WINDOW", 10)
     seen = []
     real = searcher.gather_effects
 

@@ -240,12 +240,15 @@ def test_an_empty_prompt(fails, own_model):
         (["--prune", "wanda", "--pattern", "2-4"], "pattern '2-4' is not understood: use N:M"),
         (["--prune", "wanda", "--pattern", "2:4", "--sparsity", "0.6"], "means a sparsity of 0.5, but .* says 0.6"),
         (["--prune", "wanda"], "how much to prune is not said: give --sparsity"),
-        (["--sparsity", "0.5"], "no method is given: --prune can be alps, magnitude, sparsegpt, wanda"),
+        (["--sparsity", "0.5"], "no method is given: --prune can be alps, flap, magnitude, sparsegpt, tyr, wanda"),
         (
             ["--prune", "sparsgpt", "--sparsity", "0.5"],
             "pruning method 'sparsgpt' is not known: did you mean 'sparsegpt'?",
         ),
-        (["--prune", "xyz", "--sparsity", "0.5"], "'xyz' is not known: it can be alps, magnitude, sparsegpt, wanda"),
+        (
+            ["--prune", "xyz", "--sparsity", "0.5"],
+            "'xyz' is not known: it can be alps, flap, magnitude, sparsegpt, tyr, wanda",
+        ),
         (["--quantize", "rtn", "--reconstruct"], "--reconstruct says how to prune, but no method is given"),
         (["--prune", "wanda", "--sparsity", "0.5", "--refine", "dsnt"], "refiner 'dsnt' .* did you mean 'dsnot'"),
         (["--prune", "wanda", "--sparsity", "0.5", "--format", "bitmask"], "format 'bitmask' .* did you mean 'bitmap'"),
@@ -286,8 +289,9 @@ def test_a_device_or_dtype_that_makes_no_sense(command, kind, fails, pruned, mod
 
 
 def test_other_words_that_are_not_known(fails, pruned, tmp_path):
-    assert "--to 'onnx' is not known: it can be dense, secateur, compressed-tensors, spqr, gguf" in fails(
-        2, "export", pruned, tmp_path / "o", "--to", "onnx"
+    assert (
+        "--to 'onnx' is not known: it can be dense, secateur, compressed-tensors, gptq, gptq-v1, spqr, gguf"
+        in fails(2, "export", pruned, tmp_path / "o", "--to", "onnx")
     )
     assert "backend 'fast' is not known" in fails(2, "generate", pruned, "bon", "--backend", "fast")
     assert "--data self" in fails(2, "eval", pruned, "--data", "self")

@@ -109,7 +109,9 @@ def test_export_moves_a_folder_over_without_loss(folder, tmp_path):
     stored = load_file(out / "model.safetensors")
     assert (DENSE_LINEAR in stored) == (DENSE_LINEAR not in open_source(str(folder)).weights.packed)
     assert f"{UP}.weight.bitmask" in stored
-    assert {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"} <= stored.keys()
+    assert "model.norm.weight" in stored
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):  # some releases packed these, too
+        assert (table in stored) == (table not in open_source(str(folder)).weights.packed)
 
 
 @EACH

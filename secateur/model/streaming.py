@@ -206,6 +206,8 @@ class _Loading:
             assert linear.prepared is not None
             found.packed.append((linear, map_tensors(linear.prepared.weight, empty), pieces))
             linear._source = None
+            if not pieces and found.kept > room:
+                raise self._other(f"{prefix}.{name}.weight")
         for name, module in block.named_modules():
             for leaf, parameter in module._parameters.items():
                 if parameter is None:
@@ -219,8 +221,6 @@ class _Loading:
                 found.kept += parameter.nbytes
                 if parameter.ndim > 1 and found.kept > room:
                     raise self._other(full)
-        if found.kept > max(room, found.size // 2):
-            raise self._other(prefix)
         found.pieces.sort(key=lambda piece: (piece.extent.file, piece.extent.start))
         found.unbind()
         return found

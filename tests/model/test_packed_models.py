@@ -212,7 +212,7 @@ def test_damage_is_named(folder, tmp_path, load):
 
 def test_a_dense_model_has_nothing_for_a_backend(model_of):
     path = model_of("llama")
-    with pytest.raises(UsageError, match="has no weights packed by secateur, which backend 'torch' computes on"):
+    with pytest.raises(UsageError, match="has no packed weights that backend 'torch' computes on"):
         secateur.load(path, "torch")
     assert not list(packed_linears(secateur.load(path, "auto")))
 

@@ -46,9 +46,9 @@ def groups_seen(monkeypatch):
     seen = []
     walk = walker.walk
 
-    def spy(passage, target, way):
+    def spy(passage, target, *how):
         seen.append([group for stage in target.stages for group in stage.groups])
-        walk(passage, target, way)
+        walk(passage, target, *how)
 
     monkeypatch.setattr(walker, "walk", spy)
     return seen

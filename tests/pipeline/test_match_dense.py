@@ -339,7 +339,7 @@ def test_methods_that_do_not_look_at_the_gram_matrix_are_refused(options, text_f
         {"prune": "", "sparsity": None, "quantize": "gptq", "format": "auto"},
         {"prune": "sparsegpt", "quantize": "spqr", "format": "auto"},
         {"allocation": "search"},
-        {"sparsity": None, "target_size": "80%", "format": "auto", "quantize": "gptq"},
+        {"sparsity": None, "target_size": "40%", "format": "auto", "quantize": "gptq"},
     ],
 )
 def test_all_others_can_be_matched(options, model_of, text_file, tmp_path):

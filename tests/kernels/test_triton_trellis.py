@@ -31,10 +31,10 @@ def check(weight, x_TI, bias_O=None):
     # Of what an output is added up of, if its terms are as large as those of its block on the whole.
     scale_O = weight.scale_out_O.double().abs()
     size_T = (x_TI.double() * weight.scale_in_I.double()).norm(dim=1)
-    halved = x_TI.dtype != FP32 and len(x_TI) > 1
-    unit = 4 * torch.finfo(x_TI.dtype).eps if halved else 64 * torch.finfo(FP32).eps
-    allowed_TO = unit * size_T[:, None] * scale_O + 2 * torch.finfo(x_TI.dtype).eps * want_TO.abs()
-    assert ((y_TO.double() - want_TO).abs() <= allowed_TO + 1e-30).all()
+    unit = 4 * torch.finfo(BF16).eps if x_TI.dtype == BF16 and len(x_TI) > 1 else 64 * torch.finfo(FP32).eps
+    stored = torch.finfo(x_TI.dtype)
+    allowed_TO = unit * size_T[:, None] * scale_O + 2 * stored.eps * want_TO.abs()
+    assert ((y_TO.double() - want_TO).abs() <= allowed_TO + stored.smallest_normal * stored.eps).all()
 
 
 def inputs(T, I, dtype=FP32, seed=0):

@@ -60,8 +60,8 @@ def choose_damping(stack: Stack, solve: Callable[[Stack, float], Tensor]) -> lis
     Args:
         solve: gives new weights for the weights of a stack, by its statistics and with a damping.
     """
-    halves = stack.stats.halves
-    if halves is None or not all(half.tokens for half in halves):
+    halves = stack.stats.both_halves
+    if halves is None:
         return [DAMPING] * len(stack.rows)
     even, odd = halves
     few = _few_rows(stack)

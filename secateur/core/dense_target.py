@@ -49,9 +49,9 @@ def towards_dense(stack: Stack) -> tuple[Stack, list[Correction]]:
     if stack.stats.drift_II is None:
         raise ValueError("the drift was not gathered: nobody knows the dense model's inputs")
     chosen = _choose(stack)
-    W_OI = stack.W_OI.clone()
+    W_OI, K_OI = stack.W_OI.clone(), _lost(stack.W_OI, stack.stats)
     for damping in {each.damping for each in chosen if each.share}:
-        step_OI = _correction(stack.W_OI, stack.stats, damping)
+        step_OI = _correction(K_OI, stack.stats, damping)
         assert step_OI is not None
         for W_RI, step_RI, each in zip(stack.split(W_OI), stack.split(step_OI), chosen, strict=True):
             if each.damping == damping:
@@ -66,16 +66,17 @@ def _choose(stack: Stack) -> list[Correction]:
     G and K = W·Σ(x̃ − x)ᵀx: the best share is in closed form, and none is made where no share helps.
     """
     best = [(0.0, Correction(DAMPINGS[0], 0.0)) for _ in stack.rows]
-    halves = stack.stats.halves
-    if halves is None or not all(half.tokens for half in halves):
+    halves = stack.stats.both_halves
+    if halves is None:
         return [correction for _, correction in best]
+    parts = [(half, _lost(stack.W_OI, half)) for half in halves]
     for damping in DAMPINGS:
         gain_O, cost_O = torch.zeros_like(stack.W_OI[:, 0]), torch.zeros_like(stack.W_OI[:, 0])
-        for fitted, held in (halves, halves[::-1]):
-            D_OI = _correction(stack.W_OI, fitted, damping)
+        for (fitted, of_fitted_OI), (held, of_held_OI) in (parts, parts[::-1]):
+            D_OI = _correction(of_fitted_OI, fitted, damping)
             if D_OI is None:
                 break
-            gain_O += (D_OI * (stack.W_OI @ _drift(held))).sum(1)
+            gain_O += (D_OI * of_held_OI).sum(1)
             cost_O += held.energy(D_OI)
         else:
             for i, (gain, cost) in enumerate(_sums(stack, gain_O, cost_O)):
@@ -91,17 +92,18 @@ def _sums(stack: Stack, gain_O: Tensor, cost_O: Tensor) -> Iterator[tuple[float,
         yield gain_R.double().sum().item(), cost_R.double().sum().item()
 
 
-def _drift(stats: InputStats) -> Tensor:
+def _lost(W_OI: Tensor, stats: InputStats) -> Tensor:
+    """K = W·Σ(x̃ − x)ᵀx of some windows, `[O, I]`."""
     assert stats.drift_II is not None
-    return stats.drift_II
+    return W_OI @ stats.drift_II
 
 
-def _correction(W_OI: Tensor, stats: InputStats, damping: float) -> Tensor | None:
-    """W·Σ(x̃ − x)ᵀx·(G + λ)⁻¹, `[O, I]`; None where G needs more damping."""
-    gram_II = Stack(W_OI, stats, (len(W_OI),)).damped_gram(damping)
+def _correction(K_OI: Tensor, stats: InputStats, damping: float) -> Tensor | None:
+    """K·(G + λ)⁻¹, `[O, I]`; None where G needs more damping."""
+    gram_II = Stack(K_OI, stats, (len(K_OI),)).damped_gram(damping)
     lower_II, info = torch.linalg.cholesky_ex(gram_II)
     if info.item():
         return None
     del gram_II
-    step_OI = torch.cholesky_solve((W_OI @ _drift(stats)).T, lower_II).T
+    step_OI = torch.cholesky_solve(K_OI.T, lower_II).T
     return step_OI if torch.isfinite(step_OI).all() else None

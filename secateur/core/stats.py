@@ -68,6 +68,11 @@ class InputStats:
         return replace(self, drift_II=torch.zeros(self.features, self.features, device=self.sum_I.device), _found={})
 
     @property
+    def both_halves(self) -> tuple[InputStats, InputStats] | None:
+        """Those of even and of odd windows, where some tokens are in each; None where nothing can be held out."""
+        return self.halves if self.halves is not None and all(half.tokens for half in self.halves) else None
+
+    @property
     def features(self) -> int:
         return self.sum_I.numel()
 

@@ -30,9 +30,10 @@ def refit(stack: Stack, keep_I: Tensor, centred: bool = False) -> tuple[Tensor, 
         The weights, float32; and what the user should know.
     """
     W_OI, stats = stack.W_OI, stack.stats
-    if stats.halves is None or not all(half.tokens for half in stats.halves):
+    halves = stats.both_halves
+    if halves is None:
         return W_OI * keep_I, ("nothing is refitted: that takes two calibration windows or more",)
-    whole_II, even_II, held_II = (_gram(part, centred) for part in (stats, *stats.halves))
+    whole_II, even_II, held_II = (_gram(part, centred) for part in (stats, *halves))
     errors = [_error(solved_OI - W_OI, held_II) for solved_OI in (_solve(W_OI, even_II, keep_I, d) for d in DAMPINGS)]
     best = min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))
     return _solve(W_OI, whole_II, keep_I, DAMPINGS[best]), ()

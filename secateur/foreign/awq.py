@@ -21,7 +21,7 @@ from secateur.foreign.format import Foreign, foreign
 from secateur.foreign.gptq_format import owners
 from secateur.foreign.ours import as_ours
 from secateur.formats.layouts.coded import HALF_DTYPES, check_finite
-from secateur.formats.layouts.layout import Decoder, Layout, Stored, all_finite, bytes_of, check_parts
+from secateur.formats.layouts.layout import Decoder, Layout, check_parts, only_finite
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.layouts.packed_weight import PackedWeight
 from secateur.kernels.bits import unpack_bits
@@ -48,14 +48,7 @@ class AWQWeight(Decoder):
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        W_OI = self.read(tensors).dequantize()
-        if not all_finite(W_OI):
-            raise ValueError("it stands for values that are not finite")
-        return W_OI
-
-    def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
-        W_OI = self.unpack(tensors)
-        return Stored(self.name, tuple(W_OI.shape), W_OI.numel(), 0, bytes_of(tensors), finite=True)
+        return only_finite(self.read(tensors).dequantize())
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
         return self._read(tensors)[0]

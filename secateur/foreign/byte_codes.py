@@ -21,7 +21,7 @@ from secateur.foreign.masked import KEPT
 from secateur.foreign.ours import as_ours
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.coded import check_finite
-from secateur.formats.layouts.layout import Decoder, Layout, all_finite, check_parts
+from secateur.formats.layouts.layout import Decoder, Layout, check_parts, only_finite
 from secateur.formats.layouts.nm import NMBits
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.layouts.packed_weight import PackedWeight
@@ -75,10 +75,7 @@ class ByteCodes(Decoder):
     parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_zero_point", *_ACTIVATIONS)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        W_OI = _read(tensors).dense()
-        if not all_finite(W_OI):
-            raise ValueError("it stands for values that are not finite")
-        return W_OI
+        return only_finite(_read(tensors).dense())
 
     def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]] | None:
         found = _read(tensors)

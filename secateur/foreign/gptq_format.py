@@ -26,7 +26,7 @@ from secateur.foreign.format import Foreign, foreign
 from secateur.foreign.ours import as_ours
 from secateur.foreign.pack_quantized import uniform_codes
 from secateur.formats.layouts.coded import HALF_DTYPES, check_finite
-from secateur.formats.layouts.layout import Decoder, Layout, Stored, all_finite, bytes_of, check_parts, dtype_name
+from secateur.formats.layouts.layout import Decoder, Layout, check_parts, dtype_name, only_finite
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.formats.layouts.packed_weight import PackedWeight
 from secateur.kernels.bits import pack_bits, unpack_bits
@@ -81,14 +81,7 @@ class GPTQWeight(Decoder):
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        W_OI = self._read(tensors).dense()
-        if not all_finite(W_OI):
-            raise ValueError("it stands for values that are not finite")
-        return W_OI
-
-    def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
-        W_OI = self.unpack(tensors)
-        return Stored(self.name, tuple(W_OI.shape), W_OI.numel(), 0, bytes_of(tensors), finite=True)
+        return only_finite(self._read(tensors).dense())
 
     def read(self, tensors: Mapping[str, Tensor]) -> Quantized:
         """Raises ValueError, also where groups are not all of one size, which no codes of ours are."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.foreign.format import Foreign, foreign
 from secateur.formats.layouts.coded import check_finite
-from secateur.formats.layouts.layout import Decoder, Stored, all_finite, bytes_of, check_parts
+from secateur.formats.layouts.layout import Decoder, check_parts, only_finite
 from secateur.formats.layouts.packed_weight import PackedWeight
 from secateur.kernels.bits import unpack_bits
 from secateur.kernels.packed import FLOAT_DTYPES
@@ -70,14 +70,7 @@ class MLXCodes(Decoder):
             tensors["weight"].clone(memory_format=torch.contiguous_format).view(torch.uint8), self.bits, I
         )
         scale_OI, bias_OI = (tensors[part].repeat_interleave(self.group_size, 1) for part in ("scales", "biases"))
-        W_OI = (code_OI.to(scale_OI.dtype) * scale_OI).add_(bias_OI)
-        if not all_finite(W_OI):
-            raise ValueError("it stands for values that are not finite")
-        return W_OI
-
-    def describe(self, tensors: Mapping[str, Tensor]) -> Stored:
-        W_OI = self.unpack(tensors)
-        return Stored(self.name, tuple(W_OI.shape), W_OI.numel(), 0, bytes_of(tensors), finite=True)
+        return only_finite((code_OI.to(scale_OI.dtype) * scale_OI).add_(bias_OI))
 
 
 @foreign

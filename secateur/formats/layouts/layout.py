@@ -190,6 +190,13 @@ def all_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(widened(tensor)))).all())
 
 
+def only_finite(tensor: Tensor) -> Tensor:
+    """A decoded weight as it is. Raises ValueError where a value is NaN or infinite."""
+    if not all_finite(tensor):
+        raise ValueError("it stands for values that are not finite")
+    return tensor
+
+
 def count_nonzero(tensor: Tensor) -> int:
     """How many values are not zero."""
     return int(torch.count_nonzero(widened(tensor)))

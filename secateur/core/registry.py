@@ -83,7 +83,7 @@ class Refiner(Protocol):
 class Quantizer(Protocol):
     """Rounds weights to a grid or table. Attributes: see `Pruner`; `all_bits`: what `bits` may be, rising.
 
-    One that cannot quantize pruned weights has another, `unpruned`: why not, and what to do instead.
+    One that cannot quantize pruned weights, or not always, has another, `unpruned`: why not, and what to do instead, or None.
     """
 
     name: ClassVar[str]

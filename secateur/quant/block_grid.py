@@ -44,13 +44,11 @@ def check_grid(method: Any, defaults: Sequence[tuple[str, Any]]) -> None:
             raise UsageError(f"`{name}` is decided by `grid` {method.grid}: leave `{name}` out, or give `grid` uniform")
 
 
-def check_pruned(method: Any) -> None:
-    """Raise UsageError where a quantizer has a grid that has no place for weights without a code."""
-    grid = getattr(method, "grid", UNIFORM)
-    if grid != UNIFORM:
-        raise UsageError(
-            f"`grid` {grid} has a code for every weight, and what is pruned has none: leave `prune` out, or give `grid` uniform"
-        )
+def unpruned(grid: str) -> str | None:
+    """Why weights on a grid cannot be pruned, and what to do instead; None where they can."""
+    if grid == UNIFORM:
+        return None
+    return f"`grid` {grid} has a code for every weight, and what is pruned has none: leave `prune` out, or give `grid` uniform"
 
 
 def block_grid(method: Any, stack: Stack, pruned: Pruned | None) -> BlockGrid | None:
@@ -58,7 +56,7 @@ def block_grid(method: Any, stack: Stack, pruned: Pruned | None) -> BlockGrid | 
     if method.grid == UNIFORM:
         return None
     if pruned is not None:
-        check_pruned(method)
+        raise UsageError(f"pruned weights have no place: {method.unpruned}")
     form = type_for(method.grid.upper(), stack.features)
     if form is None:
         raise UsageError(

@@ -16,7 +16,7 @@ from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
 from secateur.errors import UsageError
-from secateur.quant.block_grid import UNIFORM, block_grid, check_grid, grid_option
+from secateur.quant.block_grid import UNIFORM, block_grid, check_grid, grid_option, unpruned
 from secateur.quant.error_feedback import carry_error
 from secateur.quant.grid import Grid
 from secateur.quant.grid_options import (
@@ -55,6 +55,11 @@ class GPTQ:
             raise UsageError(
                 f"`order` permuted has to be stored, and `grid` {self.grid} stores no order: give activation"
             )
+
+    @property
+    def unpruned(self) -> str | None:
+        """See `Quantizer`."""
+        return unpruned(self.grid)
 
     def quantize(self, stack: Stack, pruned: Pruned | None = None) -> list[Quantized]:
         """Round the weights, carrying on the error; with a mask also that of what it removes.

@@ -14,7 +14,7 @@ from secateur.core.quantized import BITS, Quantized
 from secateur.core.registry import quantizer
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
-from secateur.quant.block_grid import block_grid, check_grid, grid_option
+from secateur.quant.block_grid import block_grid, check_grid, grid_option, unpruned
 from secateur.quant.grid import Grid
 from secateur.quant.grid_options import bits_option, group_size_option, search_range_option, symmetric_option
 from secateur.quant.groups import fit_groups, stored_rows
@@ -40,6 +40,11 @@ class RTN:
     def __post_init__(self) -> None:
         check_options(self)
         check_grid(self, (("bits", 4), ("group_size", 64), ("symmetric", False), ("search_range", True)))
+
+    @property
+    def unpruned(self) -> str | None:
+        """See `Quantizer`."""
+        return unpruned(self.grid)
 
     def quantize(self, stack: Stack, pruned: Pruned | None = None) -> list[Quantized]:
         """The nearest levels of the weights (of the kept ones, as the pruner left them)."""

@@ -19,7 +19,6 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
-from secateur.quant.block_grid import check_pruned
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import placeholder
 from secateur.recipes.methods import make
@@ -166,13 +165,11 @@ def plan(recipe: Recipe) -> Plan:
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)
+    if tables and recipe.linears and all(choice == Choice() for choice in recipe.linears.values()):
+        pruning = quantizer = None  # as a search may have found
     unpruned = getattr(quantizer, "unpruned", None)
     if pruning is not None and unpruned:
         raise UsageError(f"`quantize` {recipe.quantize} does not go with `prune`: {unpruned}")
-    if tables and recipe.linears and all(choice == Choice() for choice in recipe.linears.values()):
-        pruning = quantizer = None  # as a search may have found
-    if pruning is not None and quantizer is not None:
-        check_pruned(quantizer)
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if (quantizer is not None or pruning is None) and recipe.format in _SPARSE_FORMATS:

@@ -206,10 +206,7 @@ class Searcher:
     def effects_and_tables(self, windows: Windows) -> tuple[Effects, Library]:
         """The same, and the candidates of tables: what needs the whole model."""
         ids_NS = windows.ids_NS
-        length = min(WINDOW, ids_NS.shape[1])
-        others_NS = ids_NS[-max(1, len(ids_NS) // 2) :].flip(0)
-        pieces_NS = torch.tensor([piece for ids in others_NS.tolist() for piece in cut(ids, windows.bos_ids, length)])
-        held_NS = pieces_NS[: max(1, TOKENS // length)]
+        held_NS = pieces(ids_NS[-max(1, len(ids_NS) // 2) :].flip(0), windows.bos_ids)
         self.job.say("computing gradients")
         model = self.prepared.load_whole()
         effects = gather_effects(
@@ -280,3 +277,10 @@ def _each(look: Callable[[list[str], InputStats], object]) -> Solve:
             look(names, stats)
 
     return all_of
+
+
+def pieces(ids_NS: Tensor, bos: list[int]) -> Tensor:
+    """Windows cut into pieces of at most `WINDOW` tokens, each with what a text begins with, as many as hold `TOKENS`."""
+    length = min(WINDOW, ids_NS.shape[1])
+    found = [piece for ids in ids_NS.tolist() for piece in cut(ids, bos, length)]
+    return torch.tensor(found[: max(1, TOKENS // length)])

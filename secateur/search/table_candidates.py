@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from secateur.evaluation.kl import kl
 from secateur.model.vocabulary import Table, find_tables
 from secateur.pipeline.prepared import Prepared
 from secateur.quant.table_codes import quantize_table
@@ -61,7 +62,7 @@ def table_candidates(
         weight = quantize_table(dense.detach(), bits, dtype, prepared.device)
         _put(model, table, nn.Parameter(weight.dequantize().to(dense), requires_grad=False))
         divergence = sum(
-            _divergence(load_file(file)[_DENSE].to(model.device), _predictions(model, ids_S))
+            kl(load_file(file)[_DENSE].to(model.device), _predictions(model, ids_S)).sum().item()
             for file, ids_S in zip(files, ids_NS, strict=True)
         )
         cost = max(divergence / ids_NS.numel(), 0.0)
@@ -79,11 +80,6 @@ def _predictions(model: Any, ids_S: Tensor) -> Tensor:
     """The logarithms of what a model thinks likely behind each token."""
     found: Tensor = model(input_ids=ids_S[None], use_cache=False).logits[0].float().log_softmax(1)
     return found
-
-
-def _divergence(dense_SV: Tensor, other_SV: Tensor) -> float:
-    """KL(dense ‖ other), summed over tokens."""
-    return (dense_SV.exp() * (dense_SV - other_SV)).sum().item()
 
 
 def with_dense_table(prepared: Prepared, table: Table, found: list[Candidate]) -> list[Candidate]:

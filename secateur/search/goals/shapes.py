@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.tokens import cut
 from secateur.core.patterns import Structured
 from secateur.core.stats import InputStats
 from secateur.errors import UsageError
@@ -24,9 +23,9 @@ from secateur.recipes.plan import STRUCTURED, plan
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import between
 from secateur.search.goal import goal
-from secateur.search.searcher import TOKENS, WINDOW, Searcher
+from secateur.search.searcher import Searcher, pieces
 from secateur.structured.sites import Site, Width, of_kind
-from secateur.structured.structure_of import legal_heads, multiple_for
+from secateur.structured.structure_of import Structure, legal_heads, multiple_for
 from secateur.walking.walk import Gathered
 
 # Shares of the neurons that are tried; what lies between follows, see `between`.
@@ -133,8 +132,7 @@ class Shapes:
 
     def _head_widths(self, searcher: Searcher) -> list[Width]:
         """Numbers of heads that a config gives; none where heads are to stay."""
-        structure = searcher.prepared.structure
-        assert structure is not None
+        structure = _structure(searcher)
         if "heads" not in self.pattern.units:
             return []
         sites = of_kind(structure.probed.sites, "heads")
@@ -170,8 +168,7 @@ class Shapes:
 
     def _shapes(self, searcher: Searcher, heads: Sequence[Width], priced: Mapping[str, _Priced]) -> Iterator[_Shape]:
         """All that can be had: with every number of blocks and of heads, as many neurons as the share leaves."""
-        structure = searcher.prepared.structure
-        assert structure is not None
+        structure = _structure(searcher)
         blocks, total = searcher.prepared.block_names, structure.probed.weights
         order = _by_cost(searcher, priced) if "blocks" in self.pattern.units else []
         per_block = _weights_of_blocks(searcher)
@@ -209,8 +206,7 @@ class Shapes:
 
     def _most(self, searcher: Searcher, heads: Sequence[Width]) -> str:
         """How much can go, in words."""
-        structure = searcher.prepared.structure
-        assert structure is not None
+        structure = _structure(searcher)
         lost = 0
         for site in _sites(searcher):
             width = min(heads, default=None) if site.coupling.kind == "heads" else None
@@ -221,9 +217,13 @@ class Shapes:
         return f"with `units` {','.join(self.pattern.units)} at most {most:g}% of the blocks' weights can go"
 
 
+def _structure(searcher: Searcher) -> Structure:
+    assert searcher.prepared.structure is not None
+    return searcher.prepared.structure
+
+
 def _sites(searcher: Searcher) -> list[Site]:
-    structure = searcher.prepared.structure
-    assert structure is not None
+    structure = _structure(searcher)
     return [site for site in structure.probed.sites if site.name in structure.widths]
 
 
@@ -274,9 +274,7 @@ def _verified(searcher: Searcher, windows: Windows, sets: Sequence[tuple[int, ..
         return sets[0]
     searcher.job.say("measuring the loss without blocks")
     model = searcher.prepared.load_whole()
-    length = min(WINDOW, windows.ids_NS.shape[1])
-    pieces = [piece for ids in windows.ids_NS[-4:].tolist() for piece in cut(ids, windows.bos_ids, length)]
-    ids_NS = torch.tensor(pieces[: max(1, TOKENS // length)])
+    ids_NS = pieces(windows.ids_NS[-4:], windows.bos_ids)
     blocks = [model.get_submodule(name) for name in searcher.prepared.block_names]
     return min(sets, key=lambda each: loss_without(model, [blocks[i] for i in each], ids_NS))
 

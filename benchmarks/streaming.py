@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import secateur
+from benchmarks.decode import FORMS
 from benchmarks.protocol import arguments, machine, plain_model, prepare, sharded_llama, split_text, table
 from secateur.units import parse_size
 
@@ -25,11 +26,6 @@ SIZES = {
     "0.4b": {"hidden": 1024, "inner": 2816, "blocks": 24, "heads": 16, "kv_heads": 4},
     "1.6b": {"hidden": 2048, "inner": 5632, "blocks": 32, "heads": 32, "kv_heads": 8},
     "7b": {"hidden": 4096, "inner": 11008, "blocks": 32, "heads": 32, "kv_heads": 32},
-}
-FORMS = {
-    "dense": None,
-    "bitmap 50 %": secateur.Recipe(prune="magnitude", sparsity=0.5),
-    "packed-int 4 bits": secateur.Recipe(quantize="rtn", quantization={"search_range": False}),
 }
 TOKENS = 6
 
@@ -94,7 +90,7 @@ def run(code: str, *args: Any, threads: int) -> dict[str, float]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the weights of blocks, in their files."""
+    """Bytes of the weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -96,7 +96,7 @@ def streamed_block_errors(
 ) -> list[BlockError]:
     """The same for models whose blocks are read one after another; `progress` is called with (blocks done, blocks in total)."""
     own, dense = model.stream, reference.stream
-    _check_alike(model.model, own.blocks, reference.model, dense.blocks)
+    _check_alike(model, own.blocks, reference, dense.blocks)
     squares = torch.zeros(len(own.blocks), 3, dtype=torch.float64)
     carried, clean = (stream.enter(ids_KS, texts=2, blocks=2) for stream in (own, dense))
     for number in range(len(own.blocks)):

@@ -67,11 +67,6 @@ class Window:
         return (slice(start, min(start + size, self.count)) for start in range(0, self.count, size))
 
 
-def is_whole(model: Any) -> bool:
-    """Whether a model is one of transformers, and not a `StreamedModel`."""
-    return isinstance(model, nn.Module)
-
-
 def predict(model: Any, ids_WS: Tensor, scored: list[int], routing: bool = True) -> list[Window]:
     """Run a model over windows, each from an empty context.
 
@@ -85,12 +80,12 @@ def predict(model: Any, ids_WS: Tensor, scored: list[int], routing: bool = True)
         For each window what gives its distributions: log-probabilities are computed in float32, whatever the dtype of the
         model, when they are asked for.
     """
-    if not is_whole(model):
+    if not isinstance(model, nn.Module):
         streamed: list[Window] = model.predict(ids_WS, scored, routing)
         return streamed
     with ExitStack() as stack:
         calls = stack.enter_context(watched(model)) if routing else []
-        logits_WSV = model(input_ids=ids_WS.to(model.device), use_cache=False).logits
+        logits_WSV = model(input_ids=ids_WS.to(model.device), use_cache=False).logits  # type: ignore[arg-type]
     W, S = ids_WS.shape
     routings = routing_of(calls, W, S, scored)
 

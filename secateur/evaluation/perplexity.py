@@ -348,7 +348,6 @@ def check_fits(model: Any, ids_KS: Tensor) -> None:
     positions = longest_window(model.config)
     if positions is not None and positions < S:
         raise UsageError(f"windows of {S} tokens are longer than the model's {positions} positions: lower `seq_len`")
-    whole = model.model if isinstance(model, StreamedModel) else model
-    size, largest = whole.get_input_embeddings().num_embeddings, int(ids_KS.max())
+    size, largest = model.get_input_embeddings().num_embeddings, int(ids_KS.max())
     if largest >= size:
         raise UsageError(f"the text has token {largest}, but the model only {size}: its tokenizer is another model's")

@@ -28,14 +28,13 @@ class StreamedModel:
         self._latest: tuple[Any, int, Tensor] | None = None
 
     @property
-    def model(self) -> Any:
-        """Its skeleton."""
-        return self.stream.model
-
-    @property
     def config(self) -> Any:
         """Its config."""
-        return self.model.config
+        return self.stream.model.config
+
+    def get_input_embeddings(self) -> Any:
+        """The module that holds its table of embeddings."""
+        return self.stream.model.get_input_embeddings()
 
     def report(self, progress: Callable[[int, int], None]) -> None:
         """Tell of (blocks done, blocks in total) from here on."""
@@ -68,7 +67,7 @@ class StreamedModel:
     def _window(self, text: Text, k: int, ids_S: Tensor, count: int, routing: Routing) -> Window:
         size = len(text.batches[0])
         first = len(ids_S) - 1 - count
-        V = self.model.config.get_text_config().vocab_size
+        V = self.config.get_text_config().vocab_size
         most = max(1, _LOGITS // V)
 
         def logits(chunk: slice) -> Tensor:

@@ -9,6 +9,9 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+#: Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
+PROBES = (8, 32)
+
 
 class LiveBytes(TorchDispatchMode):
     """While it is entered, counts what operators allocate and is not freed yet; memory that was there before does not count.

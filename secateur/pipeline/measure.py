@@ -20,7 +20,7 @@ from secateur.core.stats import InputStats
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.folder.writer import SHARD_BYTES
 from secateur.memory.footprint import Footprint, Group, Polynomial
-from secateur.memory.live_bytes import LiveBytes
+from secateur.memory.live_bytes import PROBES, LiveBytes
 from secateur.mixture.experts import Rows
 from secateur.model.block_names import split_name
 from secateur.model.structure import Linear, block_linears, parameters_outside, weight_matrix
@@ -35,8 +35,6 @@ from secateur.walking.gathering import Gathering
 from secateur.walking.placing import only_in_head
 from secateur.walking.walker import Catcher, Walker
 
-# Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
-_PROBES = (8, 32)
 # Linears are measured at two sizes, of so many inputs at most.
 _MEASURED_INPUTS = (512, 1024)
 # More copies of the weights and of the Gram matrix than any solver makes.
@@ -263,7 +261,7 @@ def _pass(walker: Walker, catcher: Catcher, ids_NS: Tensor, number: int, linears
     place = {stage.called: i for i, stage in enumerate(firsts) if stage.chunk is not None}
     turns = ExpertsInTurn(prepared, Turns("routed", 0, 1, 1))
     hidden = 0
-    for n in sorted({min(n, S) for n in _PROBES}):
+    for n in sorted({min(n, S) for n in PROBES}):
         caught = catcher.catch(ids_NS[:1, :n])
         call = BlockCall(caught[0].hidden, caught[number].args, caught[number].kwargs)
         hidden = call.hidden.nbytes // n

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from secateur.errors import UsageError
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.memory.footprint import Footprint, Polynomial, Settings
-from secateur.memory.live_bytes import LiveBytes
+from secateur.memory.live_bytes import PROBES, LiveBytes
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton, find_blocks, parameters_outside, shared_parameters
 from secateur.model.weights import ModelWeights, materialise, release, tie
@@ -29,8 +29,6 @@ from secateur.walking.capture import BlockCall, BlockCalls, NotInTurn
 from secateur.walking.placing import keep_mapped, move_buffers, read_shared
 from secateur.walking.walk import in_batches
 
-# Tokens on which a block is measured: two lengths tell what grows with the length from what grows with its square.
-_PROBES = (8, 32)
 # Weights of a head that are converted at a time.
 _HEAD_VALUES = 2**22
 
@@ -100,7 +98,7 @@ class BlockStream:
         self._files = 0
         self._place_outside(dtype)
         self._read(0)
-        probe_1S = torch.zeros(1, _PROBES[-1], dtype=torch.int64, device=device)
+        probe_1S = torch.zeros(1, PROBES[-1], dtype=torch.int64, device=device)
         try:
             self._catcher = BlockCalls(self.model, self.blocks, probe_1S)
         except NotInTurn as error:
@@ -129,7 +127,7 @@ class BlockStream:
         tensors = [list(block.state_dict().values()) for block in self.blocks]
         largest = max(tensors, key=lambda each: sum(t.numel() for t in each))
         peaks = []
-        for count in _PROBES:
+        for count in PROBES:
             call = self._catcher.catch(torch.zeros(1, count, dtype=torch.int64, device=self.device))[0]
             with LiveBytes() as live, torch.no_grad():
                 call.run(self.blocks[0], call.hidden)

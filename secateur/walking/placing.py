@@ -22,10 +22,14 @@ def keep_mapped(model: nn.Module, name: str, weights: ModelWeights, dtype: torch
     # A subclass may compute with its rows, in their dtype.
     if type(owner) is not nn.Embedding or device.type != "cpu" or name not in weights:
         return False
-    if weights[name].shape != owner.weight.shape or not all_finite(weights[name]):
+    W_VI = weights[name]
+    if W_VI.shape != owner.weight.shape or not all_finite(W_VI):
         return False  # for `materialise` to say so
-    weights.release()
-    keep_rows(owner, leaf, weights[name], dtype)
+    if weights.packed(name) is None:  # mapped anew, without the pages that were looked at
+        del W_VI
+        weights.release()
+        W_VI = weights[name]
+    keep_rows(owner, leaf, W_VI, dtype)
     return True
 
 

@@ -123,7 +123,7 @@ def solve(
     if plan.match_dense and stack.stats.drift_II is not None:
         stack, corrections = towards_dense(stack)
         chosen = [{"match_share": each.share, "match_damping": each.damping} for each in corrections]
-    if isinstance(plan.pruning and plan.pruning.pattern, Structured):
+    if pruned is None and problems[0].units is not None:
         pruned = prune(plan, stack, problems[0].units)
     if not plan.chooses_damping:
         results, notes = _solve(plan, problems, stack, pruned)

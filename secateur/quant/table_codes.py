@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats
-from secateur.formats.layouts.packed_int import PackedInt, Uniform
+from secateur.formats.layouts.packed_int import Uniform
 from secateur.quant.error_feedback import carry_error
 from secateur.quant.grid import Grid
 from secateur.quant.groups import fit_groups
@@ -36,11 +36,6 @@ _SYMMETRIC_FROM = 8
 def is_symmetric(bits: int) -> bool:
     """Whether a table of so many bits has its zero points in the middle."""
     return bits >= _SYMMETRIC_FROM
-
-
-def table_layout(bits: int, dtype: torch.dtype) -> PackedInt:
-    """What stores the codes of a table that is of a dtype where it is dense."""
-    return PackedInt(bits, GROUP_SIZE, is_symmetric(bits), dtype)
 
 
 def table_bytes(bits: int, shape: tuple[int, int]) -> dict[str, int]:

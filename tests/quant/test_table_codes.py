@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from secateur.core.stats import InputStats, Level
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.packed_int import PackedInt
 from secateur.quant import table_codes
 from secateur.quant.grid import SHARES
-from secateur.quant.table_codes import GROUP_SIZE, quantize_table, table_bytes, table_layout
+from secateur.quant.table_codes import GROUP_SIZE, is_symmetric, quantize_table, table_bytes
 
 CPU, BF16, FP16 = torch.device("cpu"), torch.bfloat16, torch.float16
 
@@ -76,7 +77,7 @@ def test_every_group_has_the_best_grid_that_is_tried(V, I, bits, dtype, nasty, s
     assert (error_of(weight, W_VI.float()) <= wanted * (1 + 1e-4) + 1e-12).all()
     assert (error_of(weight, W_VI.float()) >= wanted * (1 - 1e-4) - 1e-12).all()
     layout = layout_for(weight)
-    assert layout == table_layout(bits, dtype)
+    assert layout == PackedInt(bits, GROUP_SIZE, is_symmetric(bits), dtype)
     parts = layout.pack(weight)
     assert {part: tensor.nbytes for part, tensor in parts.items()} == table_bytes(bits, (V, I))
     assert torch.equal(layout.unpack(parts), weight.dequantize())

@@ -49,7 +49,7 @@ def spoil(tensors, data):
         del tensors[part]
     elif what == "another":
         tensors[part] = tensors[data.draw(st.sampled_from(sorted(tensors)))].clone()
-    elif what == "value" and not tensor.dtype.is_floating_point:
+    elif what == "value" and not tensor.dtype.is_floating_point and tensor.dtype != torch.bool:
         info = torch.iinfo(tensor.dtype)
         flat = tensor.flatten().tolist()
         place = data.draw(st.integers(0, max(0, len(flat) - 1)))
@@ -62,7 +62,8 @@ def spoil(tensors, data):
         tensors[part] = torch.zeros(tensor.shape, dtype=data.draw(st.sampled_from(TORCH_DTYPES)))
     else:
         draw = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-        noise = torch.randint(0, 256, (tensor.numel() * tensor.element_size(),), generator=draw, dtype=torch.uint8)
+        top = 2 if tensor.dtype == torch.bool else 256
+        noise = torch.randint(0, top, (tensor.numel() * tensor.element_size(),), generator=draw, dtype=torch.uint8)
         tensors[part] = noise.view(tensor.dtype).reshape(tensor.shape) if tensor.numel() else tensor
 
 

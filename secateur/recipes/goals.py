@@ -7,7 +7,7 @@ from dataclasses import replace
 from secateur.recipes.recipe import Recipe
 
 # What a target is reached with, where nothing else is said.
-_PRUNER, _QUANTIZER = "sparsegpt", "gptq"
+_PRUNER, _QUANTIZER, _ALSO = "sparsegpt", "gptq", "trellis"
 _PLACEHOLDER = 0.5
 
 
@@ -29,9 +29,16 @@ def has_target(recipe: Recipe) -> bool:
 
 def with_methods(recipe: Recipe) -> Recipe:
     """A recipe with a target gets the methods that it is reached with, where it names none."""
-    if not has_target(recipe) or recipe.prune or recipe.quantize is not None:
-        return recipe
-    return replace(recipe, prune=_PRUNER, quantize=_QUANTIZER)
+    return replace(recipe, prune=_PRUNER, quantize=_QUANTIZER) if _names_none(recipe) else recipe
+
+
+def also_tried(recipe: Recipe) -> str | None:
+    """The quantizer that a search tries beside the recipe's, where it may take whichever it likes."""
+    return _ALSO if _names_none(recipe) else None
+
+
+def _names_none(recipe: Recipe) -> bool:
+    return has_target(recipe) and not recipe.prune and recipe.quantize is None
 
 
 def placeholder(recipe: Recipe) -> Recipe:

@@ -21,7 +21,7 @@ from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import placeholder
-from secateur.recipes.methods import make
+from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING
 
@@ -97,7 +97,8 @@ class Plan:
             assert self.pruning is not None
             pruning = dataclasses.replace(self.pruning, pattern=Unstructured(choice.sparsity))
         if choice.bits is not None:
-            quantizer = dataclasses.replace(self.quantizer, bits=choice.bits)  # type: ignore[type-var]
+            other = self.quantizer if choice.quantize is None else make("quantize", choice.quantize, {})
+            quantizer = dataclasses.replace(other, bits=choice.bits)
         return dataclasses.replace(self, pruning=pruning, quantizer=quantizer)
 
     def options(self) -> dict[str, Any]:
@@ -222,6 +223,20 @@ def _check_choices(recipe: Recipe) -> None:
             raise UsageError(f"a width is chosen for {name}, which is for `pattern` structured")
         if choice.bits is not None and recipe.quantize is None:
             raise UsageError(f"bits are chosen for {name}, but no method is given: `quantize` is missing")
+        if choice.quantize is not None:
+            _check_method(name, choice)
+
+
+def _check_method(name: str, choice: Choice) -> None:
+    """Raise UsageError where the method that is chosen for a linear cannot do what is chosen."""
+    assert choice.quantize is not None
+    method = find("quantize", choice.quantize)
+    if choice.bits not in method.all_bits:
+        known = ", ".join(map(str, method.all_bits))
+        raise UsageError(f"{choice.quantize} with `bits` {choice.bits} is chosen for {name}: it can be {known}")
+    unpruned = getattr(method, "unpruned", None)
+    if unpruned and choice.sparsity is not None:
+        raise UsageError(f"{choice.quantize} and a sparsity are chosen for {name}: {unpruned}")
 
 
 def _pruning(recipe: Recipe) -> Pruning | None:

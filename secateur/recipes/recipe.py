@@ -80,12 +80,14 @@ class Choice:
     Attributes:
         sparsity: share of its weights to remove; None prunes nothing.
         bits: of its codes; None does not quantize it.
+        quantize: name of the quantization method, with its own defaults, where it is another one than the recipe's.
         units, groups: of a structured pattern, how many neurons it reads, or how many heads in how many groups that share keys
             and values; 0 for both linears of a block: it goes as a whole.
     """
 
     sparsity: float | None = None
     bits: int | None = None
+    quantize: str | None = None
     units: int | None = None
     groups: int | None = None
 

@@ -43,11 +43,9 @@ from secateur.pipeline.run import (
     solve_tables,
 )
 from secateur.recipes.built_in import as_recipe
-from secateur.recipes.goals import with_methods
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.runs.compress import put_together
-from secateur.search.candidates import bare
 from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
@@ -273,7 +271,7 @@ class _Searched:
 
 def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     """Solve the first block's linears on a few windows, for everything that a search tries."""
-    searcher = Searcher.of(job.with_recipe(bare(job.recipe)), with_methods(job.recipe), folder, None)
+    searcher = Searcher.of(job, folder, None)
     prepared, clock = searcher.prepared, searcher.clock
     goal.check(searcher)
     windows = windows_of(searcher.job)

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 from secateur.core.damping import AUTO
-from secateur.core.registry import Quantizer
+from secateur.core.registry import QUANTIZERS, Quantizer
+from secateur.quant.rotated_trellis import RotatedTrellis
 from secateur.recipes.goals import placeholder, with_methods
-from secateur.recipes.plan import plan
+from secateur.recipes.plan import Plan, plan
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import between
 from secateur.solvers.knapsack import choose
@@ -21,6 +22,10 @@ NEAR, _FAR = 2, 3
 # What a target is reached with besides bits alone: sparsity with bits, and sparsity.
 _BOTH = ((0.5, 4), (0.5, 3), (0.75, 4), (0.75, 3), (0.75, 2), (0.9, 3))
 _PRUNED = tuple((sparsity, None) for sparsity in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9))
+# Beside codes that are better at the bits that they have: of the others what is smaller than all of them.
+_SMALLER = ((0.75, 3), (0.75, 2), (0.9, 3))
+# Of codes whose search takes a time that is proportional to them.
+_STATES = 256
 # A pruner that takes many times as long stands back for this one in the library: what is compared is how linears differ.
 _STANDS_IN = {"alps": "sparsegpt"}
 
@@ -69,14 +74,30 @@ def _without_choice(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if (name, value) != ("damping", AUTO)}
 
 
+def quick(plan: Plan) -> Plan:
+    """A linear's plan as its candidates are solved: a code whose search takes long has few states, at as many bits."""
+    quantizer = plan.quantizer
+    if isinstance(quantizer, RotatedTrellis):
+        quantizer = replace(quantizer, states=min(quantizer.states, _STATES))
+    return replace(plan, quantizer=quantizer)
+
+
 def bits_alone(quantizer: Quantizer | None) -> list[Choice]:
     """A candidate for every number of bits, unpruned."""
     return [] if quantizer is None else [Choice(None, bits) for bits in quantizer.all_bits]
 
 
-def for_a_target(recipe: Recipe, quantizer: Quantizer | None) -> list[Choice]:
-    """The candidates of every linear where a size or a quality is to be reached, besides leaving it alone."""
+def for_a_target(recipe: Recipe, quantizer: Quantizer | None, also: str | None = None) -> list[Choice]:
+    """The candidates of every linear where a size or a quality is to be reached, besides leaving it alone.
+
+    Args:
+        also: a quantizer that is better than the recipe's at the bits that it has.
+    """
     found = bits_alone(quantizer)
+    if also is not None:
+        better = QUANTIZERS[also].all_bits
+        found = [Choice(None, bits, also) for bits in better] + [c for c in found if c.bits not in better]
+        return found + [Choice(*each) for each in _SMALLER]
     if recipe.prune:
         found += [Choice(*each) for each in (_PRUNED if quantizer is None else _BOTH)]
     return found

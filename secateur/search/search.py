@@ -17,9 +17,7 @@ from secateur.folder.writer import write_whole
 from secateur.pipeline.calibrate import windows_of
 from secateur.pipeline.job import Job
 from secateur.pipeline.run import versions
-from secateur.recipes.goals import with_methods
 from secateur.recipes.recipe import Recipe
-from secateur.search.candidates import bare
 from secateur.search.goal import Goal
 from secateur.search.searcher import Attempt, Searcher
 
@@ -43,17 +41,16 @@ def search(job: Job, goal: Goal, folder: Path, attempt: Attempt) -> Recipe:
         )
     said = None
     if job.ranks.first:
-        recipe = with_methods(job.recipe)
-        said = _search(job.alone().with_recipe(bare(recipe)), recipe, goal, folder, attempt)
+        said = _search(job.alone(), goal, folder, attempt)
     return Recipe.from_dict(job.ranks.share(said))
 
 
-def _search(job: Job, recipe: Recipe, goal: Goal, folder: Path, attempt: Attempt) -> dict[str, Any]:
+def _search(job: Job, goal: Goal, folder: Path, attempt: Attempt) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="search-", dir=folder) as scratch:
-        searcher = Searcher.of(job, recipe, Path(scratch), attempt)
+        searcher = Searcher.of(job, Path(scratch), attempt)
         goal.check(searcher)
-        windows = windows_of(job)
-        recipe = replace(recipe, calibration=windows.settings)
+        windows = windows_of(searcher.job)
+        recipe = replace(searcher.asked, calibration=windows.settings)
         identity = [recipe.to_dict(), job.source.hashes, hash_of(windows.ids_NS), versions(), torch.get_num_threads()]
         key = hash_of_values(identity)
         file = folder / "search.json"

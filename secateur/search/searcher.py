@@ -27,8 +27,9 @@ from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.prune.wanda import wanda_score
+from secateur.recipes.goals import also_tried, with_methods
 from secateur.recipes.recipe import UNTOUCHED, Choice, Recipe
-from secateur.search.candidates import Candidate, Library, near_the_mean
+from secateur.search.candidates import Candidate, Library, bare, near_the_mean, quick
 from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
@@ -55,6 +56,7 @@ class Searcher:
     Attributes:
         job: by whose recipe candidates are solved: see `bare`.
         asked: the recipe whose goal is to be reached.
+        also: a quantizer that is tried besides those of the recipe.
         prepared, walker: the model.
         shared: which of its linears take one choice together.
         tables: for which bits are to be found, too, by name.
@@ -65,6 +67,7 @@ class Searcher:
 
     job: Job
     asked: Recipe
+    also: str | None
     prepared: Prepared
     walker: Walker
     shared: SharedChoices
@@ -74,15 +77,17 @@ class Searcher:
     clock: Clock
 
     @classmethod
-    def of(cls, job: Job, asked: Recipe, folder: Path, attempt: Attempt | None) -> Searcher:
-        """A search for what is asked, by a job whose recipe solves candidates."""
+    def of(cls, job: Job, folder: Path, attempt: Attempt | None) -> Searcher:
+        """A search for what the recipe of a job leaves open."""
+        asked, also = with_methods(job.recipe), also_tried(job.recipe)
+        job = job.with_recipe(bare(job.recipe))
         clock = Clock(job.device)
         with clock("opening"):
             prepared = prepare(job.source, job.recipe, job.plan, job.device)
             tables = open_tables(prepared, asked)
             shared = SharedChoices.of(prepared, asked.share_choice, tables)
             prepared.check_values(job.progress)
-        return cls(job, asked, prepared, Walker(job, prepared, clock), shared, tables, folder, attempt, clock)
+        return cls(job, asked, also, prepared, Walker(job, prepared, clock), shared, tables, folder, attempt, clock)
 
     @property
     def weights(self) -> dict[str, int]:
@@ -185,7 +190,7 @@ class Searcher:
             return found
         with self.clock("solving"):
             for _, same in groupby(choices, lambda choice: choice.sparsity):  # one mask for several bits
-                plans = [self.job.plan.of(choice) for choice in same]
+                plans = [quick(self.job.plan.of(choice)) for choice in same]
                 pruned = prune(plans[0], stacked(plans[0], problems, stats.or_isotropic()))
                 found += [solve(plan, problems, stats, pruned)[0] for plan in plans]
         return found

@@ -60,7 +60,7 @@ class PerplexityRise:
         searcher.check_memory()
 
     def tried(self, searcher: Searcher) -> list[Choice]:
-        return for_a_target(searcher.asked, searcher.job.plan.quantizer)
+        return for_a_target(searcher.asked, searcher.job.plan.quantizer, searcher.also)
 
     def result_bytes(self, searcher: Searcher) -> int | None:
         return searcher.prepared.dense_bytes()

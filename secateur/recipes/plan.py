@@ -97,7 +97,7 @@ class Plan:
             assert self.pruning is not None
             pruning = dataclasses.replace(self.pruning, pattern=Unstructured(choice.sparsity))
         if choice.bits is not None:
-            other = self.quantizer if choice.quantize is None else make("quantize", choice.quantize, {})
+            other: Any = self.quantizer if choice.quantize is None else make("quantize", choice.quantize, {})
             quantizer = dataclasses.replace(other, bits=choice.bits)
         return dataclasses.replace(self, pruning=pruning, quantizer=quantizer)
 

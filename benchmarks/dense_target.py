@@ -37,6 +37,8 @@ CASES = {
     "gptq 4 bits": "--quantize gptq --bits 4 --group-size 64",
     "gptq 3 bits": "--quantize gptq --bits 3 --group-size 64",
     "spqr 3 bits": "--quantize spqr --bits 3 --group-size 64 --outlier-threshold 1",
+    "trellis 3 bits": "--quantize trellis --bits 3",
+    "trellis 2 bits": "--quantize trellis --bits 2",
 }
 WAYS = ("plain", "--match-dense", "--damping auto", "--match-dense --damping auto")
 

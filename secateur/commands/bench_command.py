@@ -11,7 +11,18 @@ import typer
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
 from secateur.commands.screen import counter, screen, show
-from secateur.commands.shared_options import Backend, Debug, Device, Dtype, JsonFile, OurFolder, Quiet, Revision, Trust
+from secateur.commands.shared_options import (
+    Backend,
+    Debug,
+    Device,
+    Dtype,
+    JsonFile,
+    MaxMemory,
+    OurFolder,
+    Quiet,
+    Revision,
+    Trust,
+)
 from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
 
@@ -27,6 +38,7 @@ class Bench:
     dtype: Dtype = "auto"
     tokens: Annotated[str, typer.Option(help="Input tokens per call, comma-separated.")] = "1"
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: as torch chooses).", min=1)] = None
+    max_memory: MaxMemory = None
     json_file: JsonFile = None
     plot: Annotated[Path | None, typer.Option(help="Bar chart, a .png or .svg file.")] = None
     revision: Revision = None
@@ -41,6 +53,8 @@ class Bench:
         counts = self.tokens.split(",")
         if not all(count.isdecimal() for count in counts):
             raise UsageError(f"--tokens {self.tokens!r} is not understood: give whole numbers, such as 1,16")
+        if self.plot is not None and self.max_memory is not None:
+            raise UsageError("--plot shows linears in memory: leave it or --max-memory out")
         if self.plot is not None:
             check_plot(self.plot)
         check_files({"--json": self.json_file})
@@ -51,6 +65,7 @@ class Bench:
             dtype=self.dtype,
             tokens=[int(count) for count in counts],
             threads=self.threads,
+            max_memory=self.max_memory,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             progress=counter(self.quiet, ""),
@@ -63,6 +78,9 @@ class Bench:
 
     def _print(self, found: Any) -> None:
         show(f"{found.model} in {found.dtype} on {found.device}")
+        if found.streamed:
+            _print_streamed(found)
+            return
         _print_tables(found)
         if found.decoding:
             _print_decoding(found)
@@ -118,6 +136,37 @@ def _print_decoding(found: Any) -> None:
             ]
         )
     print_table(screen, columns, rows, title="\nthe whole model as it writes so many texts at a time", lines=False)
+
+
+def _print_streamed(found: Any) -> None:
+    """A model that is read as it writes."""
+    columns = [
+        Column("texts"),
+        Column("s a step"),
+        Column("tokens/s"),
+        Column("MB read"),
+        Column("MB/s"),
+        Column("of disk"),
+    ]
+    bus = found.transfers.bus > 0
+    columns += [Column("MB copied"), Column("GB/s"), Column("of bus")] if bus else []
+    rows = []
+    for each in found.streamed:
+        of_disk, of_bus = found.shares(each)
+        row = [
+            str(each.tokens),
+            f"{each.seconds:.3f}",
+            f"{each.tokens / each.seconds:.3g}",
+            f"{each.bytes_read / 1e6:.0f}",
+        ]
+        row += [f"{each.bytes_read / each.seconds / 1e6:.0f}", f"{of_disk:.0%}"]
+        copied = [f"{each.bytes_copied / 1e6:.0f}", f"{each.bytes_copied / each.seconds / 1e9:.1f}", f"{of_bus:.0%}"]
+        rows.append(row + (copied if bus else []))
+    print_table(screen, columns, rows, title="\nthe whole model as it writes so many texts at a time", lines=False)
+    screen.print()
+    show(f"without computing the same reader gives {found.transfers.disk / 1e6:.0f} MB/s")
+    if bus:
+        show(f"to {found.device} go {found.transfers.bus / 1e9:.1f} GB/s without computing")
 
 
 def _lines(found: Any) -> list[str]:

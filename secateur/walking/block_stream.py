@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import UsageError
+from secateur.folder.extents import OpenFiles
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.memory.footprint import Footprint, Polynomial, Settings
 from secateur.memory.live_bytes import PROBES, LiveBytes
@@ -81,7 +82,7 @@ class BlockStream:
 
     Raises:
         UsageError: the model cannot be run block by block.
-        CheckpointError: a weight is missing or damaged.
+        CheckpointError: a weight is missing or damaged, or a file was changed meanwhile.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class BlockStream:
         self.block_names, self.blocks = list(found), list(found.values())
         self._twins = shared_parameters(self.model)
         self._weights = ModelWeights(source, self.model)
+        self._opened = OpenFiles(source.files)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
         self._place_outside(dtype)
@@ -148,6 +150,7 @@ class BlockStream:
         )
 
     def _read(self, number: int) -> None:
+        self._opened.check()  # what is mapped, and no longer there, ends a process without a word
         block, prefix = self.blocks[number], self.block_names[number]
         names = list(block.state_dict())
         materialise(block, prefix, names, self._weights, self.device, check_finite=False)
@@ -212,5 +215,6 @@ class BlockStream:
     @torch.no_grad()
     def logits(self, x_NSH: Tensor) -> Tensor:
         """What the model makes of outputs of its last block, `[N, S, V]`."""
+        self._opened.check()  # the head is mapped
         found: Tensor = self._catcher.finish(self.model, x_NSH).logits
         return found

@@ -207,8 +207,12 @@ def test_what_cannot_be_done(made, model_of, streamed, ids, tmp_path, monkeypatc
     folder = made("llama", "packed-int", num_hidden_layers=3)
     with pytest.raises(UsageError, match=r"`max_memory` 10\.5 MB is too little for .*, which needs .* at least"):
         secateur.load(folder, max_memory="10MiB")
-    with pytest.raises(UsageError, match="max_memory by device, are for a device_map"):
-        secateur.load(folder, max_memory={"cpu": "4GiB"})
+    with pytest.raises(UsageError, match="offload_folder is for a device_map"):
+        secateur.load(folder, offload_folder=tmp_path)
+    with pytest.raises(UsageError, match=r"names several devices \(cuda:0, cuda:1\)"):
+        secateur.load(folder, max_memory={"cuda:0": "4GiB", "cuda:1": "4GiB"})
+    with pytest.raises(UsageError, match=r"`max_memory` .lots. is not a size"):
+        secateur.load(folder, max_memory={"cpu": "lots"})
     with pytest.raises(UsageError, match="says what each device may hold"):
         secateur.load(folder, device_map="auto", max_memory="4GiB")
     with pytest.raises(UsageError, match="leave `dtype` out"):
@@ -230,3 +234,27 @@ def test_generate_on_the_command_line(made, says, monkeypatch):
     assert "--max-memory 10.5 MB is too little" in err
     monkeypatch.setattr(streaming, "_room", lambda *_: 0)
     assert says("generate", folder, "hello there", "--max-new-tokens", 5, "--max-memory", "1GiB") == wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_head_that_there_is_no_room_for(family, made, monkeypatch, ids):
+    """It is read in parts, as blocks are; where the table of embeddings is the same, its rows are read, too."""
+    folder = made(family, "dense")
+    whole = secateur.load(folder)
+    head = whole.get_output_embeddings().weight.nbytes
+    monkeypatch.setattr(streaming, "_room", lambda *_: -head)
+    monkeypatch.setattr(streaming, "_stored_bytes", lambda *_: head // 3)
+    model = secateur.load(folder, max_memory="1GiB")
+    assert len(model.get_output_embeddings().slices) >= 3
+    for _ in range(2):
+        assert torch.equal(logits(model, ids), logits(whole, ids))
+    with torch.no_grad():
+        texts = [each.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for each in (model, whole)]
+    assert torch.equal(*texts)
+
+
+def test_one_size_and_the_same_by_device(made, ids):
+    folder = made("llama", "packed-int")
+    wanted = logits(secateur.load(folder), ids)
+    for limit in ("16GiB", {"cpu": "16GiB"}, {"cpu": 2**34}):
+        assert torch.equal(logits(secateur.load(folder, max_memory=limit), ids), wanted)

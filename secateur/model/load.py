@@ -22,7 +22,8 @@ from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.repacked import place_repacked, repacked
 from secateur.model.source import Source, open_source, with_revision
-from secateur.model.streaming import Limits, load_streamed
+from secateur.model.stream_room import Limits
+from secateur.model.streaming import load_streamed
 from secateur.model.structure import build_skeleton
 from secateur.model.weights import ModelWeights, materialise, tie
 from secateur.offload.link import link_to

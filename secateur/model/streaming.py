@@ -9,53 +9,34 @@ pinned memory of the host, from which they are copied when they run, and the las
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, UsageError
 from secateur.folder.extents import Extent, OpenFiles, find_extents
-from secateur.folder.reader import MAPPED_BYTES
+from secateur.formats.layouts.layout import all_finite
 from secateur.kernels.backends import AUTO
-from secateur.kernels.packed import PADDING
 from secateur.model.source import Source
+from secateur.model.stream_room import Limits, Sizes, cache_bytes, room_here, room_there
 from secateur.model.structure import build_skeleton, find_blocks, parameters_outside, shared_parameters
 from secateur.model.weights import ModelWeights, materialise, place, tie
 from secateur.offload.link import Link
 from secateur.offload.sliced_head import HeadInSlices
-from secateur.offload.streamer import ALIGNED, StreamedBlock, attach
+from secateur.offload.streamer import StreamedBlock, attach
 from secateur.offload.table_in_file import TableInFile
 from secateur.offload.taken_out import Part, take_form_of_files, take_out
 from secateur.plugin.packed_modules import memory_footprint, packed_linears, replace_linears
 from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer
-from secateur.units import enough, words
 
-# What activations, logits and the libraries themselves take beside weights.
-_SPARE = 64 * 2**20
-# The same on a device, where weights are expanded to multiply many tokens with.
-_SPARE_THERE = 512 * 2**20
 # Tokens whose keys and values have a place, where nobody says how many.
 _CACHED_TOKENS = 2048
+# Bytes that are looked at together for values that are not finite.
+_CHECKED = 16 * 2**20
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes that a model may take.
-
-    Attributes:
-        host: of the host's memory, all that the process has in use.
-        device: of that of a device, which the link leads to.
-        link: None: it runs on the CPU.
-    """
-
-    host: int
-    device: int = 0
-    link: Link | None = None
 
 
 def load_streamed(
@@ -84,15 +65,18 @@ def load_streamed(
     loading.place_outside(found.values())
     weights.release()
     _check_there(source, model, dict(parameters_outside(model, found.values())))
-    largest = max(_stored_bytes(weights, prefix, block) for prefix, block in found.items())
-    cache, head = cache_bytes(model, tokens), loading.head_bytes
+    sizes = Sizes.of(weights, found, cache_bytes(model, tokens), loading.head_bytes)
     if limits.link is None:
-        here = left = _room(source.name, limits.host, cache + head, largest, head)
+        here = left = room_here(source.name, limits.host, sizes)
     else:
-        here = _room(source.name, limits.host, 0, largest, 0)
-        left = _room_there(source.name, limits.device, cache + head, largest, head, model)
-    loading.place_head(None if left >= 0 else largest)
-    left = left if left >= 0 else left + head
+        here = room_here(source.name, limits.host, replace(sizes, kept=0, head=0))
+        left = room_there(source.name, limits.device, sizes, model)
+    split = left + sizes.head < 0 or (limits.link is not None and here < 0)
+    spared = 2 * (sizes.block - sizes.part) if split else 0
+    loading.place_head(None if left >= 0 else sizes.part if split else sizes.block)
+    left += 0 if left >= 0 else sizes.head + spared
+    here += spared
+    check_cache = partial(_check_cache, tokens)
     streamed: list[tuple[nn.Module, StreamedBlock]] = []
     for prefix, block in found.items():
         size = loading.place(prefix, block)
@@ -102,9 +86,11 @@ def load_streamed(
             left -= size
             loading.keep(block)
             continue
-        out = loading.take_out(prefix, block, left)
-        streamed.append((block, out))
-        left -= out.kept
+        if not streamed:
+            block.register_forward_pre_hook(check_cache, with_kwargs=True)
+        for module, out in loading.take_out(prefix, block, left, split):
+            streamed.append((module, out))
+            left -= out.kept
         weights.release()
     streamed += loading.head_slices
     for _, out in streamed:
@@ -116,61 +102,9 @@ def load_streamed(
         model.hf_quantizer = SecateurQuantizer(SecateurConfig(**source.quantization))
     model.get_memory_footprint = partial(memory_footprint, model)
     if streamed:
-        streamed[0][0].register_forward_pre_hook(partial(_check_cache, tokens), with_kwargs=True)
         attach(model, streamed, loading.files, limits.link)
         model.save_pretrained = _refuse_to_save
     return model
-
-
-def _room(name: str, limit: int, kept: int, block: int, head: int) -> int:
-    """Bytes that blocks may keep in memory, beside what is there, two buffers of a block's size and what is kept; less than 0
-    where that has no room for the head.
-
-    Args:
-        kept: keys and values, and the head.
-        block: the largest. While models are loaded, one is mapped.
-        head: what of it may be read when it runs.
-    """
-    least = psutil.Process().memory_info().rss + _SPARE + kept + max(2 * block, block + MAPPED_BYTES)
-    if limit < least - head:
-        raise UsageError(
-            f"`max_memory` {words(limit)} is too little for {name}, which needs {enough(least - head)} at least"
-        )
-    return limit - least
-
-
-def _room_there(name: str, limit: int, kept: int, block: int, head: int, model: nn.Module) -> int:
-    """The same of a device's memory, which holds what is outside the blocks."""
-    outside = sum(
-        each.nbytes for each in (*model.parameters(), *model.buffers()) if each.device.type not in ("meta", "cpu")
-    )
-    least = outside + _SPARE_THERE + kept + 2 * block
-    if limit < least - head:
-        raise UsageError(
-            f"`max_memory` of the device, {words(limit)}, is too little for {name}, which needs {enough(least - head)} there"
-        )
-    return limit - least
-
-
-def cache_bytes(model: Any, tokens: int) -> int:
-    """Keys and values of so many tokens in all blocks, at most."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
-    return int(2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize)
-
-
-def _stored_bytes(weights: ModelWeights, prefix: str, block: nn.Module) -> int:
-    total = 0
-    for name, tensor in block.state_dict().items():
-        packed = weights.packed(f"{prefix}.{name}")
-        total += (
-            tensor.nbytes
-            if packed is None
-            else sum(part.nbytes + PADDING + ALIGNED for part in weights.parts(f"{prefix}.{name}").values())
-        )
-    weights.release()
-    return total
 
 
 @dataclass(frozen=True)
@@ -228,10 +162,12 @@ class _Loading:
         tied = head is not None and head.weight is table.weight
         for name, _ in parameters_outside(model, blocks):
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            materialise(model, "", [name], self._weights, _CPU)
             plain = leaf == "weight" and type(owner) in (nn.Embedding, nn.Linear)
-            if plain and owner in (table, head) and self._as_in_file(name, owner.weight):
+            mapped = plain and owner in (table, head) and self._as_in_file(name, owner.weight)
+            materialise(model, "", [name], self._weights, _CPU, check_finite=not mapped)
+            if mapped:
                 extent = self._extents[self._weights.stored_name(name)]
+                self._check_finite(name, extent, owner.weight)
                 if owner is table and not tied:
                     model.set_input_embeddings(TableInFile(extent, table.weight))
                 elif type(head) is nn.Linear:
@@ -264,6 +200,16 @@ class _Loading:
                 model.set_input_embeddings(TableInFile(head.extent, head.weight))
             self.head_slices = list(sliced.streamed())
         self._head = None
+
+    def _check_finite(self, name: str, extent: Extent, weight: Tensor) -> None:
+        """Raise CheckpointError where a tensor of a file has a value that is not finite, reading a little of it at a time."""
+        piece = torch.empty(min(_CHECKED, extent.size), dtype=torch.uint8)
+        for at in range(0, extent.size, _CHECKED):
+            size = min(_CHECKED, extent.size - at)
+            memory = memoryview(piece.numpy().data)[:size]
+            self.files.read([(replace(extent, start=extent.start + at, size=size), memory)])
+            if not all_finite(piece[:size].view(weight.dtype)):
+                raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
 
     def _as_in_file(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor that is not packed lies in a file as it is computed on."""
@@ -302,37 +248,44 @@ class _Loading:
                 take_form_of_files(linear, linear.packed(), self._device)
             linear.place(self._device)
 
-    def take_out(self, prefix: str, block: nn.Module, room: int) -> StreamedBlock:
-        """Let go of a block's weights, but for what cannot be read from the files; how the rest is read.
+    def take_out(self, prefix: str, block: nn.Module, room: int, split: bool) -> list[tuple[nn.Module, StreamedBlock]]:
+        """Let go of a block's weights, but for what cannot be read from the files; how the rest is read, before what runs.
+
+        Args:
+            room: bytes that there are for what cannot be read.
+            split: whether each of its modules is read when it runs, and what is small is kept.
 
         Raises:
             UsageError: what lies otherwise in the files is more than there is room for.
         """
-        found = StreamedBlock()
-        for name, linear in packed_linears(block):
-            out = take_out(linear, self._parts(f"{prefix}.{name}.weight"), self._device, self.files)
-            found.add(list(out.parts.values()))
-            found.packed.append((linear, out))
-            found.kept += out.kept
-            if not out.parts and found.kept > room:
-                raise self._other(f"{prefix}.{name}.weight")
+        found: dict[nn.Module, StreamedBlock] = {}
+        linears = dict(packed_linears(block))
         for name, module in block.named_modules():
+            here = found.setdefault(module if split else block, StreamedBlock())
+            path = f"{prefix}.{name}" if name else prefix
+            if name in linears:
+                out = take_out(linears[name], self._parts(f"{path}.weight"), self._device, self.files)
+                here.add(list(out.parts.values()))
+                here.packed.append((linears[name], out))
+                here.kept += out.kept
+                if not out.parts and here.kept > room:
+                    raise self._other(f"{path}.weight")
             for leaf, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                full = ".".join(part for part in (prefix, name, leaf) if part)
-                if self._as_in_file(full, parameter):
-                    extent = self._extents[self._weights.stored_name(full)]
-                    part = Part(extent, 0, parameter.dtype, parameter.shape)
-                    found.add([part])
-                    found.parameters.append((module, leaf, part))
+                full = f"{path}.{leaf}"
+                if self._as_in_file(full, parameter) and not (split and parameter.ndim < 2):
+                    part = Part(self._extents[self._weights.stored_name(full)], 0, parameter.dtype, parameter.shape)
+                    here.add([part])
+                    here.parameters.append((module, leaf, part))
                     continue
                 _own(module, leaf, self._device)
-                found.kept += parameter.nbytes
-                if parameter.ndim > 1 and found.kept > room:
+                here.kept += parameter.nbytes
+                if parameter.ndim > 1 and here.kept > room:
                     raise self._other(full)
-        found.unbind(self._device)
-        return found
+        for each in found.values():
+            each.unbind(self._device)
+        return [(module, each) for module, each in found.items() if each.places or not split]
 
     def _other(self, name: str) -> UsageError:
         return UsageError(
@@ -370,7 +323,7 @@ def _check_there(source: Source, model: nn.Module, names: Iterable[str]) -> None
 
 def _check_cache(tokens: int, _: nn.Module, args: Any, kwargs: Any) -> None:
     """Raise UsageError where keys and values have outgrown what was left for them."""
-    cache = kwargs.get("past_key_values")
+    cache = next((each for each in (*args, *kwargs.values()) if hasattr(each, "get_seq_length")), None)
     x = args[0] if args else kwargs.get("hidden_states")
     texts = len(x) if isinstance(x, Tensor) else 1
     kept = 0 if cache is None else texts * cache.get_seq_length()

@@ -15,7 +15,8 @@ from secateur.errors import UsageError
 from secateur.folder.extents import OpenFiles, find_extents
 from secateur.model import streaming
 from secateur.model.source import open_source
-from secateur.model.streaming import Limits, load_streamed
+from secateur.model.stream_room import Limits
+from secateur.model.streaming import load_streamed
 from secateur.offload.streamer import StreamedBlock
 
 WAYS = {
@@ -54,8 +55,8 @@ def brought(monkeypatch):
     def load(folder, link=None, there=0, here=0, **options):
         source = open_source(folder)
         with monkeypatch.context() as patch:
-            patch.setattr(streaming, "_room", lambda *_: here)
-            patch.setattr(streaming, "_room_there", lambda *_: there)
+            patch.setattr(streaming, "room_here", lambda *_: here)
+            patch.setattr(streaming, "room_there", lambda *_: there)
             return load_streamed(source, source.dtype, Limits(2**40, 2**40, link), "auto", **options)
 
     return load

@@ -32,7 +32,7 @@ def test_each_is_continued_as_by_itself(folder, single, batch_size):
 
 
 def test_a_batch_costs_the_reads_of_one(folder, single, monkeypatch):
-    monkeypatch.setattr(streaming, "_room", lambda *_: 0)
+    monkeypatch.setattr(streaming, "room_here", lambda *_: 0)
     one = write_texts(folder, PROMPTS[:1], max_new_tokens=6, max_memory="1GiB")
     many = write_texts(folder, PROMPTS, max_new_tokens=6, max_memory="1GiB")
     assert many.texts == single

@@ -15,7 +15,7 @@ SECONDS = 0.01
 
 @pytest.fixture
 def folder(packed_of, monkeypatch):
-    monkeypatch.setattr(streaming, "_room", lambda *_: 0)
+    monkeypatch.setattr(streaming, "room_here", lambda *_: 0)
     return packed_of("llama", "bitmap")
 
 

@@ -64,7 +64,8 @@ class Sizes:
         return cls(
             block=max(sum(size for size, _ in each) for each in sizes.values()),
             part=max(size for each in sizes.values() for size, _ in each),
-            loading=packed and packed + MAPPED_BYTES,  # what is not packed is not touched
+            # What is not packed is not touched; what is, is looked at twice.
+            loading=packed + min(MAPPED_BYTES, 2 * packed),
             kept=cache + head,
             head=head,
         )

@@ -85,6 +85,7 @@ def load_streamed(
         if (size <= left and not streamed) or shares:
             left -= size
             loading.keep(block)
+            weights.release()
             continue
         if not streamed:
             block.register_forward_pre_hook(check_cache, with_kwargs=True)

@@ -131,7 +131,7 @@ def test_the_head_is_computed_in_slices(monkeypatch):
     W_VH, bias_V, x = torch.randn(13, 8).bfloat16(), torch.randn(13), torch.randn(2, 3, 8)
     for bias in (None, bias_V):
         wanted = torch.nn.functional.linear(x, W_VH.float(), bias)
-        torch.testing.assert_close(block_stream.SlicedHead(W_VH, bias)(x), wanted)
+        torch.testing.assert_close(block_stream.SlicedHead(lambda: W_VH, bias)(x), wanted)
 
 
 @pytest.mark.parametrize("change", ["cut off", "written over", "while the head is computed"])

@@ -92,7 +92,7 @@ from secateur.evaluation.eval_text import Text
 from secateur.evaluation.quality import Runner, evaluate
 from secateur.memory.peak import peak_memory
 torch.set_num_threads({threads})
-folder, text, limit = sys.argv[1:4]
+folder, text, limit, windows = sys.argv[1:5]
 
 def read():
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -103,7 +103,7 @@ for file in Path(folder).glob("*.safetensors"):
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 before, began = read(), time.perf_counter()
-found = evaluate(folder, text=Text(text, 512, 12), runner=Runner(max_memory=int(limit) or None))
+found = evaluate(folder, text=Text(text, 512, int(windows)), runner=Runner(max_memory=int(limit) or None))
 found = {{"seconds": time.perf_counter() - began, "loss": found.quality.loss, "peak": peak_memory(), "read": read() - before}}
 print(json.dumps(found))
 """
@@ -162,6 +162,9 @@ def main() -> None:
     parser.add_argument("--resident", default="0", help="more memory, for a second round")
     parser.add_argument("--forms", default="dense,bitmap,packed-int", help="of dense, bitmap, packed-int, trellis")
     parser.add_argument("--throttle", help="bytes a second that files give at most, such as 200MB")
+    parser.add_argument("--part", choices=("generate", "eval", "all"), default="all")
+    parser.add_argument("--windows", type=int, default=12, help="of 512 tokens, for `eval`")
+    parser.add_argument("--eval-memory", help="limit of `eval`, where it is another")
     parser.add_argument("--clean", action="store_true", help="remove the models in the end")
     args = parser.parse_args()
     prepare(args)
@@ -170,6 +173,18 @@ def main() -> None:
     print(f"{machine()}\n\n{args.size}, --max-memory {args.max_memory}\n")
     if args.throttle:
         throttled(folders, limit, parse_size(args.throttle, "--throttle"), args.threads)
+    if args.part != "eval":
+        generation(args, folders, limit, more)
+    if args.text is not None and args.part != "generate":
+        evaluations(args, folders, parse_size(args.eval_memory, "--eval-memory") if args.eval_memory else limit)
+    if args.clean:
+        for folder in {*folders.values(), args.work / f"llama-{args.size}"}:
+            shutil.rmtree(folder)
+            shutil.rmtree(f"{folder}-offload", ignore_errors=True)
+
+
+def generation(args: Any, folders: dict[str, Path], limit: int, more: int) -> None:
+    """Print what a token takes."""
     rows = []
     for name, folder in folders.items():
         for extra in sorted({0, more}):
@@ -182,12 +197,6 @@ def main() -> None:
     rows.append(_row("dense, accelerate", dense, run(GENERATE, "accelerate", dense, limit, threads=args.threads)))
     table(["", "files, MB", "s a token", "read a token, MB", "MB/s", "alone, MB/s", "peak MiB"], rows)
     print()
-    if args.text is not None:
-        evaluations(args, folders, limit)
-    if args.clean:
-        for folder in {*folders.values(), dense}:
-            shutil.rmtree(folder)
-            shutil.rmtree(f"{folder}-offload", ignore_errors=True)
 
 
 def evaluations(args: Any, folders: dict[str, Path], limit: int) -> None:
@@ -197,10 +206,10 @@ def evaluations(args: Any, folders: dict[str, Path], limit: int) -> None:
     rows = []
     wanted = {("SmolLM2, whole", small, 0), ("SmolLM2, by block", small, 2**30)}
     for name, folder, bound in [*sorted(wanted, reverse=True), *((n, f, limit) for n, f in folders.items())]:
-        found = run(EVAL, folder, evaluation, bound, threads=args.threads)
+        found = run(EVAL, folder, evaluation, bound, args.windows, threads=args.threads)
         figures = [f"{found['seconds']:.1f}", f"{found['loss']:.5f}", f"{found['peak'] / 2**20:.0f}"]
         rows.append([name, *figures, f"{found['read'] / 1e6:.0f}", f"{size_of(folder) / 1e6:.0f}"])
-    table(["eval, 12 × 512 tokens", "s", "loss", "peak MiB", "read from disk, MB", "files, MB"], rows)
+    table([f"eval, {args.windows} × 512 tokens", "s", "loss", "peak MiB", "read from disk, MB", "files, MB"], rows)
 
 
 def _row(name: str, folder: Path, found: dict[str, float]) -> list[str]:

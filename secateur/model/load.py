@@ -222,8 +222,8 @@ def _limits(max_memory: str | int | Mapping[Any, Any], device: torch.device) -> 
         UsageError: the words are no size, or a device cannot be used.
     """
     asked = dict(max_memory) if isinstance(max_memory, Mapping) else {"cpu": max_memory}
-    here = limit_memory(asked.pop("cpu", free_memory()))
-    assert here is not None
+    here = limit_memory(asked.pop("cpu", None))
+    here = free_memory() if here is None else here
     if len(asked) > 1:
         names = ", ".join(map(str, asked))
         raise UsageError(

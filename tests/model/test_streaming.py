@@ -214,6 +214,8 @@ def test_what_cannot_be_done(made, model_of, streamed, ids, tmp_path, monkeypatc
         secateur.load(folder, offload_folder=tmp_path)
     with pytest.raises(UsageError, match=r"names several devices \(cuda:0, cuda:1\)"):
         secateur.load(folder, max_memory={"cuda:0": "4GiB", "cuda:1": "4GiB"})
+    with pytest.raises(UsageError, match="`max_memory` 0 B is too little"):
+        secateur.load(folder, max_memory=0)
     with pytest.raises(UsageError, match=r"`max_memory` .lots. is not a size"):
         secateur.load(folder, max_memory={"cpu": "lots"})
     with pytest.raises(UsageError, match="says what each device may hold"):
@@ -260,7 +262,7 @@ def test_a_head_that_there_is_no_room_for(family, made, monkeypatch, ids):
 def test_one_size_and_the_same_by_device(made, ids):
     folder = made("llama", "packed-int")
     wanted = logits(secateur.load(folder), ids)
-    for limit in ("16GiB", {"cpu": "16GiB"}, {"cpu": 2**34}):
+    for limit in ("16GiB", {"cpu": "16GiB"}, {"cpu": 2**34}, {"cpu": None}, {}):
         assert torch.equal(logits(secateur.load(folder, max_memory=limit), ids), wanted)
 
 

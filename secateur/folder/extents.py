@@ -57,11 +57,16 @@ def find_extents(file: Path) -> dict[str, Extent]:
 
 
 class OpenFiles:
-    """Files that are read again and again, by any thread, and must stay what they were when they were opened."""
+    """Files that are read again and again, by any thread, and must stay what they were when they were opened.
+
+    Attributes:
+        dropped: whether the system need not keep what was read, for the next time.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._open: dict[Path, int] = {}
         self._state: dict[Path, tuple[int, int]] = {}
+        self.dropped = True
         self._lock = Lock()
         finalize(self, _close, self._open)
         for file in files:
@@ -126,8 +131,8 @@ class OpenFiles:
                 count -= len(left.pop(0))
             if left and count:
                 left[0] = left[0][count:]
-        # What comes around again in a cycle longer than the cache is never there when it is wanted: others have more of it.
-        _advise(self._open[first.file], first.start, wanted, "DONTNEED")
+        if self.dropped:
+            _advise(self._open[first.file], first.start, wanted, "DONTNEED")
         return wanted
 
     def _read_at(self, descriptor: int, views: Sequence[memoryview], at: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 from secateur.folder.extents import NOT_COPIED, Extent, OpenFiles
 from secateur.kernels.module import PackedLinear
+from secateur.memory.free_memory import free_memory
 from secateur.offload.link import Event, Link
 from secateur.offload.taken_out import Outline, Part
 
@@ -106,6 +107,8 @@ class Streamer:
         self.bytes_read = self.bytes_copied = 0
         self.blocks, self.files = blocks, files
         self._link = link
+        # What comes around again in a cycle longer than the cache is never there when it is wanted: others have more of it.
+        files.dropped = sum(block.size for block in blocks if block.held is None) > free_memory() // 2
         size = max(block.size for block in blocks)
         self._host = [(_aligned if link is None else link.pinned)(size) for _ in range(2)]
         self._buffers = self._host if link is None else [link.buffer(size) for _ in range(2)]

@@ -17,6 +17,7 @@ from secateur.model import streaming
 from secateur.model.source import open_source
 from secateur.model.stream_room import Limits
 from secateur.model.streaming import load_streamed
+from secateur.offload import streamer
 from secateur.offload.streamer import StreamedBlock
 
 WAYS = {
@@ -249,3 +250,17 @@ def test_a_weight_that_is_away_can_be_asked_for(made, brought):
         assert torch.equal(mine.dense(), other.dense())
         assert torch.equal(mine.weight @ torch.ones(mine.in_features), other.weight @ torch.ones(mine.in_features))
         assert all(torch.equal(mine.parts()[part], tensor) for part, tensor in other.parts().items())
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_what_the_system_has_memory_for_it_may_keep(free, made, brought, ids, monkeypatch):
+    """A cycle longer than its cache would find nothing there, and push out what others have."""
+    advice = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: advice.append(args[3]))
+    monkeypatch.setattr(streamer, "free_memory", lambda: free)
+    model = brought(made("packed-int"))
+    model.set_input_embeddings(torch.nn.Embedding(320, 32))  # whose rows are none of it
+    advice.clear()
+    logits(model, ids)
+    assert bool(advice) == (not free)
+    assert set(advice) <= {os.POSIX_FADV_DONTNEED}

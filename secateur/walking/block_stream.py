@@ -110,13 +110,14 @@ class BlockStream:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
         self._place_outside(dtype)
+        base = psutil.Process().memory_info().rss
         self._read(0)
         probe_1S = torch.zeros(1, PROBES[-1], dtype=torch.int64, device=device)
         try:
             self._catcher = BlockCalls(self.model, self.blocks, probe_1S)
         except NotInTurn as error:
             raise UsageError(f"{self.name} cannot be run block by block: {error}; leave `max_memory` out") from error
-        self._footprint = self._measure(dtype)
+        self._footprint = self._measure(dtype, base)
         release(self.blocks[0])
 
     def _place_outside(self, dtype: torch.dtype) -> None:
@@ -146,8 +147,8 @@ class BlockStream:
         W_VH = weights.checked(name, expected, check_finite=False)
         return partial(weights.__getitem__, name) if weights.packed(name) is None else lambda: W_VH
 
-    def _measure(self, dtype: torch.dtype) -> Footprint:
-        """What a text takes, from the first block, which is in place."""
+    def _measure(self, dtype: torch.dtype, base: int) -> Footprint:
+        """What a text takes, from the first block, which is in place, and of what the process took before it was."""
         tensors = [list(block.state_dict().values()) for block in self.blocks]
         largest = max(tensors, key=lambda each: sum(t.numel() for t in each))
         peaks = []
@@ -157,7 +158,7 @@ class BlockStream:
                 call.run(self.blocks[0], call.hidden)
             peaks.append((count, live.peak))
         return Footprint(
-            base=psutil.Process().memory_info().rss,
+            base=base,
             mapped=MAPPED_BYTES + 4 * max(t.numel() for t in largest),
             outside=0,
             embeddings=0,

@@ -206,7 +206,11 @@ def evaluations(args: Any, folders: dict[str, Path], limit: int) -> None:
     rows = []
     wanted = {("SmolLM2, whole", small, 0), ("SmolLM2, by block", small, 2**30)}
     for name, folder, bound in [*sorted(wanted, reverse=True), *((n, f, limit) for n, f in folders.items())]:
-        found = run(EVAL, folder, evaluation, bound, args.windows, threads=args.threads)
+        try:
+            found = run(EVAL, folder, evaluation, bound, args.windows, threads=args.threads)
+        except SystemExit as stop:  # the limit is too little: it says how much would do
+            rows.append([name, str(stop).splitlines()[-1], "", "", "", ""])
+            continue
         figures = [f"{found['seconds']:.1f}", f"{found['loss']:.5f}", f"{found['peak'] / 2**20:.0f}"]
         rows.append([name, *figures, f"{found['read'] / 1e6:.0f}", f"{size_of(folder) / 1e6:.0f}"])
     table([f"eval, {args.windows} × 512 tokens", "s", "loss", "peak MiB", "read from disk, MB", "files, MB"], rows)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from benchmarks.protocol import arguments, machine, plain_model, prepare, random_llama, sharded_mixture, table
 from benchmarks.random_packed import trellis
+from secateur.folder.reader import weight_files
 from secateur.formats.layouts.trellis_rings import Trellis
 
 TOKENS = 48
@@ -153,7 +154,7 @@ def random_trellis(source: Path, folder: Path) -> Path:
         return folder
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    tensors = load_file(source / "model.safetensors")
+    tensors = {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
     modules = {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         W_OI = tensors.pop(name)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 import secateur
@@ -112,6 +113,24 @@ def evaluation(model: Path) -> str:
     return f"{one_seconds:.1f} s one at a time, {many_seconds:.1f} s in batches; perplexities differ by {differ:.1e}"
 
 
+def brought(folder: Path) -> str:
+    """Seconds a token of a model that a GPU has no room for, from disk and from pinned memory; whether it computes the same."""
+    ids_NS = torch.arange(3, 40, device="cuda")[None]
+    with torch.inference_mode():
+        wanted_NSV = secateur.load(folder, device="cuda")(ids_NS).logits
+    found = []
+    for place, host in (("disk", psutil.Process().memory_info().rss + 2**30), ("pinned memory", 2**36)):
+        limits = {"cuda": "1GiB", "cpu": host}
+        with torch.inference_mode():
+            same = torch.equal(secateur.load(folder, max_memory=limits)(ids_NS).logits, wanted_NSV)
+        told = secateur.bench(str(folder), max_memory=limits, seconds=5)
+        [step] = told.streamed
+        disk, bus = told.shares(step)
+        shares = f"{disk:.0%} of the disk's and {bus:.0%} of the bus' bandwidth"
+        found.append(f"{step.seconds:.3f} s a token from {place}, {shares}, logits {'the same' if same else 'DIFFER'}")
+    return "; ".join(found)
+
+
 def report(name: str, figure: Callable[[], str]) -> None:
     """Print one figure as a row; where it cannot be had, why, for the others are worth having."""
     try:
@@ -168,6 +187,14 @@ def main() -> None:
     for name in ("wanda 50 %", "sparsegpt 50 %"):
         report(f"{name}: `plan`, 1.5 B, 128 × 512 tokens", lambda name=name: foretold(RECIPES[name]))
     report("`eval`, 1.5 B, 64 × 1024 tokens", lambda: evaluation(large))
+    report("read as it writes: dense, 1.5 B", lambda: brought(large))
+    for name in ("wanda 50 %", "gptq 4 bits"):
+
+        def streamed(name: str = name) -> str:
+            run(large, args.work / "out", RECIPES[name], "cuda", 16)
+            return brought(args.work / "out")
+
+        report(f"read as it writes: {name}, 1.5 B", streamed)
     shutil.rmtree(args.work)
     gpu_kernels.main()
 

@@ -15,7 +15,7 @@ ROOMS = [
     ["folder", "memory"],
     ["kernels"],
     ["formats", "foreign"],
-    ["prune", "quant", "mixture"],
+    ["prune", "quant", "mixture", "offload"],
     ["plugin"],
     ["model"],
     ["structured"],

@@ -181,3 +181,8 @@ KINDS = (*_PLAIN, *_ROWS)
 def is_text_file(name: str) -> bool:
     """Whether a name ends as that of a file that is read."""
     return name.lower().removesuffix(_ZIPPED).endswith(KINDS)
+
+
+def is_row_file(name: str) -> bool:
+    """Whether it ends as that of a file of rows."""
+    return name.lower().removesuffix(_ZIPPED).endswith(tuple(_ROWS))

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from secateur.commands.bench_tables import print_bench
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import counter, screen, show
-from secateur.commands.shared_options import Backend, Debug, Device, Dtype, JsonFile, OurFolder, Quiet, Revision, Trust
-from secateur.commands.tables import Column, print_table
+from secateur.commands.screen import counter
+from secateur.commands.shared_options import (
+    Backend,
+    Debug,
+    Device,
+    Dtype,
+    JsonFile,
+    MaxMemory,
+    OurFolder,
+    Quiet,
+    Revision,
+    Trust,
+)
 from secateur.errors import UsageError
 
 
@@ -27,6 +38,7 @@ class Bench:
     dtype: Dtype = "auto"
     tokens: Annotated[str, typer.Option(help="Input tokens per call, comma-separated.")] = "1"
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: as torch chooses).", min=1)] = None
+    max_memory: MaxMemory = None
     json_file: JsonFile = None
     plot: Annotated[Path | None, typer.Option(help="Bar chart, a .png or .svg file.")] = None
     revision: Revision = None
@@ -41,6 +53,8 @@ class Bench:
         counts = self.tokens.split(",")
         if not all(count.isdecimal() for count in counts):
             raise UsageError(f"--tokens {self.tokens!r} is not understood: give whole numbers, such as 1,16")
+        if self.plot is not None and self.max_memory is not None:
+            raise UsageError("--plot shows linears in memory: leave it or --max-memory out")
         if self.plot is not None:
             check_plot(self.plot)
         check_files({"--json": self.json_file})
@@ -51,89 +65,13 @@ class Bench:
             dtype=self.dtype,
             tokens=[int(count) for count in counts],
             threads=self.threads,
+            max_memory=self.max_memory,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             progress=counter(self.quiet, ""),
         )
         if not self.quiet and not takes_stdout(self.json_file):
-            self._print(found)
+            print_bench(found)
         write_json(found.to_dict(), self.json_file)
         if self.plot is not None:
             plot(found, self.plot)
-
-    def _print(self, found: Any) -> None:
-        show(f"{found.model} in {found.dtype} on {found.device}")
-        _print_tables(found)
-        if found.decoding:
-            _print_decoding(found)
-        screen.print()
-        for line in _lines(found):
-            show(line)
-
-
-def _print_tables(found: Any) -> None:
-    """A table for each layout, and no lines: so the figures fit into eighty columns."""
-    from secateur.speed.bench_result import describe
-
-    columns = [Column("shape"), Column("linears", spare=3), Column("backend", right=False)]
-    columns += [Column("tokens"), Column("ms"), Column("dense"), Column("faster")]
-    columns += [Column("MB", spare=2), Column("GB/s", spare=1), Column("of copy")]
-    for layout in dict.fromkeys(describe(case.layout) for case in found.cases):
-        rows = [
-            [
-                "{}×{}".format(*case.shape),
-                str(case.linears),
-                case.backend,
-                str(case.tokens),
-                f"{1e3 * case.seconds:.3f}",
-                f"{1e3 * case.dense_seconds:.3f}",
-                f"{case.speed_up:.2f}×",
-                f"{case.bytes / 1e6:.2f}",
-                f"{case.bandwidth / 1e9:.1f}",
-                f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
-            ]
-            for case in found.cases
-            if describe(case.layout) == layout
-        ]
-        print_table(screen, columns, rows, title=f"\n{layout}", lines=False)
-
-
-def _print_decoding(found: Any) -> None:
-    """A mixture of experts as a whole."""
-    columns = [Column("texts"), Column("ms a step"), Column("tokens/s", spare=1), Column("experts of a layer")]
-    columns += [Column("MB", spare=2), Column("GB/s", spare=1), Column("S-MBU"), Column("S-MFU")]
-    rows = []
-    for each in found.decoding:
-        memory, arithmetic = found.whole_utilization(each)
-        rows.append(
-            [
-                str(each.tokens),
-                f"{1e3 * each.seconds:.2f}",
-                f"{each.tokens / each.seconds:.1f}",
-                f"{each.experts:.1f} of {each.of:g}",
-                f"{each.bytes / 1e6:.2f}",
-                f"{each.bytes / each.seconds / 1e9:.1f}",
-                f"{memory:.0%}",
-                f"{arithmetic:.1%}",
-            ]
-        )
-    print_table(screen, columns, rows, title="\nthe whole model as it writes so many texts at a time", lines=False)
-
-
-def _lines(found: Any) -> list[str]:
-    threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
-    lines = [f"a copy moves {found.copy_bandwidth / 1e9:.1f} GB/s, read and written, with {threads}"]
-    if found.product_flops is not None:
-        lines.append(f"a product of large matrices makes {found.product_flops / 1e9:.1f} GFLOP/s")
-    if any(case.cached for case in found.cases):
-        lines.append("* out of the cache: memory does not hold enough such weights to fill it")
-    chosen = ", ".join(f"{name} for {count} linears" for name, count in found.chosen.items())
-    lines.append(f"backend {found.backend} chose {chosen}" if found.backend == "auto" else f"backend {chosen}")
-    lines += [found.fallback] if found.fallback is not None else []
-    for total in found.totals:
-        at_once = "" if total.tokens == 1 else f", {total.tokens} tokens at a time"
-        lines.append(
-            f"all linears{at_once}: {1e3 * total.seconds:.2f} ms a token, dense {1e3 * total.dense_seconds:.2f} ms "
-            f"({total.speed_up:.2f}×)"
-        )
-    return lines

@@ -21,6 +21,6 @@ class Run:
     ]
 
     def run(self) -> None:
-        from secateur.commands.run_tool import run_tool
+        from secateur.runs.run_tool import run_tool
 
         run_tool(self.command)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from typing import Any
 from weakref import finalize
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, UsageError
 
+#: What is said to those who copy or pickle what reads files again and again.
+NOT_COPIED = "a model that reads its weights when it runs can be neither copied nor pickled: load it again"
 # What one call of the operating system takes.
 _MOST_PIECES = 512
 
@@ -52,18 +57,25 @@ def find_extents(file: Path) -> dict[str, Extent]:
 
 
 class OpenFiles:
-    """Files that are read again and again, and must stay what they were when they were opened."""
+    """Files that are read again and again, by any thread, and must stay what they were when they were opened.
+
+    Attributes:
+        dropped: whether the system need not keep what was read, for the next time.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._open: dict[Path, int] = {}
         self._state: dict[Path, tuple[int, int]] = {}
+        self.dropped = True
+        self._lock = Lock()
         finalize(self, _close, self._open)
         for file in files:
             try:
-                self._open[file] = os.open(file, os.O_RDONLY)
+                self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             except OSError as error:
                 raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
             self._state[file] = self._look(file)
+            _advise(self._open[file], 0, 0, "SEQUENTIAL")
 
     def _look(self, file: Path) -> tuple[int, int]:
         found = os.fstat(self._open[file])
@@ -88,15 +100,26 @@ class OpenFiles:
             at = end
         return total
 
+    def __reduce__(self) -> Any:
+        raise UsageError(NOT_COPIED)
+
+    def check(self) -> None:
+        """Raise CheckpointError where one was changed since it was opened."""
+        for file in self._open:
+            self._check(file)
+
+    def _check(self, file: Path) -> None:
+        if self._look(file) != self._state[file]:
+            raise CheckpointError(f"{file} was changed while it was in use: load the model again")
+
     def _read_run(self, run: Sequence[tuple[Extent, memoryview]]) -> int:
         first = run[0][0]
-        if self._look(first.file) != self._state[first.file]:
-            raise CheckpointError(f"{first.file} was changed while it was in use: load the model again")
         wanted = sum(extent.size for extent, _ in run)
         left, done = [view for _, view in run], 0
         while done < wanted:
             try:
-                count = os.preadv(self._open[first.file], left, first.start + done)
+                self._check(first.file)
+                count = self._read_at(self._open[first.file], left, first.start + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{first.file} cannot be read at tensor {first.name!r}: {error.strerror or error}"
@@ -108,10 +131,25 @@ class OpenFiles:
                 count -= len(left.pop(0))
             if left and count:
                 left[0] = left[0][count:]
-        # What comes around again in a cycle longer than the cache is never there when it is wanted: others have more of it.
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._open[first.file], first.start, wanted, os.POSIX_FADV_DONTNEED)
+        if self.dropped:
+            _advise(self._open[first.file], first.start, wanted, "DONTNEED")
         return wanted
+
+    def _read_at(self, descriptor: int, views: Sequence[memoryview], at: int) -> int:
+        """Read into memory, as much as one call gives; the bytes."""
+        if hasattr(os, "preadv"):  # not on macOS and Windows
+            return os.preadv(descriptor, views, at)
+        with self._lock:
+            os.lseek(descriptor, at, os.SEEK_SET)
+            found = os.read(descriptor, len(views[0]))
+        views[0][: len(found)] = found
+        return len(found)
+
+
+def _advise(descriptor: int, start: int, size: int, advice: str) -> None:
+    """Tell the operating system how a file is read, where it can be told: network file systems need not listen."""
+    with suppress(OSError, AttributeError):
+        os.posix_fadvise(descriptor, start, size, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def _close(opened: dict[Path, int]) -> None:

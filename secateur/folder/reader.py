@@ -155,12 +155,17 @@ class StoredTensors(Tensors):
         self._left -= tensor.nbytes
         return tensor
 
+    @property
+    def files(self) -> list[Path]:
+        """All of them."""
+        return sorted(set(self._file.values()))
+
     def file_of(self, name: str) -> Path:
         """The file that a tensor lies in."""
         return self._file[name]
 
     def headers(self) -> Iterator[tuple[str, torch.dtype | None, tuple[int, ...]]]:
-        for file in sorted(set(self._file.values())):
+        for file in self.files:
             opened = self.open_file(file)
             for name in opened.keys():  # noqa: SIM118 - a handle is not a mapping
                 found = opened.get_slice(name)

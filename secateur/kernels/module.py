@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,8 @@ class PackedLinear(nn.Module):
         self._fetch = False
         # What `prepared` is made of; None where that gives it back.
         self._source: Packed | None = weight
+        # Reads the weight where it is not in memory, but for what `prepared` is given of it while it computes.
+        self._reader: Callable[[], Packed] | None = None
 
     def place(self, device: torch.device, fetch: bool = False) -> None:
         """Make the weight ready on a device. Raises UsageError when its backend cannot be used there.
@@ -66,9 +69,37 @@ class PackedLinear(nn.Module):
         weight = map_tensors(self.packed(), lambda tensor: tensor.to(device))
         self.prepared = prepare(weight, self.backend, device=device, dtype=self.dtype)
         self._source = weight if self.prepared.backend.packed(self.prepared.weight) is None else None
+        self._reader = None
+
+    def take(self, weight: Packed, device: torch.device) -> None:
+        """Compute on a weight, which is on the device, in the place of the one that it has."""
+        self.prepared, self._source, self._reader = None, weight, None
+        self.place(device, self._fetch)
+
+    def let_go(self, weight: Any, reader: Callable[[], Packed]) -> None:
+        """Keep of the weight what is given; it is whole again once it is placed anew.
+
+        Args:
+            weight: in the form that it has: that of the backend, once it is placed.
+            reader: reads the whole.
+        """
+        if self.prepared is None:
+            self._source = weight
+        else:
+            self.prepared, self._source = replace(self.prepared, weight=weight), None
+        self._reader = reader
+
+    @property
+    def away(self) -> bool:
+        """Whether the weight is not in memory as a whole."""
+        return self._reader is not None
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.prepared is not None
+        if self._reader is not None and torch.is_grad_enabled() and x.requires_grad:
+            raise UsageError(
+                "a weight that is read when it runs is gone when gradients are wanted: load the model whole"
+            )
         if not self._fetch or x.device == self.prepared.device:
             return linear(self.prepared, x, self.bias)
         bias_O = None if self.bias is None else self.bias.to(self.prepared.device)
@@ -83,6 +114,8 @@ class PackedLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The weight as it is stored, but in the dtype of the inputs where the backend needs that."""
+        if self._reader is not None:
+            return self._reader()
         found = self._source
         if found is None and self.prepared is not None:
             found = self.prepared.backend.packed(self.prepared.weight)
@@ -122,7 +155,8 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # As it is stored: what a backend made of it may not be of use where it is read.
-        return {**self.__dict__, "prepared": None, "_source": self.packed(), "_ready": self.prepared is not None}
+        fresh = {"prepared": None, "_source": self.packed(), "_reader": None, "_ready": self.prepared is not None}
+        return {**self.__dict__, **fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         ready = state.pop("_ready")
@@ -141,7 +175,7 @@ class PackedLinear(nn.Module):
         twin: PackedLinear = type(self).__new__(type(self))
         memo[id(self)] = twin
         # The packed weight is never changed: copies share it.
-        shared = {"prepared": self.prepared, "_source": self._source}
+        shared = {"prepared": self.prepared, "_source": self._source, "_reader": self._reader}
         twin.__dict__.update({key: shared.get(key) or deepcopy(value, memo) for key, value in self.__dict__.items()})
         return twin
 
@@ -153,6 +187,10 @@ class PackedLinear(nn.Module):
         # What a cast or a move does to any tensor tells where it would go; casts leave the weight alone.
         if self.prepared is not None:
             probe = fn(torch.empty(0, device=self.prepared.device))
+            if self.away and probe.device.type not in ("meta", self.prepared.device.type):
+                raise UsageError(
+                    "a weight that is read when it runs stays where it is: load the model anew for the other device"
+                )
             if probe.device.type != "meta":
                 self.place(probe.device, self._fetch and probe.device == self.prepared.device)
         return self

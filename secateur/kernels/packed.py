@@ -63,7 +63,7 @@ class Packed(ABC):
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return next(_tensors(self)).device
+        return next(tensors_in(self)).device
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -337,9 +337,11 @@ _T = TypeVar("_T")
 
 
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
-    """The same dataclass with `change` applied to every tensor in it, at any depth."""
+    """The same dataclass with `change` applied to every tensor in it, at any depth, and in dictionaries."""
     if isinstance(value, Tensor):
         return change(value)  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {key: map_tensors(each, change) for key, each in value.items()}  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         return replace(value, **fields)
@@ -348,21 +350,22 @@ def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 
 def nbytes(weight: Any) -> int:
     """Bytes of memory that a packed weight takes, or what a backend has made of it; what is there twice counts once."""
-    return sum({id(tensor): tensor.nbytes for tensor in _tensors(weight)}.values())
+    return sum({id(tensor): tensor.nbytes for tensor in tensors_in(weight)}.values())
 
 
-def _tensors(weight: Any) -> Iterator[Tensor]:
+def tensors_in(weight: Any) -> Iterator[Tensor]:
+    """All tensors of a weight, in the order of `map_tensors`."""
     if isinstance(weight, SparseSemiStructuredTensor):
         # Its own `nbytes` are those of the dense weight.
-        yield from _tensors({"packed": weight.packed, "meta": weight.meta})
+        yield from tensors_in({"packed": weight.packed, "meta": weight.meta})
     elif isinstance(weight, Tensor):
         yield weight
     elif isinstance(weight, Mapping):
         for value in weight.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif dataclasses.is_dataclass(weight):
         for field in dataclasses.fields(weight):
-            yield from _tensors(getattr(weight, field.name))
+            yield from tensors_in(getattr(weight, field.name))
 
 
 def padded(stream: Tensor) -> Tensor:

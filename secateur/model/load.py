@@ -16,15 +16,19 @@ from secateur.errors import CheckpointError, UsageError, one_line
 from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
+from secateur.memory.free_memory import free_memory
 from secateur.memory.room import limit_memory
 from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.repacked import place_repacked, repacked
 from secateur.model.source import Source, open_source, with_revision
+from secateur.model.stream_room import Limits
 from secateur.model.streaming import load_streamed
 from secateur.model.structure import build_skeleton
 from secateur.model.weights import ModelWeights, materialise, tie
+from secateur.offload.link import link_to
 from secateur.plugin.expert_modules import fuse_again
+from secateur.plugin.offloaded import may_offload
 from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer, current_backend
 from secateur.plugin.quantizer import backend as for_backend
 
@@ -100,9 +104,11 @@ def load(  # noqa: PLR0913 - users name them
         verify: compare the SHA-256 of every file with the folder's manifest before any is opened. What they hold is checked
             in any case.
         device_map: shares the model out between devices, the CPU's memory and disk, as transformers' `from_pretrained` does,
-            instead of `device`. The model lies in the CPU's memory before; packed weights stay there in place of going to disk.
+            instead of `device`. Packed weights of blocks that go to disk are read from the files whenever they are wanted;
+            what is dense lies in the CPU's memory before.
         max_memory: what `device_map="auto"` may fill. Without a `device_map`, the most memory of the host that the process may
             have in use, in bytes or in words such as `4GiB`: what is more is read from the files each time that it is wanted.
+            Or by device, `{"cuda": "8GiB", "cpu": "16GiB"}`: of the first, what the model may take there.
         offload_folder: where what goes to disk goes.
 
     Raises:
@@ -119,14 +125,11 @@ def load(  # noqa: PLR0913 - users name them
         if isinstance(max_memory, str | int):
             raise UsageError("with a device_map max_memory says what each device may hold: {'cpu': '4GiB'}")
         placement = Placement(device_map, max_memory, offload_folder)
-    elif isinstance(max_memory, Mapping) or offload_folder is not None:
-        raise UsageError(
-            "offload_folder, and max_memory by device, are for a device_map: add device_map='auto', or give one size"
-        )
+    elif offload_folder is not None:
+        raise UsageError("offload_folder is for a device_map: add device_map='auto', or leave it out")
     source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype, codes=backend != "dense")
-    limit = None if isinstance(max_memory, Mapping) else limit_memory(max_memory)
-    if limit is not None and placement is None:
-        return load_within(source, dtype or source.dtype, target, limit, backend)
+    if max_memory is not None and placement is None:
+        return load_within(source, dtype or source.dtype, target, max_memory, backend)
     return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
 
 
@@ -169,8 +172,9 @@ def load_source(
         weights = ModelWeights(source, model)
         if quantizer is not None:
             main = device if placement is None else placement.main_device
+            offload = placement is not None and may_offload(placement.device_map)
             with for_backend(backend):
-                quantizer.preprocess_model(model, weights=source.weights, device_map=main)
+                quantizer.preprocess_model(model, weights=source.weights, device_map=main, offload=offload)
         elif held:
             with for_backend(backend):
                 quantizer = place_repacked(model, held, device if placement is None else placement.main_device)
@@ -195,16 +199,48 @@ def load_source(
 
 
 def load_within(
-    source: Source, dtype: torch.dtype, device: torch.device, limit: int, backend: str, tokens: int | None = None
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_memory: str | int | Mapping[Any, Any],
+    backend: str,
+    tokens: int | None = None,
 ) -> Any:
-    """A model of an open source of which no more than `limit` bytes are to be in memory, see `load_streamed`."""
-    if device.type != "cpu":
-        raise UsageError("`max_memory` is a limit on the host's memory, for the CPU: leave it or `device` out")
+    """A model of an open source that takes no more memory than it may, see `load` and `load_streamed`."""
     if source.loaded is not None:
         raise UsageError(f"{source.name} is in memory already: leave `max_memory` out")
-    model = load_streamed(source, dtype, limit, backend, **({} if tokens is None else {"tokens": tokens}))
+    limits = _limits(max_memory, device)
+    model = load_streamed(source, dtype, limits, backend, **({} if tokens is None else {"tokens": tokens}))
     _set_generation(source, model)
     return model
+
+
+def _limits(max_memory: str | int | Mapping[Any, Any], device: torch.device) -> Limits:
+    """What may be in memory: of the host, in words or bytes, or by device, of which there is one beside the host.
+
+    Raises:
+        UsageError: the words are no size, or a device cannot be used.
+    """
+    asked = dict(max_memory) if isinstance(max_memory, Mapping) else {"cpu": max_memory}
+    here = limit_memory(asked.pop("cpu", None))
+    here = free_memory() if here is None else here
+    if len(asked) > 1:
+        names = ", ".join(map(str, asked))
+        raise UsageError(
+            f"`max_memory` names several devices ({names}): add device_map='auto', or name one beside the cpu"
+        )
+    there = None
+    for name, size in asked.items():
+        device = open_device(f"cuda:{name}" if isinstance(name, int) else name)
+        there = limit_memory(size)
+    if device.type == "cpu":
+        return Limits(here)
+    if device.type != "cuda":
+        raise UsageError(
+            f"`max_memory` is for the CPU and for CUDA devices, not for {device.type}: leave it or `device` out"
+        )
+    free = torch.cuda.mem_get_info(device)[0]
+    return Limits(here, free if there is None else min(there, free), link_to(device))
 
 
 def _as_it_is(source: Source, dtype: torch.dtype, device: torch.device, backend: str) -> Any:

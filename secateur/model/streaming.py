@@ -2,46 +2,51 @@
 
 What a block computes on is read into one of two buffers, in the form that its files have it in, while the block before
 computes in the other: nothing is copied or unpacked. What of a packed weight does not lie in the files as it is, such as where
-its rows begin, is small and stays in memory.
+its rows begin, is small and stays in memory. With a device that has memory of its own, the first blocks stay there, the next in
+pinned memory of the host, from which they are copied when they run, and the last are read and copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, UsageError
 from secateur.folder.extents import Extent, OpenFiles, find_extents
-from secateur.folder.reader import MAPPED_BYTES
-from secateur.kernels.packed import PADDING, map_tensors
+from secateur.formats.layouts.layout import all_finite
+from secateur.kernels.backends import AUTO
 from secateur.model.source import Source
-from secateur.model.streamer import ALIGNED, Piece, StreamedBlock, Streamer
+from secateur.model.stream_room import Limits, Sizes, cache_bytes, room_here, room_there
 from secateur.model.structure import build_skeleton, find_blocks, parameters_outside, shared_parameters
 from secateur.model.weights import ModelWeights, materialise, place, tie
+from secateur.offload.link import Link
+from secateur.offload.sliced_head import HeadInSlices
+from secateur.offload.streamer import StreamedBlock, attach
+from secateur.offload.table_in_file import TableInFile
+from secateur.offload.taken_out import Part, take_form_of_files, take_out
 from secateur.plugin.packed_modules import memory_footprint, packed_linears, replace_linears
 from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer
-from secateur.units import enough, words
 
-# What activations, logits and the libraries themselves take beside weights.
-_SPARE = 64 * 2**20
 # Tokens whose keys and values have a place, where nobody says how many.
 _CACHED_TOKENS = 2048
+# Bytes that are looked at together for values that are not finite.
+_CHECKED = 16 * 2**20
+_CPU = torch.device("cpu")
 
 
 def load_streamed(
     source: Source,
     dtype: torch.dtype,
-    limit: int,
+    limits: Limits,
     backend: str,
     tokens: int = _CACHED_TOKENS,
 ) -> Any:
-    """Load a model of which no more than `limit` bytes are to be in memory, on the CPU.
+    """Load a model of which no more than the limits allow is to be in memory.
 
     Args:
         dtype: of the weights that are not packed.
@@ -49,19 +54,29 @@ def load_streamed(
         tokens: so many are kept keys and values of.
 
     Raises:
-        UsageError: the limit is too little, or a backend cannot be used.
+        UsageError: a limit is too little, or a backend cannot be used.
         CheckpointError: a tensor is missing or damaged.
     """
     model: Any = build_skeleton(source, dtype).eval()
     weights = ModelWeights(source, model)
     found = find_blocks(model).modules
     shared = shared_parameters(model)
-    loading = _Loading(source, model, weights, backend, dtype)
+    loading = _Loading(source, model, weights, backend, dtype, limits.link)
     loading.place_outside(found.values())
     weights.release()
     _check_there(source, model, dict(parameters_outside(model, found.values())))
-    largest = max(_stored_bytes(weights, prefix, block) for prefix, block in found.items())
-    left = _room(source.name, limit, cache_bytes(model, tokens), largest)
+    sizes = Sizes.of(weights, found, cache_bytes(model, tokens), loading.head_bytes)
+    if limits.link is None:
+        here = left = room_here(source.name, limits.host, sizes)
+    else:
+        here = room_here(source.name, limits.host, replace(sizes, kept=0, head=0))
+        left = room_there(source.name, limits.device, sizes, model)
+    split = left + sizes.head < 0 or (limits.link is not None and here < 0)
+    spared = 2 * (sizes.block - sizes.part) if split else 0
+    loading.place_head(None if left >= 0 else sizes.part if split else sizes.block)
+    left += 0 if left >= 0 else sizes.head + spared
+    here += spared
+    check_cache = partial(_check_cache, tokens)
     streamed: list[tuple[nn.Module, StreamedBlock]] = []
     for prefix, block in found.items():
         size = loading.place(prefix, block)
@@ -69,106 +84,148 @@ def load_streamed(
         shares = any(f"{prefix}.{name}" in shared for name in block.state_dict())
         if (size <= left and not streamed) or shares:
             left -= size
-            for name in block.state_dict():
-                _own(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            loading.keep(block)
+            weights.release()
             continue
-        streamed.append((block, loading.take_out(prefix, block, left)))
-        left -= streamed[-1][1].kept
+        if not streamed:
+            block.register_forward_pre_hook(check_cache, with_kwargs=True)
+        for module, out in loading.take_out(prefix, block, left, split):
+            streamed.append((module, out))
+            left -= out.kept
         weights.release()
+    streamed += loading.head_slices
+    for _, out in streamed:
+        if limits.link and out.size <= here:
+            here -= out.size
+            out.held = limits.link.pinned(out.size)
+            out.read(loading.files, out.held)
     if source.quantization is not None:
         model.hf_quantizer = SecateurQuantizer(SecateurConfig(**source.quantization))
     model.get_memory_footprint = partial(memory_footprint, model)
     if streamed:
-        _attach(model, streamed, tokens)
+        attach(model, streamed, loading.files, limits.link)
+        model.save_pretrained = _refuse_to_save
     return model
 
 
-def _room(name: str, limit: int, cache: int, block: int) -> int:
-    """Bytes that blocks may keep in memory, beside what is there, two buffers of a block's size and keys and values."""
-    least = psutil.Process().memory_info().rss + _SPARE + MAPPED_BYTES + cache + 2 * block
-    if limit < least:
-        raise UsageError(f"`max_memory` {words(limit)} is too little for {name}, which needs {enough(least)} at least")
-    return limit - least
+@dataclass(frozen=True)
+class _Head:
+    """A head that lies in a file.
 
+    Attributes:
+        module: that computes.
+        extent, weight: where it lies, and what is there.
+        table: of embeddings, that has the same weight.
+    """
 
-def cache_bytes(model: Any, tokens: int) -> int:
-    """Keys and values of so many tokens in all blocks, at most."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
-    return int(2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize)
+    module: nn.Linear
+    extent: Extent
+    weight: Tensor
+    table: nn.Module | None
 
-
-def _stored_bytes(weights: ModelWeights, prefix: str, block: nn.Module) -> int:
-    total = 0
-    for name, tensor in block.state_dict().items():
-        packed = weights.packed(f"{prefix}.{name}")
-        total += (
-            tensor.nbytes
-            if packed is None
-            else sum(part.nbytes + PADDING + ALIGNED for part in weights.parts(f"{prefix}.{name}").values())
-        )
-    weights.release()
-    return total
-
-
-class _TableInFile(nn.Module):
-    """A table of embeddings of which the rows that are asked for are read."""
-
-    def __init__(self, extent: Extent, weight: Tensor) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self._dtype, self._extent, self._files = weight.dtype, extent, OpenFiles([extent.file])
-
-    def forward(self, ids: Tensor) -> Tensor:
-        wanted, place_of = ids.flatten().unique(return_inverse=True)
-        rows = torch.empty(len(wanted), self.embedding_dim, dtype=self._dtype)
-        size = rows[0].nbytes if len(rows) else 0
-        memory = memoryview(rows.view(-1).view(torch.uint8).numpy().data)
-        whole = self._extent
-        self._files.read(
-            [
-                (replace(whole, start=whole.start + size * row, size=size), memory[size * i : size * (i + 1)])
-                for i, row in enumerate(wanted.tolist())
-            ]
-        )
-        return rows[place_of].view(*ids.shape, -1)
+    @property
+    def owner(self) -> nn.Module:
+        """What has the weight as its own."""
+        return self.module if self.table is None else self.table
 
 
 class _Loading:
-    """Puts blocks in place one at a time, and finds out what of them lies in the files as it is computed on."""
+    """Puts blocks in place one at a time, and finds out what of them lies in the files as it is computed on.
 
-    def __init__(self, source: Source, model: Any, weights: ModelWeights, backend: str, dtype: torch.dtype) -> None:
+    Attributes:
+        files: of the model, to read from while it runs.
+        head_slices: of a head that is read, too: its parts, and how they are read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        model: Any,
+        weights: ModelWeights,
+        backend: str,
+        dtype: torch.dtype,
+        link: Link | None,
+    ) -> None:
         self._name, self._model, self._weights, self._backend, self._dtype = source.name, model, weights, backend, dtype
+        self._link, self._device = link, _CPU if link is None else link.device
         self._extents: dict[str, Extent] = {}
-        for file in source.files:
-            if file.suffix == ".safetensors":
-                self._extents |= find_extents(file)
+        files = [file for file in source.files if file.suffix == ".safetensors"]
+        for file in files:
+            self._extents |= find_extents(file)
+        self.files = OpenFiles(files)
+        self._head: _Head | None = None
+        self.head_slices: list[tuple[nn.Module, StreamedBlock]] = []
 
     def place_outside(self, blocks: Iterable[nn.Module]) -> None:
-        """Give everything outside the blocks its weights, but for a table of embeddings that is not the head, too."""
-        model, cpu = self._model, torch.device("cpu")
-        table = model.get_input_embeddings()
-        head = model.get_output_embeddings()
+        """Give everything outside the blocks its weights, but for a table of embeddings, and a head, that lie in a file."""
+        model = self._model
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head is not None and head.weight is table.weight
         for name, _ in parameters_outside(model, blocks):
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            materialise(model, "", [name], self._weights, cpu)
-            if owner is table and type(table) is nn.Embedding and not tied and self._as_in_file(name, table.weight):
+            plain = leaf == "weight" and type(owner) in (nn.Embedding, nn.Linear)
+            mapped = plain and owner in (table, head) and self._as_in_file(name, owner.weight)
+            materialise(model, "", [name], self._weights, _CPU, check_finite=not mapped)
+            if mapped:
                 extent = self._extents[self._weights.stored_name(name)]
-                model.set_input_embeddings(_TableInFile(extent, table.weight))
+                self._check_finite(name, extent, owner.weight)
+                if owner is table and not tied:
+                    model.set_input_embeddings(TableInFile(extent, table.weight))
+                elif type(head) is nn.Linear:
+                    self._head = _Head(head, extent, owner.weight, table if tied else None)
+                else:
+                    _own(owner, leaf, self._device)
             else:
-                _own(owner, leaf)
+                _own(owner, leaf, self._device)
         tie(model)
+        for module in model.modules():
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else buffer.to(self._device)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of a head that can be read when it runs."""
+        return 0 if self._head is None else self._head.weight.nbytes
+
+    def place_head(self, size: int | None) -> None:
+        """Keep the head in memory, or have parts of so many bytes of it read when they run."""
+        model, head = self._model, self._head
+        if head is not None and size is None:
+            _own(head.owner, "weight", self._device)
+            tie(model)
+        elif head is not None and size is not None:
+            sliced = HeadInSlices(head.extent, head.weight, head.module.bias, size, self._device)
+            name = next(name for name, module in model.named_modules() if module is head.module)
+            model.set_submodule(name, sliced)
+            if head.table is not None:
+                model.set_input_embeddings(TableInFile(head.extent, head.weight))
+            self.head_slices = list(sliced.streamed())
+        self._head = None
+
+    def _check_finite(self, name: str, extent: Extent, weight: Tensor) -> None:
+        """Raise CheckpointError where a tensor of a file has a value that is not finite, reading a little of it at a time."""
+        piece = torch.empty(min(_CHECKED, extent.size), dtype=torch.uint8)
+        for at in range(0, extent.size, _CHECKED):
+            size = min(_CHECKED, extent.size - at)
+            memory = memoryview(piece.numpy().data)[:size]
+            self.files.read([(replace(extent, start=extent.start + at, size=size), memory)])
+            if not all_finite(piece[:size].view(weight.dtype)):
+                raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
 
     def _as_in_file(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor lies in a file as it is computed on."""
-        stored = self._weights.stored_name(name)
-        return stored in self._extents and _is_padded(tensor, self._weights.stored(stored))
+        """Whether a tensor that is not packed lies in a file as it is computed on."""
+        weights = self._weights
+        if name not in weights or weights.converted or name in weights.pieces or weights.packed(name) is not None:
+            return False
+        stored = weights.stored_name(name)
+        if stored not in self._extents:
+            return False
+        raw = weights.stored_tensors[stored]
+        return raw.dtype == tensor.dtype and raw.shape == tensor.shape
 
     def place(self, prefix: str, block: nn.Module) -> int:
-        """Give a block its weights; the bytes that they take."""
-        cpu, weights = torch.device("cpu"), self._weights
+        """Give a block its weights, in the memory of the host; the bytes that they take."""
+        weights = self._weights
         readers = {}
         for name in list(block.state_dict()):
             full = f"{prefix}.{name}"
@@ -176,54 +233,60 @@ class _Loading:
             if packed is not None:
                 readers[full.removesuffix(".weight")] = partial(packed.read, full, weights.stored_tensors)
         if self._backend != "dense":
-            replace_linears(self._model, readers, self._backend, cpu, self._dtype)
-        materialise(block, prefix, list(block.state_dict()), weights, cpu, check_finite=False)
-        for _, linear in packed_linears(block):
-            linear.place(cpu)
+            # Not even `auto` is to find a form that is another than the files'.
+            backend = "torch" if self._link is not None and self._backend == AUTO else self._backend
+            for name in replace_linears(self._model, readers, backend, self._device, self._dtype):
+                self._model.get_submodule(name).backend = self._backend
+        materialise(block, prefix, list(block.state_dict()), weights, _CPU, check_finite=False)
         return memory_footprint_of(block)
 
-    def take_out(self, prefix: str, block: nn.Module, room: int) -> StreamedBlock:
-        """Let go of a block's weights, but for what cannot be read from the files; how the rest is read.
+    def keep(self, block: nn.Module) -> None:
+        """Let a block stay, where it computes."""
+        for name in block.state_dict():
+            _own(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], self._device)
+        for _, linear in packed_linears(block):
+            if self._link is not None:
+                take_form_of_files(linear, linear.packed(), self._device)
+            linear.place(self._device)
+
+    def take_out(self, prefix: str, block: nn.Module, room: int, split: bool) -> list[tuple[nn.Module, StreamedBlock]]:
+        """Let go of a block's weights, but for what cannot be read from the files; how the rest is read, before what runs.
+
+        Args:
+            room: bytes that there are for what cannot be read.
+            split: whether each of its modules is read when it runs, and what is small is kept.
 
         Raises:
             UsageError: what lies otherwise in the files is more than there is room for.
         """
-        found = StreamedBlock()
-        for name, linear in packed_linears(block):
-            parts = self._parts(f"{prefix}.{name}.weight")
-            pieces: dict[int, Piece] = {}
-            kept: list[Tensor] = []  # or another tensor would have the identity of one that is gone
-
-            def empty(tensor: Tensor, parts: Any = parts, pieces: Any = pieces, kept: Any = kept) -> Tensor:
-                extent = next((extent for extent, part in parts if _is_padded(tensor, part)), None)
-                if extent is None:
-                    found.kept += tensor.nbytes
-                    return tensor
-                kept.append(torch.empty_like(tensor, device="meta"))
-                pieces[id(kept[-1])] = found.add(extent, tensor, tensor.nbytes - extent.size)
-                return kept[-1]
-
-            assert linear.prepared is not None
-            found.packed.append((linear, map_tensors(linear.prepared.weight, empty), pieces))
-            linear._source = None
-            if not pieces and found.kept > room:
-                raise self._other(f"{prefix}.{name}.weight")
+        found: dict[nn.Module, StreamedBlock] = {}
+        linears = dict(packed_linears(block))
         for name, module in block.named_modules():
+            here = found.setdefault(module if split else block, StreamedBlock())
+            path = f"{prefix}.{name}" if name else prefix
+            if name in linears:
+                out = take_out(linears[name], self._parts(f"{path}.weight"), self._device, self.files)
+                here.add(list(out.parts.values()))
+                here.packed.append((linears[name], out))
+                here.kept += out.kept
+                if not out.parts and here.kept > room:
+                    raise self._other(f"{path}.weight")
             for leaf, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                full = ".".join(part for part in (prefix, name, leaf) if part)
-                if self._as_in_file(full, parameter):
-                    extent = self._extents[self._weights.stored_name(full)]
-                    found.parameters.append((module, leaf, found.add(extent, parameter)))
+                full = f"{path}.{leaf}"
+                if self._as_in_file(full, parameter) and not (split and parameter.ndim < 2):
+                    part = Part(self._extents[self._weights.stored_name(full)], 0, parameter.dtype, parameter.shape)
+                    here.add([part])
+                    here.parameters.append((module, leaf, part))
                     continue
-                _own(module, leaf)
-                found.kept += parameter.nbytes
-                if parameter.ndim > 1 and found.kept > room:
+                _own(module, leaf, self._device)
+                here.kept += parameter.nbytes
+                if parameter.ndim > 1 and here.kept > room:
                     raise self._other(full)
-        found.pieces.sort(key=lambda piece: (piece.extent.file, piece.extent.start))
-        found.unbind()
-        return found
+        for each in found.values():
+            each.unbind(self._device)
+        return [(module, each) for module, each in found.items() if each.places or not split]
 
     def _other(self, name: str) -> UsageError:
         return UsageError(
@@ -238,25 +301,17 @@ class _Loading:
         return [(self._extents[key], stored[key]) for key in packed.parts.values() if key in self._extents]
 
 
-def _own(owner: nn.Module, leaf: str) -> None:
+def _own(owner: nn.Module, leaf: str, device: torch.device) -> None:
     """Let a tensor have memory of its own, that is no view of a file, which others may change."""
     tensor = getattr(owner, leaf)
     if not tensor.is_meta:
-        place(owner, leaf, tensor.detach().clone())
+        place(owner, leaf, tensor.detach().to(device, copy=True))
 
 
 def memory_footprint_of(block: nn.Module) -> int:
     """Bytes of all weights of a block."""
     dense = sum(tensor.nbytes for tensor in block.state_dict().values())
     return dense + sum(linear.nbytes for _, linear in packed_linears(block))
-
-
-def _is_padded(tensor: Tensor, part: Tensor) -> bool:
-    """Whether a tensor is one of a file, byte for byte, but for zeros after the end."""
-    if not part.nbytes <= tensor.nbytes <= part.nbytes + PADDING or not tensor.is_contiguous() or not part.nbytes:
-        return False
-    mine, other = (each.contiguous().view(-1).view(torch.uint8) for each in (tensor, part))
-    return torch.equal(mine[: len(other)], other) and not bool(mine[len(other) :].any())
 
 
 def _check_there(source: Source, model: nn.Module, names: Iterable[str]) -> None:
@@ -267,31 +322,18 @@ def _check_there(source: Source, model: nn.Module, names: Iterable[str]) -> None
             raise CheckpointError(f"{source.name} lacks the tensor {name}")
 
 
-def _attach(model: Any, streamed: list[tuple[nn.Module, StreamedBlock]], tokens: int) -> None:
-    """Have blocks read when they run."""
-    streamer = Streamer([each for _, each in streamed])
-    for number, (block, _) in enumerate(streamed):
-        block.register_forward_pre_hook(partial(_before, streamer, number, tokens), with_kwargs=True)
-        block.register_forward_hook(partial(_after, streamer, number), always_call=True)
-    model.streamer = streamer
-
-    def refuse(*_: Any, **__: Any) -> Any:
+def _check_cache(tokens: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+    """Raise UsageError where keys and values have outgrown what was left for them."""
+    cache = next((each for each in (*args, *kwargs.values()) if hasattr(each, "get_seq_length")), None)
+    x = args[0] if args else kwargs.get("hidden_states")
+    texts = len(x) if isinstance(x, Tensor) else 1
+    kept = 0 if cache is None else texts * cache.get_seq_length()
+    if kept > tokens:
         raise UsageError(
-            "a model with `max_memory` reads its weights when it runs, and cannot be saved: copy its folder"
-        )
-
-    model.save_pretrained = refuse
-
-
-def _before(streamer: Streamer, number: int, tokens: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-    cache = kwargs.get("past_key_values")
-    if number == 0 and cache is not None and cache.get_seq_length() > tokens:
-        raise UsageError(
-            f"`max_memory` left room for the keys and values of {tokens} tokens, and there are {cache.get_seq_length()}: "
+            f"`max_memory` left room for the keys and values of {tokens} tokens, and there are {kept}: "
             "give more, or ask for fewer tokens"
         )
-    streamer.before(number)
 
 
-def _after(streamer: Streamer, number: int, *_: Any) -> None:
-    streamer.after(number)
+def _refuse_to_save(*_: Any, **__: Any) -> Any:
+    raise UsageError("a model with `max_memory` reads its weights when it runs, and cannot be saved: copy its folder")

@@ -91,8 +91,8 @@ def replace_linears(
 def place_linears(model: Any) -> None:
     """Make packed linears ready where the model's `hf_device_map` has them; without one, where the rest of the model is.
 
-    Where parts of a model are offloaded, packed weights stay in the CPU's memory and compute there: accelerate offloads
-    parameters, and they are none.
+    Those that are read when they run are passed over. Others that belong to parts on disk stay in the CPU's memory, and compute
+    there: accelerate offloads parameters, and they are none.
 
     Raises:
         UsageError: a backend cannot be used there.
@@ -101,23 +101,26 @@ def place_linears(model: Any) -> None:
     several = len(set(places.values())) > 1
     kept = []
     for name, module in packed_linears(model):
-        if _place(model, name) == "disk":
+        if module.away and module.prepared is not None:
+            continue
+        if place_named(model, name) == "disk":
             kept.append(module.nbytes)
         module.place(place_of(model, name), fetch=several)
     if kept:
         warnings.warn(
-            f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in the CPU's memory: only what is dense goes to disk",
+            f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in memory: it is blocks that are read when they run",
             stacklevel=2,
         )
 
 
 def place_of(model: Any, name: str) -> torch.device:
     """Where a module of a model computes; what is offloaded to disk, in the CPU's memory."""
-    place = _place(model, name)
+    place = place_named(model, name)
     return torch.device("cpu" if place == "disk" else place)
 
 
-def _place(model: Any, name: str) -> Any:
+def place_named(model: Any, name: str) -> Any:
+    """Where the model's `hf_device_map` has a module; without one, where the model is."""
     places = getattr(model, "hf_device_map", None) or {"": model.device}
     parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
     return next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")

@@ -49,6 +49,7 @@ from secateur.plugin.expert_modules import (
     taken_apart,
 )
 from secateur.plugin.names import renamed, spellings, stored_as, used_renamings
+from secateur.plugin.offloaded import Offloaded, Read, may_offload
 from secateur.plugin.packed_modules import (
     densify,
     hide_sizes,
@@ -121,6 +122,8 @@ class SecateurQuantizer(HfQuantizer):
         self._older_stored: dict[str, str] | None = None
         self._all_replaced = False
         self._all_packed = False
+        #: Where parts of the model are left where they do not compute.
+        self._offloaded: Offloaded | None = None
         # While transformers asks how large they are.
         self._sized: list[torch.nn.Module] = []
 
@@ -130,6 +133,7 @@ class SecateurQuantizer(HfQuantizer):
         checkpoint_files: Any = None,
         device_map: Any = None,
         weights: DecodedWeights | None = None,
+        offload: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put modules that compute on packed weights in place, for the backend that there is.
@@ -137,6 +141,7 @@ class SecateurQuantizer(HfQuantizer):
         Args:
             checkpoint_files: that transformers reads the other weights from.
             weights: of the files, where they are open already.
+            offload: whether parts may be left where they do not compute; None: what the device map says.
         """
         if weights is None:
             if not checkpoint_files:
@@ -146,7 +151,7 @@ class SecateurQuantizer(HfQuantizer):
         self.packed, self.stored = weights.packed, weights.stored
         self._experts = packed_experts(model, {*self.packed, *self.older_names(model)})
         self._whole = current_backend() == "dense"
-        readers = {}
+        readers: dict[str, Read] = {}
         for name, module in model.named_modules():
             packed = self._packed(model, f"{name}.weight") if hasattr(module, "weight") else None
             if packed is not None:
@@ -155,10 +160,18 @@ class SecateurQuantizer(HfQuantizer):
                 # It would be filled with noise and a warning; here it is an error.
                 raise CheckpointError(f"{name}.weight should be packed, says config.json, but its tensors are missing")
         if current_backend() != "dense" and readers:
+            if (may_offload(device_map) if offload is None else offload) and isinstance(self.stored, StoredTensors):
+                self._offloaded = Offloaded(self.stored)
+                readers = {
+                    name: self._offloaded.reader(name, self._linear(model, name), read)
+                    for name, read in readers.items()
+                }
             with torch.device("cpu"):  # transformers makes everything on the meta device here
                 where = current_backend(), main_device(device_map), model.dtype
                 replaced = replace_linears(model, readers, *where)
                 replaced += replace_tables(model, readers, *where)
+            if self._offloaded is not None:
+                self._offloaded.let_go(model)
             # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
             weights.stored.release()
             if isinstance(device_map, str):
@@ -236,6 +249,9 @@ class SecateurQuantizer(HfQuantizer):
             fuse_again(model, here, partial(self._read_of_expert, model))
         else:
             fill_weights(self._experts, partial(self._read_of_expert, model), model)
+        if self._offloaded is not None:
+            self._offloaded.stream(model, partial(self._linear, model))
+            self._offloaded = None
         place_linears(model)
         refuse_to_resize(model)
         self._keep_grids(model)
@@ -307,6 +323,10 @@ class SecateurQuantizer(HfQuantizer):
         """How a weight of the model is packed in its files; None where it is not, or there are none."""
         stored = stored_as(model, name, self.packed, self.older_names(model))
         return None if stored is None else self.packed[stored]
+
+    def _linear(self, model: Any, module: str) -> PackedWeight | None:
+        """The same of a linear, by its name."""
+        return self._packed(model, f"{module}.weight")
 
     def older_names(self, model: Any) -> dict[str, str]:
         """The names of packed weights in the files, by those that transformers gives them where they differ."""

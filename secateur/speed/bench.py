@@ -32,13 +32,14 @@ from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, pr
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.in_memory import open_model
-from secateur.model.load import open_device, parse_dtype
+from secateur.model.load import load_within, open_device, parse_dtype
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton
 from secateur.model.vocabulary import EMBEDDINGS, find_tables, is_tied
 from secateur.plugin.names import stored_as
 from secateur.speed.bench_result import Bench, Case
 from secateur.speed.decoding import decode_source
+from secateur.speed.streamed_decoding import TOKENS, time_streamed
 from secateur.speed.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
 
 # Copies of a weight at most: more of one so small would take longer to make than to measure.
@@ -58,6 +59,7 @@ def bench(  # noqa: PLR0913 - users name them
     tokens: Sequence[int] = (1,),
     threads: int | None = None,
     seconds: float = 2.0,
+    max_memory: str | int | dict[Any, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -75,6 +77,8 @@ def bench(  # noqa: PLR0913 - users name them
         tokens: how many inputs a call takes; one row of figures for each.
         threads: of the CPU; None leaves that to torch.
         seconds: to spend on each row of figures, about.
+        max_memory: as in `load`. The model is then timed as it writes, with what memory does not hold read for every
+            token, and not its linears one by one.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
         trust_remote_code: whether code that comes with the model may run.
         progress: called with (rows done, rows in total).
@@ -92,13 +96,23 @@ def bench(  # noqa: PLR0913 - users name them
     target = open_device(device)
     source = open_model(model, revision=revision, trust_remote_code=trust_remote_code, dtype=wanted)
     computed = wanted or source.dtype
+    name = str(computed).removeprefix("torch.")
+    if max_memory is not None:
+        with _threads(threads), torch.inference_mode():
+            model = load_within(source, computed, target, max_memory, backend, max(tokens) * TOKENS)
+            streamed, transfers = time_streamed(model, tokens, seconds, progress)
+            used, where = torch.get_num_threads(), str(model.device)
+        return Bench(
+            *(source.name, backend, where, name, used, math.nan, (), None),
+            streamed=tuple(streamed),
+            transfers=transfers,
+        )
     with _threads(threads), torch.inference_mode():
         _check_packed(source)
         written, product_flops = decode_source(source, backend, target, computed, tokens)
         groups, fallback = _group(source, backend, target, computed)
         cases, bandwidth = _measure_all(groups, tokens, target, computed, seconds, progress)
         used = torch.get_num_threads()
-    name = str(computed).removeprefix("torch.")
     return Bench(
         source.name, backend, str(target), name, used, bandwidth, tuple(cases), fallback, tuple(written), product_flops
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.speed.decoding import Decoding
+from secateur.speed.streamed_decoding import Streamed, Transfers
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class Bench:
         dtype: of inputs, outputs and dense weights.
         threads: that torch computed with on the CPU.
         copy_bandwidth: bytes a second that torch reads and writes together when it copies a large tensor. Copies are timed in
-            turn with all cases, and the fastest counts: it is to be a limit.
+            turn with all cases, and the fastest counts: it is to be a limit. NaN where there are none.
         cases: by layout and shape, in the order of the checkpoint, and by tokens.
         fallback: where `auto` had to take dense weights, why.
         decoding: of a mixture of experts, the whole model as it writes, by the numbers of tokens.
         product_flops: floating-point operations a second that torch reaches in a product of large dense matrices; None where
             `decoding` is empty.
+        streamed: of a model that was run under a limit on memory, by the numbers of tokens; there are no cases then.
+        transfers: what its reader gives alone.
     """
 
     model: str
@@ -97,6 +100,8 @@ class Bench:
     fallback: str | None
     decoding: tuple[Decoding, ...] = ()
     product_flops: float | None = None
+    streamed: tuple[Streamed, ...] = ()
+    transfers: Transfers | None = None
 
     def utilization(self, case: Case) -> float:
         """The share of the copy bandwidth that a case reached: its S-MBU."""
@@ -107,6 +112,16 @@ class Bench:
         assert self.product_flops is not None
         bandwidth, flops = decoding.bytes / decoding.seconds, decoding.flops / decoding.seconds
         return bandwidth / self.copy_bandwidth, flops / self.product_flops
+
+    def shares(self, streamed: Streamed) -> tuple[float, float]:
+        """The shares that such a step reached of what the disk and the way to a device give without computing; 0 where nothing
+        goes that way."""
+        assert self.transfers is not None
+        disk, bus = self.transfers.disk, self.transfers.bus
+        return (
+            streamed.bytes_read / streamed.seconds / disk if disk else 0.0,
+            streamed.bytes_copied / streamed.seconds / bus if bus else 0.0,
+        )
 
     @property
     def chosen(self) -> dict[str, int]:
@@ -144,7 +159,11 @@ class Bench:
             {**dataclasses.asdict(each), **dict(zip(("s_mbu", "s_mfu"), self.whole_utilization(each), strict=True))}
             for each in self.decoding
         ]
-        found = {"cases": cases, "chosen": self.chosen, "totals": totals, "decoding": decoding}
+        streamed = [
+            {**dataclasses.asdict(each), **dict(zip(("of_disk", "of_bus"), self.shares(each), strict=True))}
+            for each in self.streamed
+        ]
+        found = {"cases": cases, "chosen": self.chosen, "totals": totals, "decoding": decoding, "streamed": streamed}
         return {**dataclasses.asdict(self), **found}
 
 

@@ -6,9 +6,10 @@ N: windows, S: tokens of a window, H: features, V: vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.errors import UsageError
+from secateur.errors import CheckpointError, UsageError
+from secateur.folder.extents import OpenFiles
 from secateur.folder.reader import MAPPED_BYTES
+from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Footprint, Polynomial, Settings
 from secateur.memory.live_bytes import PROBES, LiveBytes
 from secateur.model.source import Source
@@ -34,21 +37,30 @@ _HEAD_VALUES = 2**22
 
 
 class SlicedHead(nn.Module):
-    """x W^T + bias for a head whose weight stays in its file, in its own dtype: a slice of the vocabulary at a time."""
+    """x W^T + bias for a head whose weight stays in its file, in its own dtype: a slice of the vocabulary at a time.
 
-    def __init__(self, W_VH: Tensor, bias_V: Tensor | None) -> None:
+    Args:
+        fetch: maps the weight `[V, H]` anew, so that what was looked at of it before need not stay in memory.
+    """
+
+    def __init__(self, fetch: Callable[[], Tensor], bias_V: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(W_VH, requires_grad=False)
+        self._fetch = fetch
         self.bias = None if bias_V is None else nn.Parameter(bias_V, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        V, H = self.weight.shape
-        logits = x.new_empty(*x.shape[:-1], V)
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive rows, and their weights."""
+        V, H = self._fetch().shape
         step = max(1, _HEAD_VALUES // H)
         for start in range(0, V, step):
-            rows = slice(start, start + step)
+            rows = slice(start, min(start + step, V))
+            yield rows, self._fetch()[rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x.new_empty(*x.shape[:-1], len(self._fetch()))
+        for rows, W_RH in self.slices():
             bias = None if self.bias is None else self.bias[rows].to(x.dtype)
-            logits[..., rows] = F.linear(x, self.weight[rows].to(x.device, x.dtype), bias)
+            logits[..., rows] = F.linear(x, W_RH.to(x.device, x.dtype), bias)
         return logits
 
 
@@ -81,7 +93,7 @@ class BlockStream:
 
     Raises:
         UsageError: the model cannot be run block by block.
-        CheckpointError: a weight is missing or damaged.
+        CheckpointError: a weight is missing or damaged, or a file was changed meanwhile.
     """
 
     def __init__(
@@ -94,16 +106,18 @@ class BlockStream:
         self.block_names, self.blocks = list(found), list(found.values())
         self._twins = shared_parameters(self.model)
         self._weights = ModelWeights(source, self.model)
+        self._opened = OpenFiles(source.files)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
         self._place_outside(dtype)
+        base = psutil.Process().memory_info().rss
         self._read(0)
         probe_1S = torch.zeros(1, PROBES[-1], dtype=torch.int64, device=device)
         try:
             self._catcher = BlockCalls(self.model, self.blocks, probe_1S)
         except NotInTurn as error:
             raise UsageError(f"{self.name} cannot be run block by block: {error}; leave `max_memory` out") from error
-        self._footprint = self._measure(dtype)
+        self._footprint = self._measure(dtype, base)
         release(self.blocks[0])
 
     def _place_outside(self, dtype: torch.dtype) -> None:
@@ -116,14 +130,25 @@ class BlockStream:
         tie(model)
         if sliced is not None:
             name = next(name for name, module in model.named_modules() if module is sliced)
-            W_VH = weights.checked(f"{name}.weight", sliced.weight) if f"{name}.weight" in weights else sliced.weight
             bias_V = weights.checked(f"{name}.bias", sliced.bias) if sliced.bias is not None else None
-            model.set_submodule(name, SlicedHead(W_VH.detach(), bias_V))
+            place = f"{name}.weight"
+            if place not in weights:  # tied
+                place = next(each for each, parameter in model.named_parameters() if parameter is sliced.weight)
+            head = SlicedHead(self._fetching(place, sliced.weight), bias_V)
+            if not all(all_finite(W_RH) for _, W_RH in head.slices()):
+                raise CheckpointError(f"{place} holds NaN or infinity: the checkpoint is damaged")
+            model.set_submodule(name, head)
         weights.release()
         move_buffers(model, self.device)
 
-    def _measure(self, dtype: torch.dtype) -> Footprint:
-        """What a text takes, from the first block, which is in place."""
+    def _fetching(self, name: str, expected: Tensor) -> Callable[[], Tensor]:
+        """What maps a tensor anew; one that has to be decoded stays in memory."""
+        weights = self._weights
+        W_VH = weights.checked(name, expected, check_finite=False)
+        return partial(weights.__getitem__, name) if weights.packed(name) is None else lambda: W_VH
+
+    def _measure(self, dtype: torch.dtype, base: int) -> Footprint:
+        """What a text takes, from the first block, which is in place, and of what the process took before it was."""
         tensors = [list(block.state_dict().values()) for block in self.blocks]
         largest = max(tensors, key=lambda each: sum(t.numel() for t in each))
         peaks = []
@@ -133,7 +158,7 @@ class BlockStream:
                 call.run(self.blocks[0], call.hidden)
             peaks.append((count, live.peak))
         return Footprint(
-            base=psutil.Process().memory_info().rss,
+            base=base,
             mapped=MAPPED_BYTES + 4 * max(t.numel() for t in largest),
             outside=0,
             embeddings=0,
@@ -148,6 +173,7 @@ class BlockStream:
         )
 
     def _read(self, number: int) -> None:
+        self._opened.check()  # what is mapped, and no longer there, ends a process without a word
         block, prefix = self.blocks[number], self.block_names[number]
         names = list(block.state_dict())
         materialise(block, prefix, names, self._weights, self.device, check_finite=False)
@@ -212,5 +238,6 @@ class BlockStream:
     @torch.no_grad()
     def logits(self, x_NSH: Tensor) -> Tensor:
         """What the model makes of outputs of its last block, `[N, S, V]`."""
+        self._opened.check()  # the head is mapped
         found: Tensor = self._catcher.finish(self.model, x_NSH).logits
         return found

@@ -15,7 +15,7 @@ from transformers.utils import logging
 import secateur
 from secateur.checkpoint.card import write_card
 from secateur.checkpoint.export import export
-from secateur.commands import run_tool as tool
+from secateur.runs import run_tool as tool
 
 TASKS = Path(__file__).parents[1] / "tasks"
 LOADS = """

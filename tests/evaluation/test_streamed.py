@@ -1,5 +1,6 @@
 """Measuring a model block by block: the figures of the whole model, and every weight read once."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from conftest import FAMILIES
 
 import secateur
-from secateur import UsageError
+from secateur import CheckpointError, UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.quality import Runner, evaluate
 from secateur.memory.footprint import Footprint, Settings
@@ -130,4 +131,27 @@ def test_the_head_is_computed_in_slices(monkeypatch):
     W_VH, bias_V, x = torch.randn(13, 8).bfloat16(), torch.randn(13), torch.randn(2, 3, 8)
     for bias in (None, bias_V):
         wanted = torch.nn.functional.linear(x, W_VH.float(), bias)
-        torch.testing.assert_close(block_stream.SlicedHead(W_VH, bias)(x), wanted)
+        torch.testing.assert_close(block_stream.SlicedHead(lambda: W_VH, bias)(x), wanted)
+
+
+@pytest.mark.parametrize("change", ["cut off", "written over", "while the head is computed"])
+def test_files_that_change_while_a_model_is_measured(change, model_of, text, tmp_path, monkeypatch):
+    """A mapped file that was cut off would end the process without a word."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_of("llama", num_hidden_layers=3), folder)
+    [file] = folder.glob("*.safetensors")
+
+    def spoil():
+        if change == "written over":
+            file.write_bytes(bytes(file.stat().st_size))
+        else:
+            file.write_bytes(file.read_bytes()[:-10])
+
+    def progress(self, text, number, outputs=block_stream.BlockStream.outputs):
+        yield from outputs(self, text, number)
+        if number == (2 if change == "while the head is computed" else 0):
+            spoil()
+
+    monkeypatch.setattr(block_stream.BlockStream, "outputs", progress)
+    with pytest.raises(CheckpointError, match=r"safetensors was changed while it was in use"):
+        evaluate(str(folder), text=text, runner=STREAMED)

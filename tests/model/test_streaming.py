@@ -1,11 +1,13 @@
 """Models that memory does not hold: logits equal to the bit, every byte read once a pass, and faults that are told."""
 
 import os
+import shutil
 from pathlib import Path
 
 import mixtures
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.errors import CheckpointError, UsageError
@@ -13,6 +15,7 @@ from secateur.folder.extents import OpenFiles, find_extents
 from secateur.model import streaming
 from secateur.model.load import load_within
 from secateur.model.source import open_source
+from secateur.model.stream_room import Sizes
 
 WAYS = {
     "dense": None,
@@ -35,7 +38,7 @@ def streamed(monkeypatch):
 
     def load(folder, resident=0, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(streaming, "_room", lambda *_: resident)
+            patch.setattr(streaming, "room_here", lambda *_: resident)
             return secateur.load(folder, max_memory="1GiB", **options)
 
     return load
@@ -207,8 +210,14 @@ def test_what_cannot_be_done(made, model_of, streamed, ids, tmp_path, monkeypatc
     folder = made("llama", "packed-int", num_hidden_layers=3)
     with pytest.raises(UsageError, match=r"`max_memory` 10\.5 MB is too little for .*, which needs .* at least"):
         secateur.load(folder, max_memory="10MiB")
-    with pytest.raises(UsageError, match="max_memory by device, are for a device_map"):
-        secateur.load(folder, max_memory={"cpu": "4GiB"})
+    with pytest.raises(UsageError, match="offload_folder is for a device_map"):
+        secateur.load(folder, offload_folder=tmp_path)
+    with pytest.raises(UsageError, match=r"names several devices \(cuda:0, cuda:1\)"):
+        secateur.load(folder, max_memory={"cuda:0": "4GiB", "cuda:1": "4GiB"})
+    with pytest.raises(UsageError, match="`max_memory` 0 B is too little"):
+        secateur.load(folder, max_memory=0)
+    with pytest.raises(UsageError, match=r"`max_memory` .lots. is not a size"):
+        secateur.load(folder, max_memory={"cpu": "lots"})
     with pytest.raises(UsageError, match="says what each device may hold"):
         secateur.load(folder, device_map="auto", max_memory="4GiB")
     with pytest.raises(UsageError, match="leave `dtype` out"):
@@ -216,7 +225,7 @@ def test_what_cannot_be_done(made, model_of, streamed, ids, tmp_path, monkeypatc
     model = streamed(folder)
     with pytest.raises(UsageError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
-    monkeypatch.setattr(streaming, "_room", lambda *_: 0)
+    monkeypatch.setattr(streaming, "room_here", lambda *_: 0)
     model = load_within(open_source(folder), torch.float32, torch.device("cpu"), 0, "auto", 10)
     with torch.no_grad(), pytest.raises(UsageError, match="keys and values of 10 tokens"):
         model.generate(ids, max_new_tokens=8, min_new_tokens=8, pad_token_id=0)
@@ -228,5 +237,57 @@ def test_generate_on_the_command_line(made, says, monkeypatch):
     code, _, err = says("generate", folder, "hello there", "--max-memory", "10MiB")
     assert code == 2
     assert "--max-memory 10.5 MB is too little" in err
-    monkeypatch.setattr(streaming, "_room", lambda *_: 0)
+    monkeypatch.setattr(streaming, "room_here", lambda *_: 0)
     assert says("generate", folder, "hello there", "--max-new-tokens", 5, "--max-memory", "1GiB") == wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_head_that_there_is_no_room_for(family, made, monkeypatch, ids):
+    """It is read in parts, as blocks are; where the table of embeddings is the same, its rows are read, too."""
+    folder = made(family, "dense")
+    whole = secateur.load(folder)
+    head = whole.get_output_embeddings().weight.nbytes
+    monkeypatch.setattr(streaming, "room_here", lambda *_: -head)
+    sizes = Sizes(block=head // 3, part=0, loading=0, kept=0, head=head)
+    monkeypatch.setattr(streaming.Sizes, "of", lambda *_: sizes)
+    model = secateur.load(folder, max_memory="1GiB")
+    assert len(model.get_output_embeddings().slices) >= 3
+    for _ in range(2):
+        assert torch.equal(logits(model, ids), logits(whole, ids))
+    with torch.no_grad():
+        texts = [each.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for each in (model, whole)]
+    assert torch.equal(*texts)
+
+
+def test_one_size_and_the_same_by_device(made, ids):
+    folder = made("llama", "packed-int")
+    wanted = logits(secateur.load(folder), ids)
+    for limit in ("16GiB", {"cpu": "16GiB"}, {"cpu": 2**34}, {"cpu": None}, {}):
+        assert torch.equal(logits(secateur.load(folder, max_memory=limit), ids), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_blocks_that_there_is_no_room_for_two_of(family, way, made, monkeypatch, ids):
+    """Each of their linears is read when it runs."""
+    folder = made(family, way)
+    whole = secateur.load(folder)
+    monkeypatch.setattr(streaming, "room_here", lambda *_: -(10**9))
+    model = secateur.load(folder, max_memory="1GiB")
+    assert len(model.streamer.blocks) > 8
+    for _ in range(2):
+        assert torch.equal(logits(model, ids), logits(whole, ids))
+    with pytest.raises(UsageError, match="keys and values of 2048 tokens"), torch.no_grad():
+        model(ids.repeat(200, 1), past_key_values=model(ids.repeat(200, 1)).past_key_values)
+
+
+def test_a_head_with_values_that_are_not_finite(model_of, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model_of("llama"), folder)
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"][3, 4] = torch.inf
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr(streaming, "_CHECKED", 128)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds NaN or infinity"):
+        secateur.load(folder, max_memory="16GiB")

@@ -269,17 +269,22 @@ class MLX(Form):
     def __init__(self) -> None:
         self.forms: dict[str, mlx_codes.MLXCodes] = {}
         self.moved: list[float] = []
+        self.unpacked: list[str] = []
 
     def notes(self) -> list[str]:
+        told = [f"{name}: made dense, for its codes are not on a uniform grid" for name in self.unpacked]
         moved = [each for each in self.moved if each > 0]
         if not moved:
-            return []
+            return told
         return [
+            *told,
             f"zero points times scales are rounded to the model's dtype, as MLX keeps them, in {len(moved)} of "
-            f"{len(self.moved)} linears and tables: by {max(moved):.2g} of a step at most"
+            f"{len(self.moved)} linears and tables: by {max(moved):.2g} of a step at most",
         ]
 
     def takes_table(self, table: Table, layout: Decoder) -> bool:
+        if layout.name != "packed-int":
+            self.unpacked.append(table.name)
         return layout.name == "packed-int"
 
     def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:

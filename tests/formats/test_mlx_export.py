@@ -153,6 +153,16 @@ def test_a_folder_is_read_again(what, name, model_of, tmp_path):
     assert "library_name: mlx\n" in card
 
 
+def test_a_table_on_a_grid_of_ggufs_is_made_dense(model_of, tmp_path):
+    recipe = {"quantize": "rtn", "quantization": {"group_size": 32}, "embeddings": "q8_0", "head": 8}
+    secateur.compress(str(model_of("llama", torch.bfloat16)), tmp_path / "ours", recipe)
+    notes = export(str(tmp_path / "ours"), tmp_path / "mlx", "mlx")
+    assert notes[0] == "model.embed_tokens: made dense, for its codes are not on a uniform grid"
+    stored = load_file(tmp_path / "mlx" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert "lm_head.scales" in stored
+
+
 def test_models_that_cannot_go_are_refused(packed_of, model_of, tmp_path):
     with pytest.raises(UsageError, match="a mask of kept weights, which MLX does not store; `to='dense'`"):
         export(str(packed_of("llama", "sparse-int")), tmp_path / "out", "mlx")

@@ -57,7 +57,7 @@ def tables_of(model: Any, plan: Plan, name: str) -> dict[str, tuple[Table, Table
                 f"products, or shares its weight: leave `{role}` out, or give 16"
             )
         features = model.get_submodule(found[role].name).weight.shape[1]
-        if not isinstance(form, int) and table_type(form, features) is None:
+        if isinstance(form, str) and table_type(form, features) is None:
             raise UsageError(
                 f"`{role}` {form} does not fit rows of {features} weights, which are not whole blocks of 32: give bits, as 8"
             )

@@ -29,7 +29,7 @@ from secateur.foreign.gguf_file import GGUFFile, check_package
 from secateur.foreign.gguf_rows import Row, RowIndex
 from secateur.formats.layouts.block_types import BLOCK_TYPES, BlockType, type_for
 from secateur.model.source import Source, open_source
-from secateur.model.structure import Linear, build_skeleton, find_blocks, is_transposed
+from secateur.model.structure import Linear, build_skeleton, find_blocks, is_transposed, weight_matrix
 from secateur.model.vocabulary import EMBEDDINGS, HEAD, Table, find_tables
 from secateur.model.weights import ModelWeights
 
@@ -271,8 +271,7 @@ class _Parts:
         linear, weight = self.linears[module], self._codes(module)
         if wanted not in (AUTO, *BLOCK_TYPES) or (weight is None and wanted == AUTO):
             return self._floats(module, linear)
-        W_OI = self._matrix(self.ours, module, linear)
-        form = None if wanted == AUTO else type_for(wanted, W_OI.shape[1])
+        form = None if wanted == AUTO else type_for(wanted, weight_matrix(linear).shape[1])
         if wanted != AUTO and form is None:
             return self._floats(module, linear)
         blocks = None if weight is None else blocks_of(weight, None if form is None else form.name)
@@ -283,6 +282,7 @@ class _Parts:
                 f"{module} has codes that no type of GGUF holds: give `type`, such as Q4_K, to have them rounded once more, or "
                 "`to='dense'`"
             )
+        W_OI = self._matrix(self.ours, module, linear)
         return _Stored(write_blocks(rounded(W_OI.float(), form)), form.name, weight is not None)
 
     def _codes(self, module: str) -> Quantized | None:

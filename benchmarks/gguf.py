@@ -146,8 +146,13 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def in_llama(args: argparse.Namespace) -> None:
-    """Perplexity and logits of the same codes by llama.cpp and by us, on the evaluation windows."""
-    out = compress(args, "gptq", args.grids.split(",")[0])
+    """Perplexity and logits of the same codes by llama.cpp and by us, on the evaluation windows, for each grid."""
+    for grid in args.grids.split(","):
+        print(grid)
+        _in_llama(args, compress(args, args.method, grid))
+
+
+def _in_llama(args: argparse.Namespace, out: Path) -> None:
     evaluation, _ = split_text(args.text, args.work, out)
     file = args.work / f"{out.name}.gguf"
     if not file.exists():
@@ -231,6 +236,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=EVAL_WINDOWS)
     parser.add_argument("--blocks", type=int, default=0, help="compress only the first so many")
     parser.add_argument("--llama", help="Python with llama-cpp-python")
+    parser.add_argument("--method", default="gptq", help="of the files that llama.cpp is given")
     parser.add_argument("--converter", help="llama.cpp's folder, or its converter")
     parser.add_argument("--like", help="GGUF file of the model of 1.1 B, in place of the converter")
     args = parser.parse_args()

@@ -12,6 +12,7 @@ import yaml
 from secateur.checkpoint.front_matter import FRONT_MATTER, license_in_words, read_matter, renewed, write_matter
 from secateur.checkpoint.measured import Figure, model_index, table
 from secateur.foreign import FOREIGN
+from secateur.foreign.format import Foreign
 from secateur.formats.stored_weights import QUANT_METHOD
 from secateur.units import words
 
@@ -70,7 +71,9 @@ def write_card(
     files = sorted(file.name for file in folder.iterdir())
     matter = None
     if said is not None:
-        matter = renewed(said, base_model=base_model, ours=_method(config) == QUANT_METHOD, files=files, results=index)
+        known = _format(config)
+        library = QUANT_METHOD if _is_ours(config) else known.library if known is not None else "transformers"
+        matter = renewed(said, base_model=base_model, library=library, files=files, results=index)
     # What cannot be read is left to whoever wrote it.
     begin = write_matter(matter) if matter is not None else front[0] if front is not None else ""
     card = _card(name, config, manifest or {}, figures)
@@ -82,21 +85,26 @@ def write_card(
     path.write_bytes(card.encode("utf-8", "surrogateescape"))
 
 
-def _method(config: Mapping[str, Any]) -> Any:
-    quantization = config.get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    section = config.get("quantization_config")
+    return isinstance(section, Mapping) and section.get("quant_method") == QUANT_METHOD
+
+
+def _format(config: Mapping[str, Any]) -> type[Foreign] | None:
+    """That of others which a folder is in."""
+    return next((known for known in FOREIGN.values() if known.section(config) is not None), None)
 
 
 def _card(name: str, config: Mapping[str, Any], manifest: Mapping[str, Any], figures: Sequence[Figure]) -> str:
-    method = _method(config)
-    ours = method == QUANT_METHOD
+    ours, known = _is_ours(config), _format(config)
     options = ", trust_remote_code=True" if config.get("auto_map") else ""
     opening = _OPEN.format(imports=_OUR_IMPORT if ours else _PLAIN_IMPORT, options=options)
-    known = FOREIGN.get(method) if isinstance(method, str) else None
-    how = _PACKED if ours else (known and known.card) or _DENSE
+    opening += _PACKED if ours else (known and known.card) or _DENSE
+    if known is not None and known.opening:
+        opening = known.opening
     made = "All of it stands in `secateur.json`; `secateur verify FOLDER` tells whether its files are as they were."
     done = "\n".join(_done(manifest))
-    parts = [f"# {_title(name)}, written by secateur\n\n{opening}{how}"]
+    parts = [f"# {_title(name)}, written by secateur\n\n{opening}"]
     if done:
         parts.append(f"## What was done\n\n{done}\n")
     parts.append(f"{made}\n")

@@ -49,8 +49,9 @@ def export(  # noqa: PLR0913 - users name them
         to: `dense`, which every tool reads; `secateur`: packed linears keep their layout (a sparse one of compressed-tensors
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
             codes of 2 to 8 bits as `pack-quantized`, with the same weights to the bit; `gptq`: integer codes of 2, 3, 4 or 8
-            bits in GPTQ's format, whose zero points are those of version 2, and `gptq-v1` of version 1; `spqr`: for the package
-            spqr_quant; `gguf`: a file for llama.cpp and what is built on it.
+            bits in GPTQ's format, whose zero points are those of version 2, and `gptq-v1` of version 1; `mlx`: integer codes
+            of 2 to 8 bits, also of embeddings and head, for mlx-lm; `spqr`: for the package spqr_quant; `gguf`: a file for
+            llama.cpp and what is built on it.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, or is a GGUF file.
         card: whether `README.md` is to say how to open the folder, before what that of the source says.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
@@ -95,7 +96,7 @@ def export(  # noqa: PLR0913 - users name them
         writer.flush()
         assemble(writer.files, folder, folder)
         quantization = form.config(skeleton, blocks.lists, linears, weights)
-        save_config(source, folder, form.dtype, quantization, skeleton.__class__.__name__)
+        save_config(source, folder, form.dtype, quantization, skeleton.__class__.__name__, form.section)
         if weights.untied:
             save_untied(folder)
         notes = [*form.notes(), *source.write_companions(folder)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.quantized import Quantized
 from secateur.errors import UsageError
-from secateur.foreign import gptq_format, pack_quantized, spqr_quant
+from secateur.foreign import gptq_format, mlx_codes, pack_quantized, spqr_quant
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import Decoder
 from secateur.formats.stored_weights import quantization_config
@@ -32,10 +32,12 @@ class Form(Protocol):
     Attributes:
         dtype: that every tensor written dense must have; None: the one that it has.
         unconverted: whether tensors that transformers converted as it loaded them are written as the files had them.
+        section: where `config.json` says how linears are packed.
     """
 
     dtype: torch.dtype | None
     unconverted: bool
+    section: str = "quantization_config"
 
     def notes(self) -> list[str]:
         """What a user should know of what was packed."""
@@ -257,12 +259,66 @@ class GPTQv1(GPTQ):
     version = 1
 
 
+class MLX(Form):
+    """Affine codes of MLX, the table of embeddings and the head among them."""
+
+    dtype: torch.dtype | None = None
+    unconverted = False
+    section = mlx_codes.KEY
+
+    def __init__(self) -> None:
+        self.forms: dict[str, mlx_codes.MLXCodes] = {}
+        self.moved: list[float] = []
+        self.unpacked: list[str] = []
+
+    def notes(self) -> list[str]:
+        told = [f"{name}: made dense, for its codes are not on a uniform grid" for name in self.unpacked]
+        moved = [each for each in self.moved if each > 0]
+        if not moved:
+            return told
+        return [
+            *told,
+            f"zero points times scales are rounded to the model's dtype, as MLX keeps them, in {len(moved)} of "
+            f"{len(self.moved)} linears and tables: by {max(moved):.2g} of a step at most",
+        ]
+
+    def takes_table(self, table: Table, layout: Decoder) -> bool:
+        if layout.name != "packed-int":
+            self.unpacked.append(table.name)
+        return layout.name == "packed-int"
+
+    def pack(self, module: str, linear: Linear, weights: ModelWeights) -> dict[str, Tensor] | None:
+        weight = _quantized(module, linear, weights, "mlx")
+        if weight is None:
+            return None
+        try:
+            form, parts, moved = mlx_codes.pack(weight)
+        except ValueError as error:
+            raise _not_possible(module, "mlx", error) from error
+        self.forms[module] = form
+        self.moved.append(moved)
+        return parts
+
+    def config(
+        self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
+    ) -> dict[str, Any] | None:
+        _check_some(self.forms, "mlx", "`quantize` gptq or rtn")
+        for name, experts in experts_in(model).items():
+            if any(f"{name}.{linear}" in self.forms for linear in experts.linears):
+                raise UsageError(
+                    f"{name} cannot be written as mlx: MLX keeps the experts of a layer in one tensor, under names of each "
+                    "family's own; `to='dense'` writes any model, which mlx_lm.convert takes"
+                )
+        return mlx_codes.section_of({weights.module_to_write(module): form for module, form in self.forms.items()})
+
+
 FORMS: dict[str, type[Form]] = {
     "dense": Dense,
     "secateur": Secateur,
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "gptq-v1": GPTQv1,
+    "mlx": MLX,
     "spqr": SpQR,
 }
 

@@ -34,7 +34,7 @@ def write_matter(matter: Mapping[str, Any]) -> str:
 
 
 def renewed(
-    said: Mapping[str, Any], *, base_model: str | None, ours: bool, files: Iterable[str], results: Any
+    said: Mapping[str, Any], *, base_model: str | None, library: str, files: Iterable[str], results: Any
 ) -> dict[str, Any]:
     """What the card of a new checkpoint says, by what that of its source said.
 
@@ -43,7 +43,7 @@ def renewed(
     Args:
         said: by the source.
         base_model: its name on the hub, if it came from there.
-        ours: whether the new one opens with secateur only.
+        library: what opens the new one.
         files: the names of those in the folder, among which may be a license.
         results: the figures that were measured, for `model-index`.
     """
@@ -58,7 +58,7 @@ def renewed(
     tags = matter.get("tags")
     kept = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     matter["tags"] = list(dict.fromkeys([*kept, "secateur"]))
-    matter["library_name"] = "secateur" if ours else "transformers"
+    matter["library_name"] = library
     matter["pipeline_tag"] = matter.get("pipeline_tag") or "text-generation"
     if results:
         matter["model-index"] = results

@@ -27,13 +27,14 @@ from secateur.foreign.gguf_blocks import write_blocks
 from secateur.foreign.gguf_codes import blocks_of
 from secateur.foreign.gguf_file import GGUFFile, check_package
 from secateur.foreign.gguf_rows import Row, RowIndex
-from secateur.formats.layouts.block_types import BLOCK_TYPES, type_for
+from secateur.formats.layouts.block_types import BLOCK_TYPES, BlockType, type_for
 from secateur.model.source import Source, open_source
-from secateur.model.structure import Linear, build_skeleton, find_blocks, is_transposed
+from secateur.model.structure import Linear, build_skeleton, find_blocks, is_transposed, weight_matrix
+from secateur.model.vocabulary import EMBEDDINGS, HEAD, Table, find_tables
 from secateur.model.weights import ModelWeights
 
 # Tables of tokens are of another type than the linears, as llama.cpp's quantizer has it.
-_TABLES = ("token_embd.weight", "output.weight")
+_TABLES = {EMBEDDINGS: "token_embd.weight", HEAD: "output.weight"}
 _BETTER = "Q6_K"
 _FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -45,7 +46,7 @@ class GGUFOptions:
     Attributes:
         type: of the linears: `auto` (codes stay as they are, in the type that holds them), or the name of a type that all of
             them get; those whose codes are of none that it holds are rounded again.
-        embeddings: of the table of tokens and the head, which `auto` leaves in 16 bits.
+        embeddings: of the table of tokens and the head; `auto` keeps codes, and leaves in 16 bits what has none.
         converter: see `find_converter`.
         like: a GGUF file of the same model, in place of the converter.
     """
@@ -88,7 +89,7 @@ def export_gguf(
     converter = find_converter(options.converter) if like is None else []
     skeleton = build_skeleton(source, source.dtype)
     weights = ModelWeights(source, skeleton)
-    linears = find_blocks(skeleton).linears
+    linears, coded = find_blocks(skeleton).linears, _coded_tables(skeleton, weights)
     _check_layouts(linears, weights)
     with scratch_folder(out, ".secateur-gguf-") as scratch, torch.no_grad():
         if like is None:
@@ -98,11 +99,12 @@ def export_gguf(
         else:
             base = Path(like)
             same = open_source(str(like), dtype=source.dtype)
-        parts = _Parts(skeleton, linears, weights, ModelWeights(same, skeleton), wanted, tables, progress)
+        theirs = ModelWeights(same, skeleton)
+        parts = _Parts(skeleton, linears, coded, weights, theirs, wanted, tables, progress)
         if like is not None:
             parts.check_same(base)
         file = GGUFFile(base)
-        parts.find(file, source.dtype)
+        parts.find(file, source.dtype, None if like is None else base)
         made = scratch / "made.gguf"
         file.copy(made, parts.change)
         _put_in_place(made, out, overwrite)
@@ -132,6 +134,16 @@ def _put_in_place(made: Path, out: Path, overwrite: bool) -> None:
     made.replace(out)
 
 
+def _coded_tables(skeleton: nn.Module, weights: ModelWeights) -> dict[str, Table]:
+    """The tables that have codes, by what files call them: a tied head may be there under its own name, too."""
+    found = {}
+    for role, table in find_tables(skeleton).items():
+        if table.weight in weights and weights.packed(table.weight) is not None:
+            names = _TABLES.values() if table.twins else [_TABLES[role]]
+            found.update(dict.fromkeys(names, table))
+    return found
+
+
 def _check_layouts(linears: Mapping[str, Linear], weights: ModelWeights) -> None:
     """Raise UsageError where linears are stored without their zeros."""
     for module in linears:
@@ -159,6 +171,7 @@ class _Parts:
 
     Attributes:
         skeleton, linears: of the model.
+        coded: its tables with codes, by what files call them.
         ours: its weights.
         theirs: those of the model that the file was made of: the same, but for linears where it is another file's.
         wanted, tables: types of linears, and of embeddings and head.
@@ -167,6 +180,7 @@ class _Parts:
 
     skeleton: nn.Module
     linears: Mapping[str, Linear]
+    coded: dict[str, Table]
     ours: ModelWeights
     theirs: ModelWeights
     wanted: str
@@ -176,18 +190,24 @@ class _Parts:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     again: Counter[str] = field(default_factory=Counter)
     replaced: Counter[str] = field(default_factory=Counter)
+    said: list[str] = field(default_factory=list)
 
     def check_same(self, like: Path) -> None:
         """Raise UsageError where a file is not of this model: what compressing leaves alone is another."""
+        coded = {name for table in self.coded.values() for name in (table.weight, *table.twins)}
         for name in self.skeleton.state_dict():
-            if name.removesuffix(".weight") in self.linears or name not in self.ours:
+            if name.removesuffix(".weight") in self.linears or name in coded or name not in self.ours:
                 continue
             own = self.ours[name]
             if name not in self.theirs or not torch.equal(own, self.theirs[name].to(own.dtype)):
                 raise UsageError(f"{like} is not of the same model: {name} is another: give `like` one that is")
 
-    def find(self, file: GGUFFile, dtype: torch.dtype) -> None:
-        """Find our linears in the file, and raise CheckpointError where one with codes is not there."""
+    def find(self, file: GGUFFile, dtype: torch.dtype, like: Path | None) -> None:
+        """Find our linears in the file, and raise CheckpointError where one with codes is not there; tables, too.
+
+        Args:
+            like: the file, where nobody made it of our weights: whose tables are others.
+        """
         self.file = file
         index = RowIndex()
         for module, linear in self.linears.items():
@@ -201,6 +221,13 @@ class _Parts:
             if found is not None:
                 self.rows[name] = found
                 placed |= {module for module, _ in found}
+        for name in [name for name in self.coded if name in file]:
+            there, theirs = file.values(name).to(dtype), self.theirs[self.coded[name].weight].to(dtype)
+            if there.shape == theirs.shape and torch.equal(there, theirs):
+                continue
+            if like is not None:
+                raise CheckpointError(f"{name} of {like} is not as the model has it: leave `like` out")
+            del self.coded[name]  # padded, or in another order: it is rounded again, if at all
         lost = [m for m in self.linears if m not in placed and f"{m}.weight" in self.ours]
         if lost:
             raise CheckpointError(
@@ -213,12 +240,7 @@ class _Parts:
         assert self.file is not None
         if name in self.rows:
             return self._linear(name, self.rows[name])
-        if name in _TABLES and self.tables != AUTO:
-            return self._table(name, self.tables)
-        if name in _TABLES and self.wanted != AUTO:
-            least = BLOCK_TYPES[self.wanted].bits_per_weight
-            return self._table(name, _BETTER if least < BLOCK_TYPES[_BETTER].bits_per_weight else self.wanted)
-        return None
+        return self._table(name) if name in _TABLES.values() else None
 
     def _linear(self, name: str, rows: list[Row]) -> tuple[Tensor, str] | None:
         modules = list(dict.fromkeys(module for module, _ in rows))
@@ -249,8 +271,7 @@ class _Parts:
         linear, weight = self.linears[module], self._codes(module)
         if wanted not in (AUTO, *BLOCK_TYPES) or (weight is None and wanted == AUTO):
             return self._floats(module, linear)
-        W_OI = self._matrix(self.ours, module, linear)
-        form = None if wanted == AUTO else type_for(wanted, W_OI.shape[1])
+        form = None if wanted == AUTO else type_for(wanted, weight_matrix(linear).shape[1])
         if wanted != AUTO and form is None:
             return self._floats(module, linear)
         blocks = None if weight is None else blocks_of(weight, None if form is None else form.name)
@@ -261,6 +282,7 @@ class _Parts:
                 f"{module} has codes that no type of GGUF holds: give `type`, such as Q4_K, to have them rounded once more, or "
                 "`to='dense'`"
             )
+        W_OI = self._matrix(self.ours, module, linear)
         return _Stored(write_blocks(rounded(W_OI.float(), form)), form.name, weight is not None)
 
     def _codes(self, module: str) -> Quantized | None:
@@ -275,12 +297,39 @@ class _Parts:
         W_OI = self._matrix(self.ours, module, linear)
         return _Stored(W_OI.contiguous().view(torch.uint8), _FLOAT_TYPES[W_OI.dtype])
 
-    def _table(self, name: str, kind: str) -> tuple[Tensor, str] | None:
+    def _table(self, name: str) -> tuple[Tensor, str] | None:
+        """A table of tokens: of the type that is asked for, or with the codes that it has."""
         assert self.file is not None
-        form = type_for(kind, self.file.shape(name)[-1])
+        table, form = self.coded.get(name), self._form_of_table(self.file.shape(name)[-1])
+        if table is not None:
+            self.progress(name)
+            return self._coded_table(table, form)
         if form is None or self.file.type(name) == form.name:
             return None
         return write_blocks(rounded(self.file.values(name), form)), form.name
+
+    def _form_of_table(self, features: int) -> BlockType | None:
+        """None: 16 bits."""
+        kind = self.tables
+        if kind == AUTO and self.wanted != AUTO:
+            least = BLOCK_TYPES[self.wanted].bits_per_weight
+            kind = _BETTER if least < BLOCK_TYPES[_BETTER].bits_per_weight else self.wanted
+        return None if kind == AUTO else type_for(kind, features)
+
+    def _coded_table(self, table: Table, form: BlockType | None) -> tuple[Tensor, str]:
+        codes = self._codes(table.name)
+        asked = form.name if form is not None and self.tables != AUTO else None
+        blocks = None if codes is None else blocks_of(codes, asked)
+        if blocks is not None:
+            return write_blocks(blocks), blocks.type
+        W_VI = self.ours[table.weight]
+        if form is None:
+            self.said.append(
+                f"{table.name} has codes that no type of GGUF holds, and is in 16 bits: `embeddings` Q8_0 rounds them once more"
+            )
+            return W_VI.contiguous().view(torch.uint8), _FLOAT_TYPES[W_VI.dtype]
+        self.said.append(f"{table.name} had other codes and is rounded once more, as {form.name}")
+        return write_blocks(rounded(W_VI.float(), form)), form.name
 
     @staticmethod
     def _matrix(weights: ModelWeights, module: str, linear: Linear) -> Tensor:
@@ -290,6 +339,7 @@ class _Parts:
     def notes(self) -> list[str]:
         """What a user should know."""
         return [
+            *self.said,
             *(
                 f"{count} linears had other codes and are rounded once more, as {kind}"
                 for kind, count in (+self.again).items()

@@ -73,7 +73,10 @@ def next_commands(report: Any, model: str, trusted: bool) -> list[str]:
     out = str(report.out)
     trust = ["--trust-remote-code"] if trusted else []
     commands = [["eval", out, "--reference", model], ["generate", out, "The capital of France is"]]
-    if any(linear.layout != "dense" for linear in [*report.linears, *report.tables]):
+    layouts = {linear.layout for linear in [*report.linears, *report.tables]}
+    if "blocks" in layouts:
+        commands.append(["export", out, f"{out.rstrip('/')}.gguf", "--to", "gguf"])
+    elif layouts - {"dense"}:
         commands.append(["export", out, f"{out.rstrip('/')}-dense", "--to", "dense"])
     return [shlex.join(["secateur", *command, *trust]) for command in commands]
 

@@ -47,8 +47,8 @@ def _names(role: str) -> str:
 def _recipe_options() -> dict[str, _Given]:
     return {
         "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
-        "embeddings": _Given(int, "Bits of embeddings: 2 to 8, or 16 (none).", _METHODS),
-        "head": _Given(int, "Bits of a head that is not tied.", _METHODS),
+        "embeddings": _Given(str, "Bits of embeddings: 2 to 8, 16 (none), or q6_k.", _METHODS),
+        "head": _Given(str, "Bits of a head that is not tied.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
         "pattern": _Given(str, "N:M (N of M stay), unstructured, structured.", _DETAIL),

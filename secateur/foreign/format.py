@@ -21,11 +21,15 @@ class Foreign(ABC):
         quant_method: what `quantization_config` calls it.
         reads: what is read of it, in words that an error ends in.
         card: how a folder in this format is opened, for its model card; "" where none is written.
+        opening: the same where transformers does not open it, in the place of the lines by which it does.
+        library: what the hub calls that which opens it.
     """
 
     quant_method: ClassVar[str]
     reads: ClassVar[str]
     card: ClassVar[str] = ""
+    opening: ClassVar[str] = ""
+    library: ClassVar[str] = "transformers"
 
     @classmethod
     def section(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | None:

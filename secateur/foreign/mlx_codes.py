@@ -1,14 +1,15 @@
-"""Folders of MLX with affine codes, as mlx-lm writes them: read as mlx's own `dequantize` does on a CPU.
+"""Folders of MLX with affine codes, as mlx-lm writes them: read as mlx's own `dequantize` does on a CPU, and written.
 
 Beside `NAME.weight uint32 [O, W]`, a stream of bits a row with the first code in the least significant, are `NAME.scales` and
 `NAME.biases [O, G]`. w = scale · code + bias, where product and sum are each rounded to the dtype of the scales. None of our
-layouts rounds twice, or has scales below zero, as mlx's quantizer makes them: such weights become dense.
+layouts rounds twice, or has scales below zero, as mlx's quantizer makes them: such weights become dense as they are read.
 
 O: output features, I: input features, W: words of 32 bits, G: groups of a row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,16 +17,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
 from secateur.foreign.format import Foreign, foreign
+from secateur.foreign.pack_quantized import uniform_codes
 from secateur.formats.layouts.coded import check_finite
-from secateur.formats.layouts.layout import Decoder, check_parts, only_finite
+from secateur.formats.layouts.layout import Decoder, all_finite, check_parts, dtype_name, only_finite
 from secateur.formats.layouts.packed_weight import PackedWeight
-from secateur.kernels.bits import unpack_bits
+from secateur.kernels.bits import pack_bits, unpack_bits
 from secateur.kernels.packed import FLOAT_DTYPES
 
 KEY = "quantization"
+_OPENING = """```python
+from mlx_lm import generate, load  # pip install mlx-lm
+
+model, tokenizer = load("FOLDER")
+print(generate(model, tokenizer, prompt="Once upon a time"))
+```
+
+FOLDER is this folder, or its name on the hub. The weights are in MLX's format, which transformers does not read.
+"""
 BITS = (2, 3, 4, 5, 6, 8)
+_SIZES = (128, 64, 32)
 _READ = "secateur reads MLX's affine codes of 2, 3, 4, 5, 6 or 8 bits in groups"
 
 
@@ -73,12 +86,70 @@ class MLXCodes(Decoder):
         return only_finite((code_OI.to(scale_OI.dtype) * scale_OI).add_(bias_OI))
 
 
+def pack(weight: Quantized) -> tuple[MLXCodes, dict[str, Tensor], float]:
+    """A weight as mlx keeps it: how, its tensors by the names behind that of its module, and by what share of a step at most
+    its zero points have moved.
+
+    Codes and scales are the same numbers, and −zero · scale is rounded to their dtype, which is the weight's. Groups are cut
+    where mlx has none as large, and codes of 7 bits, of which it has none, take 8.
+
+    Raises:
+        ValueError: mlx has no such codes.
+    """
+    try:
+        codes = uniform_codes(weight)
+    except ValueError as error:
+        raise ValueError("its codes are not on a uniform grid, and MLX's affine codes are") from error
+    for what, there in (
+        ("a mask of kept weights", weight.keep_OI is not None),
+        ("columns in another order", weight.order_I is not None),
+        ("outliers", weight.outliers is not None),
+    ):
+        if there:
+            raise ValueError(f"it has {what}, which MLX does not store")
+    I = weight.shape[1]
+    group = min(codes.group_size, I)
+    size = next((each for each in _SIZES if math.gcd(group, I) % each == 0), None)
+    if size is None:
+        raise ValueError(
+            f"its {I} input features in groups of {group} do not divide into groups of 32, the least of MLX's"
+        )
+    scale_OG = codes.scale_OG.to(weight.dtype)
+    if not torch.equal(scale_OG.float(), codes.scale_OG.float()):
+        raise ValueError(
+            f"its scales are {dtype_name(codes.scale_OG.dtype)} numbers that {dtype_name(weight.dtype)}, the model's dtype, "
+            "does not have"
+        )
+    zero_OG = torch.full_like(scale_OG, 2 ** (codes.bits - 1)) if codes.zero_OG is None else codes.zero_OG
+    exact_OG = scale_OG.float() * -zero_OG.float()
+    bias_OG = exact_OG.to(weight.dtype)
+    if not all_finite(bias_OG):
+        raise ValueError(f"its scales times zero points overflow {dtype_name(weight.dtype)}, the model's dtype")
+    moved = ((bias_OG.float() - exact_OG) / scale_OG.float()).abs().amax().item()
+    form = MLXCodes(codes.bits if codes.bits in BITS else 8, size)
+    scale_OG, bias_OG = (
+        x_OG.repeat_interleave(group // size, 1)[:, : I // size].contiguous() for x_OG in (scale_OG, bias_OG)
+    )
+    word_OW = pack_bits(codes.code_OK, form.bits).clone(memory_format=torch.contiguous_format).view(torch.uint32)
+    return form, {"weight": word_OW, "scales": scale_OG, "biases": bias_OG}, moved
+
+
+def section_of(forms: Mapping[str, MLXCodes]) -> dict[str, Any]:
+    """What `config.json` says under `KEY` of modules with such weights: what is so for most, and by their names the others."""
+    found = list(forms.values())
+    most = max(dict.fromkeys(found), key=found.count)
+    others = {name: {**vars(form)} for name, form in forms.items() if form != most}
+    return {"group_size": most.group_size, "bits": most.bits, "mode": "affine", **others}
+
+
 @foreign
 class MLX(Foreign):
     """`quantization` in `config.json` says bits and size of groups, and by their names what is otherwise for modules."""
 
     quant_method: ClassVar[str] = "mlx"
     reads: ClassVar[str] = "MLX's affine codes"
+    library: ClassVar[str] = "mlx"
+    opening: ClassVar[str] = _OPENING
 
     @classmethod
     def section(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -108,7 +179,7 @@ def _read_codes(module: str, section: Mapping[str, Any]) -> MLXCodes:
     for what, found, right in (
         ("mode", mode, mode == "affine"),
         ("bits", bits, type(bits) is int and bits in BITS),
-        ("group_size", size, type(size) is int and size in (32, 64, 128)),
+        ("group_size", size, type(size) is int and size in _SIZES),
     ):
         if not right:
             raise CheckpointError(f"the checkpoint's {KEY} has {what} {found!r} for {module}: {_READ}")

@@ -27,8 +27,8 @@ from secateur.formats.layouts.block_types import BLOCK_TYPES
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.formats.stored_weights import packed_weights, parse_quantization_config, quantization_config
 
-# What the names of tensors in blocks begin with.
-_BLOCKS = "blk."
+# What the names of tensors in blocks begin with, and those of tables of tokens.
+_CODED = ("blk.", "token_embd.", "output.")
 
 
 def read_gguf(
@@ -39,8 +39,8 @@ def read_gguf(
     Args:
         file: the file.
         dtype: that weights are wanted in; None: the one that they have in the file, bfloat16 for codes.
-        codes: whether linears of blocks keep their codes where they are of a type that layout `blocks` holds; else all weights
-            are dense.
+        codes: whether linears and tables of tokens keep their codes where they are of a type that layout `blocks` holds; else
+            all weights are dense.
 
     Raises:
         UsageError: the package gguf is missing.
@@ -83,13 +83,13 @@ def _keep_codes(
     A weight is what transformers made of the file, to the bit, or stays as it is.
     """
     index = RowIndex()
-    coded = [name for name in file if name.startswith(_BLOCKS) and file.type(name) in BLOCK_TYPES]
+    coded = [name for name in file if name.startswith(_CODED) and file.type(name) in BLOCK_TYPES]
     for name in coded:
         index.add(name, file.values(name).to(dtype))
     entries: dict[str, dict[str, Any]] = {}
     for module, linear in model.named_modules():
         name = f"{module}.weight"
-        if not isinstance(linear, nn.Linear) or name not in tensors:
+        if not isinstance(linear, nn.Linear | nn.Embedding) or name not in tensors:
             continue
         found = index.find(tensors[name])
         if found is None or len({owner for owner, _ in found}) > 1:

@@ -340,7 +340,12 @@ def save_untied(folder: Path) -> None:
 
 
 def save_config(
-    source: Source, folder: Path, dtype: torch.dtype | None, quantization: dict[str, Any] | None, architecture: str
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype | None,
+    quantization: dict[str, Any] | None,
+    architecture: str,
+    section: str = SECTIONS[0],
 ) -> None:
     """Write `config.json`: the source's own, but for what the new weights make otherwise.
 
@@ -352,6 +357,7 @@ def save_config(
         dtype: of the new weights; None: that of the source's.
         quantization: the section of the quantizer that reads them, if they need one.
         architecture: the class of the model, for a source that does not say it.
+        section: what that section is called.
     """
     content = in_all_dialects(source.config) if source.own_config is None else deepcopy(source.own_config)
     for key in SECTIONS:
@@ -360,5 +366,5 @@ def save_config(
         content["architectures"] = [architecture]
     set_dtype(content, dtype, source.dtype)
     if quantization is not None:
-        content["quantization_config"] = quantization
+        content[section] = quantization
     write_json(folder / "config.json", content)

@@ -41,7 +41,7 @@ from secateur.model.weights import ModelWeights, check_values
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.solve import Problem, Solution
 from secateur.pipeline.solve_tables import solve_table, tables_of
-from secateur.quant.table_codes import table_bytes
+from secateur.quant.table_codes import TableForm, table_bytes
 from secateur.recipes.goals import is_open
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
@@ -73,7 +73,8 @@ class Prepared:
         base: bytes that the process had in use before any weight was read.
         experts: of mixtures, by name.
         of_experts: names of their linears.
-        tables: the table of embeddings and the head, as far as they are quantized, each with its bits; by the module's name.
+        tables: the table of embeddings and the head, as far as they are quantized, each with the form of its codes; by the
+            module's name.
         solved: gives the new weights of experts that an earlier run has solved, by the name of their linear, and of a table.
         structure: what a structured pattern makes of it.
     """
@@ -98,7 +99,7 @@ class Prepared:
     base: int
     experts: Mapping[str, Experts]
     of_experts: frozenset[str]
-    tables: Mapping[str, tuple[Table, int]]
+    tables: Mapping[str, tuple[Table, TableForm]]
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     structure: Structure | None = None
 
@@ -171,10 +172,10 @@ class Prepared:
 
     def solve_table(self, name: str, stats: InputStats | None = None) -> Solution:
         """A table in codes, by what its inputs are where that is known."""
-        table, bits = self.tables[name]
+        table, form = self.tables[name]
         W_VI = self.weights.checked(table.weight, self.linear(name).get_parameter("weight"))
         dtype = self.dtype_of(table.weight) or self.weights.dtype(table.weight)
-        return solve_table(self.plan, name, W_VI, bits, dtype, self.device, stats)
+        return solve_table(self.plan, name, W_VI, form, dtype, self.device, stats)
 
     def is_plain(self, weight: str) -> bool:
         """Whether a parameter is written as it is."""
@@ -209,10 +210,10 @@ class Prepared:
         """Of a linear's weight where it is written dense."""
         return self.weights.bytes_as(self.weights.name_to_write(f"{name}.weight"), self.plan.dtype)
 
-    def table_bytes(self, name: str, bits: int | None = None) -> int:
-        """Of a table in codes; of so many bits, or of as many as the plan says."""
+    def table_bytes(self, name: str, form: TableForm | None = None) -> int:
+        """Of a table in codes of a form, or of that which the plan says."""
         shape = self.linear(name).get_parameter("weight").shape
-        parts = table_bytes(self.tables[name][1] if bits is None else bits, (shape[0], shape[1]))
+        parts = table_bytes(self.tables[name][1] if form is None else form, (shape[0], shape[1]))
         weight = self.weights.name_to_write(f"{name}.weight")
         return sum(parts.values()) + sum(entry_bytes(f"{weight}.{part}") for part in parts)
 

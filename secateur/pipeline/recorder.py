@@ -223,10 +223,11 @@ class Recorder:
             idle = [name for name in self.prepared.idle if name.rpartition(".")[0] == prefix]
             which = prefix if prefix not in lists else ", ".join(idle)
             self.note(f"left as {'it is' if len(idle) == 1 else 'they are'}, for text does not run them: {which}")
-        for name, (table, bits) in self.prepared.tables.items():
+        for name, (table, form) in self.prepared.tables.items():
             asked = dict(self.prepared.plan.tables)
             if table.twins and len(set(asked.values())) > 1:
-                self.note(f"{name} and the head are one tensor: it gets the {bits} bits asked for one of them")
+                gets = f"grid {form}" if isinstance(form, str) else f"the {form} bits"
+                self.note(f"{name} and the head are one tensor: it gets {gets} asked for one of them")
         if self.prepared.tied:
             names = ", ".join(patterns_of(self.prepared.tied, lists))
             self.note(f"left as they are, for several modules share their weights: {names}")

@@ -21,25 +21,25 @@ from secateur.formats.layouts.layout import Stored, all_finite, describe_dense
 from secateur.model.vocabulary import EMBEDDINGS, HEAD, Table, find_tables, is_tied
 from secateur.pipeline.outcome import LinearReport, energies
 from secateur.pipeline.solve import Solution
-from secateur.quant.table_codes import quantize_table
+from secateur.quant.table_codes import TableForm, about_bits, quantize_table, some_rows, table_type
 from secateur.recipes.plan import Plan
 
 # Weights whose error is measured at a time.
 _AT_ONCE = 2**22
 
 
-def tables_of(model: Any, plan: Plan, name: str) -> dict[str, tuple[Table, int]]:
-    """The tables that a plan quantizes, each with its bits, by their modules' names.
+def tables_of(model: Any, plan: Plan, name: str) -> dict[str, tuple[Table, TableForm]]:
+    """The tables that a plan quantizes, each with the form of its codes, by their modules' names.
 
-    A head that reads the table of embeddings is one with it: the higher of both numbers of bits counts.
+    A head that reads the table of embeddings is one with it: of both forms that of more bits counts.
 
     Args:
         model: a skeleton.
-        plan: says how many bits.
+        plan: says which.
         name: of the model, as the user knows it.
 
     Raises:
-        UsageError: it has no such table.
+        UsageError: it has no such table, or one whose rows are no blocks of the type that is asked for.
     """
     asked, found = dict(plan.tables), find_tables(model)
     tied = is_tied(model)
@@ -48,22 +48,27 @@ def tables_of(model: Any, plan: Plan, name: str) -> dict[str, tuple[Table, int]]
             raise UsageError(
                 f"`{HEAD}` {asked[HEAD]}: the head of {name} is its table of embeddings, one tensor: give `{EMBEDDINGS}`, too"
             )
-        asked = {EMBEDDINGS: max(asked.values())}
-    for role in asked:
+        asked = {EMBEDDINGS: max(asked.values(), key=about_bits)}
+    for role, form in asked.items():
         if role not in found:
             module = model.get_input_embeddings() if role == EMBEDDINGS else model.get_output_embeddings()
             raise UsageError(
                 f"`{role}` of {name} cannot be quantized, a {type(module).__name__} that does more than to give rows or "
                 f"products, or shares its weight: leave `{role}` out, or give 16"
             )
-    return {found[role].name: (found[role], bits) for role, bits in asked.items()}
+        features = model.get_submodule(found[role].name).weight.shape[1]
+        if isinstance(form, str) and table_type(form, features) is None:
+            raise UsageError(
+                f"`{role}` {form} does not fit rows of {features} weights, which are not whole blocks of 32: give bits, as 8"
+            )
+    return {found[role].name: (found[role], form) for role, form in asked.items()}
 
 
 def solve_table(
     plan: Plan,
     name: str,
     W_VI: Tensor,
-    bits: int,
+    form: TableForm,
     dtype: torch.dtype,
     device: torch.device,
     stats: InputStats | None = None,
@@ -74,7 +79,7 @@ def solve_table(
         plan: whether the result is dense.
         name: of its module.
         W_VI: its weight, all of it finite.
-        bits: of a code.
+        form: of the codes.
         dtype: of the weight that the codes stand for.
         device: where to compute.
         stats: of its inputs, with their Gram matrix, where it is to be solved by them.
@@ -82,7 +87,7 @@ def solve_table(
     Raises:
         RepeatedError: its values overflow that dtype.
     """
-    weight = quantize_table(W_VI, bits, dtype, device, stats)
+    weight = quantize_table(W_VI, form, dtype, device, stats)
     overflow = RepeatedError(f"{name}: its values overflow {dtype}: give another `dtype`")
     entry = None
     if plan.dense:
@@ -127,12 +132,9 @@ def _report(
 def _pieces(weight: Quantized) -> Iterator[Tensor]:
     """The dense weight some rows at a time."""
     V, I = weight.shape
-    codes: Any = weight.codes
-    for start in range(0, V, max(1, _AT_ONCE // I)):
-        rows = slice(start, start + max(1, _AT_ONCE // I))
-        zero_OG = None if codes.zero_OG is None else codes.zero_OG[rows]
-        some = replace(codes, code_OK=codes.code_OK[rows], scale_OG=codes.scale_OG[rows], zero_OG=zero_OG)
-        yield some.values().to(weight.dtype)
+    rows = max(1, _AT_ONCE // I)
+    for start in range(0, V, rows):
+        yield some_rows(weight.codes, slice(start, start + rows)).values().to(weight.dtype)
 
 
 def share_solution(ranks: Ranks, solution: Solution | None) -> Solution:

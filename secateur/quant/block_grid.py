@@ -21,13 +21,32 @@ from secateur.formats.layouts.block_types import BLOCK_TYPES, BlockType, type_fo
 from secateur.quant.block_fit import Coded, Groups, fit_block
 
 UNIFORM = "uniform"
+#: The grid of every linear is that of a type which a search finds for it; until then it is this one.
+OPEN, STAND_IN = "gguf", "q4_k"
+UNDECIDED = (
+    f"`grid` {OPEN} leaves the type of every linear to a search: add `target_size` or `max_perplexity_rise`, or name a type, "
+    f"such as {STAND_IN}"
+)
 #: What `grid` may be.
-GRIDS = (UNIFORM, *(name.lower() for name in BLOCK_TYPES))
+TYPE_GRIDS = tuple(name.lower() for name in BLOCK_TYPES)
+GRIDS = (UNIFORM, *TYPE_GRIDS, OPEN)
+# What a search tries for rows that super-blocks divide, and for others. IQ4_NL loses less than Q4_0, which is as large.
+_OF_SUPER_BLOCKS = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "q2_k")
+_OF_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl")
 
 
 def grid_option() -> Any:
     """Which grid codes are on."""
-    return option(UNIFORM, "Grid of codes: uniform, or that of a type of GGUF files.", choices=GRIDS)
+    return option(
+        UNIFORM, "Grid of codes: uniform, that of a type of GGUF files, or gguf (types by search).", choices=GRIDS
+    )
+
+
+def grids_for(features: int) -> tuple[str, ...]:
+    """The grids that a search tries for rows of so many weights, the most bits first; none where no blocks divide them."""
+    if features % BLOCK_TYPES["Q4_K"].block_size == 0:
+        return _OF_SUPER_BLOCKS
+    return _OF_BLOCKS if features % BLOCK_TYPES["Q8_0"].block_size == 0 else ()
 
 
 def check_grid(method: Any, defaults: Sequence[tuple[str, Any]]) -> None:
@@ -57,6 +76,8 @@ def block_grid(method: Any, stack: Stack, pruned: Pruned | None) -> BlockGrid | 
         return None
     if pruned is not None:
         raise UsageError(f"pruned weights have no place: {method.unpruned}")
+    if method.grid == OPEN:
+        raise UsageError(UNDECIDED)
     form = type_for(method.grid.upper(), stack.features)
     if form is None:
         raise UsageError(

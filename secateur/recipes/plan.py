@@ -19,8 +19,9 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
+from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.built_in import TO_BEGIN_WITH
-from secateur.recipes.goals import placeholder
+from secateur.recipes.goals import has_target, placeholder
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING
@@ -28,6 +29,8 @@ from secateur.solvers.inverse_cholesky import DAMPING
 #: The pattern of whole units.
 STRUCTURED = "structured"
 _SPARSE_FORMATS = ("bitmap", "nm")
+# Options of a quantizer that are chosen for a linear.
+_NAMED = ("bits", "grid")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Plan:
         layout: of pruned weights that are not quantized; None writes them dense.
         dense: write quantized weights dense.
         dtype: of the weights written; None keeps the source's.
-        tables: bits of the table of embeddings and of the head, by what recipes call them, as far as they are quantized.
+        tables: bits of the table of embeddings and of the head, or their grid, by what recipes call them, as far as they are
+            quantized.
         match_dense: solve for the dense model's outputs.
     """
 
@@ -76,7 +80,7 @@ class Plan:
     layout: Layout | None
     dense: bool
     dtype: torch.dtype | None
-    tables: tuple[tuple[str, int], ...] = ()
+    tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
 
     @property
@@ -96,9 +100,10 @@ class Plan:
         if choice.sparsity is not None:
             assert self.pruning is not None
             pruning = dataclasses.replace(self.pruning, pattern=Unstructured(choice.sparsity))
-        if choice.bits is not None:
+        named = {name: getattr(choice, name) for name in _NAMED if getattr(choice, name) is not None}
+        if named:
             other: Any = self.quantizer if choice.quantize is None else make("quantize", choice.quantize, {})
-            quantizer = dataclasses.replace(other, bits=choice.bits)
+            quantizer = dataclasses.replace(other, **named)
         return dataclasses.replace(self, pruning=pruning, quantizer=quantizer)
 
     def options(self) -> dict[str, Any]:
@@ -171,6 +176,10 @@ def plan(recipe: Recipe) -> Plan:
     unpruned = getattr(quantizer, "unpruned", None)
     if pruning is not None and unpruned:
         raise UsageError(f"`quantize` {recipe.quantize} does not go with `prune`: {unpruned}")
+    if getattr(quantizer, "grid", None) == OPEN:
+        if not has_target(recipe) and not recipe.linears:
+            raise UsageError(UNDECIDED)
+        quantizer = dataclasses.replace(quantizer, grid=STAND_IN)  # type: ignore[type-var]
     pattern = pruning.pattern if pruning else None
     _known("format", recipe.format, ("auto", "dense", *_SPARSE_FORMATS))
     if (quantizer is not None or pruning is None) and recipe.format in _SPARSE_FORMATS:
@@ -201,13 +210,14 @@ def plan(recipe: Recipe) -> Plan:
     return found
 
 
-def _tables(recipe: Recipe) -> tuple[tuple[str, int], ...]:
+def _tables(recipe: Recipe) -> tuple[tuple[str, int | str], ...]:
     """The bits of tables that are to be quantized. Raises UsageError where there are no such codes."""
     given = {name: getattr(recipe, name) for name in TABLES}
     for name, bits in given.items():
-        if bits not in (None, *BITS, UNTOUCHED):
+        if bits not in (None, *BITS, UNTOUCHED, *TYPE_GRIDS):
             raise UsageError(
-                f"`{name}` {bits} is not possible: give {BITS[0]} to {BITS[-1]} bits, or {UNTOUCHED} to leave it as it is"
+                f"`{name}` {bits} is not possible: give {BITS[0]} to {BITS[-1]} bits, or {UNTOUCHED} to leave it as it is, or "
+                "a grid of GGUF's, such as q6_k"
             )
     return tuple((name, bits) for name, bits in given.items() if bits not in (None, UNTOUCHED))
 
@@ -221,10 +231,14 @@ def _check_choices(recipe: Recipe) -> None:
                 raise UsageError(f"a sparsity is chosen for {name}, but no method is given: `prune` is missing")
         if choice.units is not None and recipe.pattern != STRUCTURED:
             raise UsageError(f"a width is chosen for {name}, which is for `pattern` structured")
-        if choice.bits is not None and recipe.quantize is None:
+        if (choice.bits is not None or choice.grid is not None) and recipe.quantize is None:
             raise UsageError(f"bits are chosen for {name}, but no method is given: `quantize` is missing")
         if choice.quantize is not None:
             _check_method(name, choice)
+    for grid in dict.fromkeys(choice.grid for choice in recipe.linears.values() if choice.grid is not None):
+        make("quantize", recipe.quantize or "", {**recipe.quantization, "grid": grid})
+        if grid == OPEN:
+            raise UsageError(UNDECIDED)
 
 
 def _check_method(name: str, choice: Choice) -> None:
@@ -234,6 +248,10 @@ def _check_method(name: str, choice: Choice) -> None:
     if choice.bits not in method.all_bits:
         known = ", ".join(map(str, method.all_bits))
         raise UsageError(f"{choice.quantize} with `bits` {choice.bits} is chosen for {name}: it can be {known}")
+    if choice.grid is not None:
+        raise UsageError(
+            f"{choice.quantize} and `grid` {choice.grid} are chosen for {name}: a grid is of the recipe's own method"
+        )
     unpruned = getattr(method, "unpruned", None)
     if unpruned and choice.sparsity is not None:
         raise UsageError(f"{choice.quantize} and a sparsity are chosen for {name}: {unpruned}")

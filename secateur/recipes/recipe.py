@@ -75,12 +75,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one linear, where they differ; with neither it is left alone.
+    """What becomes of one linear, where they differ; with nothing it is left alone.
 
     Attributes:
         sparsity: share of its weights to remove; None prunes nothing.
-        bits: of its codes; None does not quantize it.
+        bits: of its codes.
         quantize: name of the quantization method, with its own defaults, where it is another one than the recipe's.
+        grid: that they are on; with neither bits nor a grid it is not quantized.
         units, groups: of a structured pattern, how many neurons it reads, or how many heads in how many groups that share keys
             and values; 0 for both linears of a block: it goes as a whole.
     """
@@ -90,6 +91,7 @@ class Choice:
     quantize: str | None = None
     units: int | None = None
     groups: int | None = None
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         _read_shares(self)
@@ -117,7 +119,8 @@ class Recipe:
         units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
         multiple: of a structured pattern, that the number of neurons left is of; None: of 32, where the model's is.
         refit: of a structured pattern, whether the weights that read what stays make up for what goes.
-        embeddings: bits of the table of embeddings, or `UNTOUCHED`; None leaves it as it is, unless a search finds bits for it.
+        embeddings: bits of the table of embeddings, or the name of a grid of GGUF's, or `UNTOUCHED`; None leaves it as it is,
+            unless a search finds bits for it.
         head: the same of the head, where that is another matrix.
         allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
         target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
@@ -144,8 +147,8 @@ class Recipe:
     units: str | None = None
     multiple: int | None = None
     refit: bool = True
-    embeddings: int | None = None
-    head: int | None = None
+    embeddings: int | str | None = None
+    head: int | str | None = None
     allocation: str = "uniform"
     target_size: str | None = None
     max_perplexity_rise: str | None = None
@@ -162,6 +165,9 @@ class Recipe:
                 object.__setattr__(self, key, given_options(method))
             object.__setattr__(self, key, with_shares(getattr(self, key)))
         _read_shares(self)
+        for name in TABLES:
+            if str(getattr(self, name)).isdecimal():
+                object.__setattr__(self, name, int(getattr(self, name)))
         rise = self.max_perplexity_rise
         if isinstance(rise, int | float):
             object.__setattr__(self, "max_perplexity_rise", repr(rise))

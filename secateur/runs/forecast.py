@@ -281,7 +281,7 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
 
     def solve(gathered: list[Gathered]) -> None:
         for names, stats in gathered:
-            searcher.solve(names, stats, tried)
+            searcher.solve(names, stats, searcher.fitting(names, tried))
 
     searcher.walk(few_NS, solve, searcher.level, blocks=1)
     spent = {phase: seconds * len(prepared.blocks) / len(few_NS) for phase, seconds in clock.seconds.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.core.damping import AUTO
 from secateur.core.registry import QUANTIZERS, Quantizer
+from secateur.quant.block_grid import OPEN, STAND_IN, grids_for
 from secateur.quant.rotated_trellis import RotatedTrellis
 from secateur.recipes.goals import placeholder, with_methods
 from secateur.recipes.plan import Plan, plan
@@ -64,6 +65,8 @@ def bare(recipe: Recipe) -> Recipe:
         refine=None,
         refining={},
     )
+    if found.quantization.get("grid") == OPEN:
+        found = replace(found, quantization={**found.quantization, "grid": STAND_IN})
     if plan(found).needs_fisher:
         found = replace(found, quantization={**found.quantization, "sensitivity": "hessian"})
     return found
@@ -90,9 +93,14 @@ def bits_alone(quantizer: Quantizer | None) -> list[Choice]:
 def for_a_target(recipe: Recipe, quantizer: Quantizer | None, also: str | None = None) -> list[Choice]:
     """The candidates of every linear where a size or a quality is to be reached, besides leaving it alone.
 
+    Of grids of GGUF's all that fit some linear: see `fitting`.
+
     Args:
         also: a quantizer that is better than the recipe's at the bits that it has.
     """
+    if recipe.quantization.get("grid") == OPEN:
+        every = dict.fromkeys(name for features in (256, 32) for name in grids_for(features))
+        return [Choice(grid=name) for name in every]
     found = bits_alone(quantizer)
     if also is not None:
         better = QUANTIZERS[also].all_bits
@@ -101,6 +109,11 @@ def for_a_target(recipe: Recipe, quantizer: Quantizer | None, also: str | None =
     if recipe.prune:
         found += [Choice(*each) for each in (_PRUNED if quantizer is None else _BOTH)]
     return found
+
+
+def fitting(choices: list[Choice], features: int) -> list[Choice]:
+    """Those choices that are for linears of so many inputs."""
+    return [choice for choice in choices if choice.grid is None or choice.grid in grids_for(features)]
 
 
 def is_both(choice: Choice) -> bool:

@@ -29,11 +29,11 @@ from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.prune.wanda import wanda_score
 from secateur.recipes.goals import also_tried, with_methods
 from secateur.recipes.recipe import UNTOUCHED, Choice, Recipe
-from secateur.search.candidates import Candidate, Library, bare, near_the_mean, quick
+from secateur.search.candidates import Candidate, Library, bare, fitting, near_the_mean, quick
 from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
-from secateur.search.table_candidates import open_tables, table_candidates, with_choices
+from secateur.search.table_candidates import forms_of, open_tables, table_candidates, with_choices
 from secateur.search.unreached import expect_unreached, share_of
 from secateur.structured.sites import Site, Width
 from secateur.structured.structure_of import head_widths
@@ -134,8 +134,9 @@ class Searcher:
         ids_NS = windows.ids_NS[: max(1, len(windows.ids_NS) // 2)]
 
         def look(names: list[str], stats: InputStats) -> None:
-            tried = choices
-            if room is not None and found:
+            tried = self.fitting(names, choices)
+            # Of grids of GGUF's there are few that fit, and others fit the next linear.
+            if room is not None and found and not any(choice.grid for choice in choices):
                 first = next(iter(found))
                 tried = near_the_mean(found[first], room * weights[first] / sum(weights.values()))
             per_choice = self.solve(names, stats, tried)
@@ -158,6 +159,10 @@ class Searcher:
 
         self.walk(ids_NS, _each(look), self.level)
         return expect_unreached(found, reached, shares, effects.tokens) | of_tables
+
+    def fitting(self, names: list[str], choices: list[Choice]) -> list[Choice]:
+        """Those choices that are for linears of one input."""
+        return fitting(choices, weight_matrix(self.prepared.linear(names[0])).shape[1])
 
     def outliers(self, windows: Windows) -> dict[str, float]:
         """The share of outliers of every linear on dense inputs."""
@@ -223,7 +228,9 @@ class Searcher:
             lambda done, total: self.job.say(f"computing gradients: {done} of {total} windows"),
         )
         found = {
-            name: table_candidates(self.prepared, model, table, held_NS, self.folder, self.job.say)
+            name: table_candidates(
+                self.prepared, model, table, held_NS, self.folder, self.job.say, forms_of(self.asked, table, model)
+            )
             for name, table in self.tables.items()
         }
         return effects, found

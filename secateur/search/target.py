@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
-from secateur.quant.block_grid import UNIFORM
+from secateur.quant.block_grid import OPEN, UNIFORM
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.candidates import Candidate, Library, finer
 from secateur.search.searcher import Searcher
@@ -22,7 +22,7 @@ def check_target(recipe: Recipe, name: str) -> None:
         ("sparsity", recipe.sparsity),
         ("pattern", recipe.pattern),
         ("bits", recipe.quantization.get("bits")),
-        ("grid", grid if grid != UNIFORM else None),
+        ("grid", grid if grid not in (UNIFORM, OPEN) else None),
     ):
         if value is not None:
             raise UsageError(f"`{name}` finds sparsity and bits of every linear: leave `{option}` out")

@@ -145,7 +145,7 @@ def test_yaml_that_is_not_to_be_read():
 
 
 def test_tags_of_any_kind():
-    options = {"base_model": None, "ours": True, "files": [], "results": []}
+    options = {"base_model": None, "library": "secateur", "files": [], "results": []}
     for tags in (None, "x", [1, "secateur"], {"a": 1}):
         assert renewed({"tags": tags}, **options)["tags"] == ["secateur"]
     assert "base_model" not in renewed({}, **options)

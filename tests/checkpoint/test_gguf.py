@@ -3,6 +3,7 @@
 import shutil
 import struct
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,9 +223,10 @@ def test_rows_are_found_wherever_they_went():
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_the_real_converter(kind, tmp_path):
     model = make_model(tmp_path / "model", kind)
-    secateur.compress(str(model), tmp_path / "out", recipe(grid="q4_1"))
+    secateur.compress(str(model), tmp_path / "out", replace(recipe(grid="q4_1"), embeddings="q5_1", head=8))
     assert secateur.export(str(tmp_path / "out"), tmp_path / "m.gguf", "gguf", converter=CONVERTER) == []
     file = GGUFFile(tmp_path / "m.gguf")
+    assert (file.type("token_embd.weight"), file.type("output.weight")) == ("Q5_1", "Q8_0")
     types = {name: file.type(name) for name in file if name.startswith("blk.") and len(file.shape(name)) > 1}
     assert set(types.values()) == ({"Q4_1"} if kind == "llama" else {"Q4_1", "F32"})  # routers are dense
     ours = open_source(str(tmp_path / "out")).weights

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secateur.errors import UsageError
 from secateur.pipeline.calibrate import Windows
+from secateur.quant.block_grid import OPEN, UNIFORM
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import share_sparsity
 from secateur.search.candidates import bits_alone, bytes_of, cheapest, divergence_of
@@ -32,6 +34,12 @@ class LeastDivergence:
 
     @classmethod
     def of(cls, recipe: Recipe) -> LeastDivergence:
+        grid = recipe.quantization.get("grid", UNIFORM)
+        if grid != UNIFORM:
+            raise UsageError(
+                f"`allocation` search shares bits, which `grid` {grid} decides: leave `allocation` out, or give `grid` {OPEN} "
+                "and `target_size`, for which types are found"
+            )
         return cls(total_sparsity(recipe) if recipe.prune else None)
 
     def check(self, searcher: Searcher) -> None:

@@ -24,7 +24,10 @@ class Export:
     model: Model
     out: Annotated[Path, typer.Argument(help="Folder to make, or file with --to gguf.")]
     to: Annotated[
-        str, typer.Option(help="Form: dense (for any tool), secateur, compressed-tensors, gptq, gptq-v1, spqr or gguf.")
+        str,
+        typer.Option(
+            help="Form: dense (for any tool), secateur, compressed-tensors, gptq, gptq-v1, spqr, decilm or gguf."
+        ),
     ]
     overwrite: Overwrite = False
     card: Card = True

@@ -1,10 +1,12 @@
 """Structural pruning of SmolLM2 by the protocol: refit or none, and other methods by their papers' formulas.
 
-python -m benchmarks.structured --text wiki.test.raw [--part neurons | shares] [--share 0.25 …] [--other docs] [--again]
+python -m benchmarks.structured --text wiki.test.raw [--part neurons | shares | per-layer] [--share 0.25 …] [--other docs]
+    [--only ROW …] [--again]
 
 `neurons`: a quarter of the neurons of every block, 18.75 % of the blocks' weights. `shares`: what several kinds of units lose
-together. Ours are runs of `secateur compress`; the others are computed in memory on the same windows, with zeros in the place
-of what goes, which changes nothing in what is predicted:
+together. `per-layer`: widths of each block by itself against blocks that are alike. Ours are runs of `secateur compress`; the
+others are computed in memory on the same windows, with zeros in the place of what goes, which changes nothing in what is
+predicted:
 
 - Wanda-sp (An et al. 2023): Σ|W|·‖x‖, no refit.        - OBS: `sparsegpt`'s greedy choice, refit with λ = 0.01 as ZipLM's.
 - FLAP (An et al. 2023): Var(x)·‖W‖², standardised in each block, ranked over all blocks, with bias.
@@ -53,6 +55,13 @@ from secateur.recipes.methods import find
 
 QUARTER = 0.1875
 SHARES = (0.125, 0.2, 0.25, 0.375)
+PER_LAYER_SHARES = (0.25, 0.375)
+#: How widths are found: the same neurons of all blocks, the best shape that all blocks have, and those of each block.
+WIDTHS = {
+    "all alike, neurons": [],
+    "all alike, neurons,heads,blocks": ["--units", "neurons,heads,blocks"],
+    "per layer": ["--widths", "per-layer", "--allocation", "search"],
+}
 OURS = {
     "wanda, no refit": ["--prune", "wanda", "--no-refit"],
     "wanda": ["--prune", "wanda"],
@@ -237,8 +246,8 @@ def texts_of(args: Any, model: Path, evaluation: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=["neurons", "shares"], default="neurons")
-    parser.add_argument("--share", type=float, nargs="*", default=SHARES)
+    parser.add_argument("--part", choices=["neurons", "shares", "per-layer"], default="neurons")
+    parser.add_argument("--share", type=float, nargs="*")
     parser.add_argument("--only", nargs="*", help="rows to measure; all without")
     parser.add_argument("--other", help="another text to measure on, such as docs")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
@@ -270,11 +279,16 @@ def main() -> None:
     if args.part == "neurons":
         shares = [QUARTER]
         asked |= {f"secateur, {name}": lambda s, n=name: ours(n, OURS[n], s) for name in OURS}
+    elif args.part == "per-layer":
+        shares = list(args.share or PER_LAYER_SHARES)
+        for method in ("wanda", "sparsegpt"):
+            asked |= {f"secateur, {method}, {how}": of_widths(ours, method, more) for how, more in WIDTHS.items()}
     else:
-        shares = list(args.share)
+        shares = list(args.share or SHARES)
         for units in ("neurons", "neurons,heads", "neurons,blocks", "neurons,heads,blocks"):
             asked[f"secateur, wanda, {units}"] = lambda s, u=units: ours(u, ["--prune", "wanda", "--units", u], s)
-    asked |= {name: lambda s, n=name: other(n, s) for name in OTHERS}
+    if args.part != "per-layer":
+        asked |= {name: lambda s, n=name: other(n, s) for name in OTHERS}
     print(f"{machine()}; perplexity")
     rows = []
     for share in shares:
@@ -287,6 +301,11 @@ def main() -> None:
             figures = [f"{found[text]:.2f}" for text in texts]
             rows.append([f"{share:.2%}", name, f"{found['share']:.2%}", shape, *figures, f"{found['seconds']:.0f}"])
     table(["asked", "method", "gone", "what is left of a block", *texts, "seconds"], rows)
+
+
+def of_widths(ours: Callable[..., dict[str, Any]], method: str, more: list[str]) -> Callable[[float], dict[str, Any]]:
+    """A run whose widths are found in one way."""
+    return lambda share: ours(method, ["--prune", method, *more], share)
 
 
 def hash_of_text(file: Path) -> int:

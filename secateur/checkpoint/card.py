@@ -41,6 +41,19 @@ FOLDER is this folder, or its name on the hub. The weights are dense: every tool
 """
 
 
+# Where blocks have widths of their own.
+_OWN_WIDTHS = """
+FOLDER is this folder, or its name on the hub. `secateur generate FOLDER "Once upon a time"` does it on the command line.
+
+Its blocks have widths of their own, which transformers builds with the import alone. vLLM and llama.cpp take what
+`secateur export FOLDER OUT --to decilm` writes.
+"""
+_DECILM = """
+It is of DeciLM's form (Nemotron-NAS), a Llama whose blocks differ. vLLM runs it where it is allowed to trust remote code: a few
+lines of configuration lie beside the weights. llama.cpp's `convert_hf_to_gguf.py` makes a GGUF file of the folder.
+"""
+
+
 def write_card(
     folder: Path,
     name: str,
@@ -99,7 +112,12 @@ def _card(name: str, config: Mapping[str, Any], manifest: Mapping[str, Any], fig
     ours, known = _is_ours(config), _format(config)
     options = ", trust_remote_code=True" if config.get("auto_map") else ""
     opening = _OPEN.format(imports=_OUR_IMPORT if ours else _PLAIN_IMPORT, options=options)
-    opening += _PACKED if ours else (known and known.card) or _DENSE
+    how = _PACKED if ours else (known and known.card) or _DENSE
+    if ours and config["quantization_config"].get("widths"):
+        how = _OWN_WIDTHS
+    if "block_configs" in config:
+        opening, how = "", _DECILM
+    opening += how
     if known is not None and known.opening:
         opening = known.opening
     made = "All of it stands in `secateur.json`; `secateur verify FOLDER` tells whether its files are as they were."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur._version import __version__
 from secateur.checkpoint.card import write_card
+from secateur.checkpoint.decilm import DECILM, write_decilm
 from secateur.checkpoint.forms import FORMS, Form
 from secateur.checkpoint.gguf_export import GGUFOptions, export_gguf
 from secateur.errors import UsageError
@@ -50,8 +51,9 @@ def export(  # noqa: PLR0913 - users name them
             becomes the same one of ours), dense ones become `bitmap` where that is smaller; `compressed-tensors`: integer
             codes of 2 to 8 bits as `pack-quantized`, with the same weights to the bit; `gptq`: integer codes of 2, 3, 4 or 8
             bits in GPTQ's format, whose zero points are those of version 2, and `gptq-v1` of version 1; `mlx`: integer codes
-            of 2 to 8 bits, also of embeddings and head, for mlx-lm; `spqr`: for the package spqr_quant; `gguf`: a file for
-            llama.cpp and what is built on it.
+            of 2 to 8 bits, also of embeddings and head, for mlx-lm; `spqr`: for the package spqr_quant; `decilm`: a Llama
+            whose blocks have widths of their own, dense, for vLLM and llama.cpp's converter; `gguf`: a file for llama.cpp and
+            what is built on it.
         overwrite: whether `out` may be replaced, if secateur wrote it or it is empty, or is a GGUF file.
         card: whether `README.md` is to say how to open the folder, before what that of the source says.
         revision: branch, tag or commit of a model of the hub, as `id@revision` says it too.
@@ -70,13 +72,14 @@ def export(  # noqa: PLR0913 - users name them
     Raises:
         SecateurError: the model cannot be read or written in this form, the form is unknown or the folder cannot be written.
     """
-    if to not in (GGUF, *FORMS):
-        raise UsageError(f"`to` {to!r} is not known: it can be {', '.join((*FORMS, GGUF))}")
+    if to not in (GGUF, DECILM, *FORMS):
+        raise UsageError(f"`to` {to!r} is not known: it can be {', '.join((*FORMS, DECILM, GGUF))}")
     model = with_revision(model, revision)
     only = {"type": type, "embeddings": embeddings, "converter": converter, "like": like}
     given: dict[str, Any] = {name: value for name, value in only.items() if value is not None}
     if to == GGUF:
         source = open_source(model, trust_remote_code, codes=True)
+        _check_widths(source, to)
 
         def write_dense(folder: Path) -> None:
             export(model, folder, "dense", trust_remote_code=trust_remote_code)
@@ -84,27 +87,55 @@ def export(  # noqa: PLR0913 - users name them
         return export_gguf(source, out, GGUFOptions(**given), overwrite, write_dense, progress)
     if given:
         raise UsageError(f"`{next(iter(given))}` is for GGUF files: leave it out, or give `to='gguf'`")
-    form = FORMS[to]()
+    form = FORMS[to]() if to != DECILM else None
     with staged_folder(out, overwrite, {"MODEL": model}) as folder, torch.no_grad():
-        source = open_source(model, trust_remote_code, dtype=form.dtype, codes=to == "secateur")
+        dtype = form.dtype if form is not None else None
+        source = open_source(model, trust_remote_code, dtype=dtype, codes=to == "secateur")
         skeleton = build_skeleton(source, source.dtype)
-        weights = ModelWeights(source, skeleton)
-        blocks = find_blocks(skeleton)
-        linears = blocks.linears | _packed_tables(form, skeleton, weights)
-        writer = ShardWriter(folder)
-        _write_tensors(form, skeleton, linears, weights, writer, progress)
-        writer.flush()
-        assemble(writer.files, folder, folder)
-        quantization = form.config(skeleton, blocks.lists, linears, weights)
-        save_config(source, folder, form.dtype, quantization, skeleton.__class__.__name__, form.section)
-        if weights.untied:
-            save_untied(folder)
-        notes = [*form.notes(), *source.write_companions(folder)]
-        manifest = _manifest(source, to, weights.unused, notes)
+        unused: list[str] = []
+        if form is None:
+            notes = write_decilm(source, skeleton, folder)
+        else:
+            notes, unused = _write_form(form, to, source, skeleton, folder, progress)
+        notes += source.write_companions(folder)
+        manifest = _manifest(source, to, unused, notes)
         if card:
             write_card(folder, source.name, read_json(folder / "config.json"), manifest, source.hub_name)
         write_manifest(folder, manifest)
     return notes
+
+
+def _write_form(
+    form: Form, to: str, source: Source, skeleton: nn.Module, folder: Path, progress: Callable[[str], None]
+) -> tuple[list[str], list[str]]:
+    """Write weights and config; what a user should know, and the names of stored tensors that the model does not use."""
+    _check_widths(source, to)
+    weights = ModelWeights(source, skeleton)
+    blocks = find_blocks(skeleton)
+    linears = blocks.linears | _packed_tables(form, skeleton, weights)
+    writer = ShardWriter(folder)
+    _write_tensors(form, skeleton, linears, weights, writer, progress)
+    writer.flush()
+    assemble(writer.files, folder, folder)
+    quantization = form.config(skeleton, blocks.lists, linears, weights)
+    save_config(source, folder, form.dtype, quantization, skeleton.__class__.__name__, form.section)
+    if weights.untied:
+        save_untied(folder)
+    notes = form.notes()
+    if source.widths:
+        notes.append("its blocks have widths of their own: secateur opens it, and transformers after `import secateur`")
+    return notes, weights.unused
+
+
+def _check_widths(source: Source, to: str) -> None:
+    """Raise UsageError where blocks have widths of their own, which a form cannot say."""
+    if source.widths and to not in ("dense", "secateur"):
+        instead = (
+            ": write it as decilm, whose folder llama.cpp's converter takes"
+            if to == GGUF
+            else "; decilm can, and secateur"
+        )
+        raise UsageError(f"blocks of {source.name} have widths of their own, which {to} cannot say{instead}")
 
 
 def _packed_tables(form: Form, model: nn.Module, weights: ModelWeights) -> dict[str, Linear]:

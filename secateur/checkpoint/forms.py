@@ -17,7 +17,7 @@ from secateur.formats.stored_weights import quantization_config
 from secateur.mixture.experts import Experts
 from secateur.mixture.unfuse import experts_in, merges_experts, routers_in
 from secateur.model.block_names import without_expert
-from secateur.model.structure import Linear, is_transposed
+from secateur.model.structure import Linear, empty_linears, is_transposed
 from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights
 
@@ -122,7 +122,7 @@ class Secateur(Form):
     def config(
         self, model: nn.Module, lists: list[str], linears: dict[str, Linear], weights: ModelWeights
     ) -> dict[str, Any] | None:
-        absent = set(linears) - set(self.entries)
+        absent = (set(linears) - set(self.entries)) | empty_linears(model)
         return quantization_config(weights.generalised(self.entries, lists, absent)) if self.entries else None
 
 

@@ -18,6 +18,8 @@ _STRUCTURE = {
     "heads": "heads of a block",
     "kv_heads": "heads of a block for keys and values",
     "neurons": "neurons of a block",
+    "heads_in_all": "heads of all blocks",
+    "neurons_in_all": "neurons of all blocks",
 }
 
 

@@ -26,7 +26,7 @@ class Export:
     to: Annotated[
         str,
         typer.Option(
-            help="Form: dense (for any tool), secateur, compressed-tensors, gptq, gptq-v1, mlx, spqr or gguf."
+            help="Form: dense (for any tool), secateur, compressed-tensors, gptq, gptq-v1, mlx, spqr, decilm or gguf."
         ),
     ]
     overwrite: Overwrite = False

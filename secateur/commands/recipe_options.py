@@ -55,6 +55,7 @@ def _recipe_options() -> dict[str, _Given]:
         "units": _Given(str, "Structured: some of neurons,heads,blocks.", _DETAIL),
         "multiple": _Given(int, "Structured: divisor of the neurons left.", _DETAIL),
         "refit": _Given(bool, "Structured: new weights that make up for what goes.", _DETAIL),
+        "widths": _Given(str, "Structured: uniform or per-layer.", _DETAIL),
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
         "match_dense": _Given(bool, "Dense model's outputs as every linear's target.", _TEXT),

@@ -75,12 +75,14 @@ class Structured:
         units: of which kinds, some of `UNITS`.
         multiple: that the number of neurons left in a block is of; None: of 32, where the model's own number is.
         refit: whether the weights that read the units that stay make up for those that go.
+        per_layer: whether each block may have widths of its own, which only our own loader builds.
     """
 
     sparsity: float
     units: tuple[str, ...] = ("neurons",)
     multiple: int | None = None
     refit: bool = True
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:

@@ -128,7 +128,7 @@ class Experts(nn.Module):
         first: Tensor = getattr(fused, GATE_UP if self.gated else UP)
         down: Tensor = getattr(fused, DOWN)
         self.count, self.dtype = len(down), down.dtype
-        self.fused_shapes = {(GATE_UP if self.gated else UP): first.shape, DOWN: down.shape}
+        self.fused_shapes = {(GATE_UP if self.gated else UP): tuple(first.shape), DOWN: tuple(down.shape)}
         self.transposed = bool(getattr(fused, "is_transposed", type(fused).__name__ == COPIED_INPUTS))
         concatenated = getattr(fused, "is_concatenated", True) and type(fused).__name__ != _INTERLEAVED
         self.interleaved = self.gated and not concatenated
@@ -186,6 +186,25 @@ class Experts(nn.Module):
         """Whether the projections have biases, which stay fused."""
         return any(leaf.endswith("_bias") for leaf in self._parameters)
 
+    def narrowed(self, inner: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Piece]]:
+        """The shapes of the fused parameters, and where each weight lies in them, where experts have another inner size."""
+        (leaf, first), (_, down) = self.fused_shapes.items()
+        rows = inner * len(self.firsts)
+        first = (*first[:2], rows) if self.transposed else (first[0], rows, first[2])
+        down = (down[0], inner, down[2]) if self.transposed else (*down[:2], inner)
+        of_firsts = dict(zip(self.firsts, self._first_rows(torch.empty(first, device="meta")), strict=True))
+        pieces = {
+            weight: replace(piece, rows=of_firsts.get(weight.split(".")[1], slice(None)))
+            for weight, piece in self.pieces.items()
+        }
+        return {leaf: first, DOWN: down}, pieces
+
+    def inner_size(self, parameter: str, shape: tuple[int, ...]) -> int:
+        """The inner size of experts whose fused parameter has a shape."""
+        if parameter == DOWN:
+            return shape[1] if self.transposed else shape[2]
+        return (shape[2] if self.transposed else shape[1]) // len(self.firsts)
+
     @property
     def linears(self) -> list[str]:
         """The names of all experts' linears below this module."""
@@ -220,7 +239,7 @@ class Experts(nn.Module):
         """What experts give for the tokens that are sent to them."""
         if self.visit is None:
             for e in routed.hit:
-                yield e, self._last(e, self._first(e, routed.inputs(e)))
+                yield e, self._last(e, self.inner(e, routed.inputs(e)))
             return
         scores_TE = scores_of(self.count, routed)
         for begin in range(0, self.count, self.visit.at_once):
@@ -233,7 +252,7 @@ class Experts(nn.Module):
         """The same for experts that are visited together: first all their inputs are announced, then all their inner ones."""
         given = [self._rows_of(e, routed, scores_TE, visit) for e in members]
         if visit.announce(self, given):
-            inner = [self._first(e, rows.x_TI) for e, rows in zip(members, given, strict=True)]
+            inner = [self.inner(e, rows.x_TI) for e, rows in zip(members, given, strict=True)]
         else:
             widths = [self.linear(e, self.last).in_features for e in members]
             inner = [rows.x_TI.new_zeros(len(rows.x_TI), width) for rows, width in zip(given, widths, strict=True)]
@@ -269,9 +288,10 @@ class Experts(nn.Module):
 
     def _inner_of(self, e: int, read: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
         """What the last projection of an expert reads of tokens, of which `read` gives what the first ones do."""
-        return None if read is None else lambda token_T: self._first(e, read(token_T))
+        return None if read is None else lambda token_T: self.inner(e, read(token_T))
 
-    def _first(self, e: int, x_TI: Tensor) -> Tensor:
+    def inner(self, e: int, x_TI: Tensor) -> Tensor:
+        """What the last projection of an expert reads, of its input."""
         fused: Any = self._fused[0]
         first = [self.linear(e, name)(x_TI) for name in self.firsts]
         bias = self._bias(GATE_UP if self.gated else UP, e)

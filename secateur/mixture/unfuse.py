@@ -25,15 +25,21 @@ def fused_in(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _is_fused(module)]
 
 
-def unfuse(model: nn.Module, names: Iterable[str]) -> None:
-    """Put `Experts` in the place of fused experts, whose weights are let go of."""
+def unfuse(model: nn.Module, names: Iterable[str], within: nn.Module | None = None) -> None:
+    """Put `Experts` in the place of fused experts, whose weights are let go of.
+
+    Args:
+        model: of whose family they are.
+        names: of the experts, in `within`, where that is given: a block like those of the model.
+    """
     names = list(names)
     if not names:
         return
     projections = _names_on_disk(get_model_conversion_mapping(model))
     with no_init_weights():  # they have no memory, and may be tens of thousands
         for name in names:
-            model.set_submodule(name, Experts(model.get_submodule(name), projections, name))
+            place = within if within is not None else model
+            place.set_submodule(name, Experts(place.get_submodule(name), projections, name))
 
 
 def experts_in(model: nn.Module) -> dict[str, Experts]:

@@ -52,25 +52,32 @@ class FusedTensors:
         module, weight = _split(name)
         piece = self._experts[module].pieces[weight]
         if name in self._weights.pieces:
-            return piece.of(stored[self._weights.stored_name(name)])
+            return self._of(module, weight, stored[self._weights.stored_name(name)])
         whole = torch.empty(self._experts[module].fused_shapes[piece.parameter], device="meta")
         for found, tensor in revert_weight_conversion(self._model, {f"{module}.{piece.parameter}": whole}).items():
             if found in stored and tensor.shape == whole.shape:
-                return piece.of(stored[found])
+                return self._of(module, weight, stored[found])
         raise CheckpointError(
             f"{name} was written in a form of which it cannot be read again: begin anew, with `overwrite`"
         )
 
+    def _of(self, module: str, weight: str, fused: Tensor) -> Tensor:
+        """A weight out of what was written, of experts that may be narrower than the model's."""
+        experts = self._experts[module]
+        inner = experts.inner_size(experts.pieces[weight].parameter, tuple(fused.shape))
+        return experts.narrowed(inner)[1][weight].of(fused)
+
     def _together(self, module: str, dense: dict[str, Tensor]) -> dict[str, Tensor]:
         experts = self._experts[module]
+        shapes, pieces = experts.narrowed(dense[f"0.{experts.last}.weight"].shape[1])
         fused: dict[str, Tensor] = {}
         for weight, tensor in dense.items():
-            piece: Piece = experts.pieces[weight]
+            piece: Piece = pieces[weight]
             # As in the source, or for transformers to say.
             own = f"{module}.{weight}" in self._weights.pieces
             name = self._weights.stored_name(f"{module}.{weight}") if own else f"{module}.{piece.parameter}"
             if name not in fused:
-                fused[name] = tensor.new_empty(experts.fused_shapes[piece.parameter])
+                fused[name] = tensor.new_empty(shapes[piece.parameter])
             piece.of(fused[name]).copy_(tensor)
         in_source = any(f"{module}.{weight}" in self._weights.pieces for weight in dense)
         return fused if in_source else revert_weight_conversion(self._model, fused)

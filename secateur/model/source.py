@@ -35,12 +35,14 @@ from secateur.formats.stored_weights import (
     check_no_codes,
     is_rounded,
     open_weights,
+    quantization_config,
     stored_dtype,
 )
 from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
 from secateur.model.gguf_source import read_gguf
 from secateur.model.limits import check_config
+from secateur.plugin.block_widths import BlockWidths, parse_widths, with_widths
 
 DEMO = "demo"
 #: Where configs say how weights are packed: as compressed-tensors did up to 0.6, and as MLX does, too.
@@ -67,6 +69,7 @@ class Source:
         rounded: whether its weights are those of a grid or table, on which somebody has quantized them.
         loaded, own_tokenizer: a model that is in memory, as the user made it, and its tokenizer, if one was given. It has no
             files, and no `weights`.
+        widths: of blocks that differ from what the config says of all, by their names in the model.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Source:
     rounded: bool = False
     loaded: Any = None
     own_tokenizer: Any = None
+    widths: Mapping[str, BlockWidths] = field(default_factory=dict)
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises CheckpointError when the model comes without a usable one."""
@@ -245,6 +249,7 @@ def open_folder(name: str, folder: Path, trust_remote_code: bool, from_hub: bool
         from_hub,
         own_config=content,
         rounded=is_rounded(weights),
+        widths=parse_widths(ours),
     )
 
 
@@ -365,6 +370,8 @@ def save_config(
     if not content.get("architectures"):
         content["architectures"] = [architecture]
     set_dtype(content, dtype, source.dtype)
+    if source.widths:
+        quantization = with_widths(quantization or quantization_config({}), source.widths)
     if quantization is not None:
         content[section] = quantization
     write_json(folder / "config.json", content)

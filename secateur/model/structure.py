@@ -24,6 +24,7 @@ from secateur.model.limits import check_sizes, few_parameters
 from secateur.model.located import stored_names
 from secateur.model.source import Source
 from secateur.model.weights import place
+from secateur.plugin.block_widths import fit_blocks
 
 #: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
 LINEARS = (nn.Linear, Conv1D)
@@ -48,9 +49,12 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
         # all be made there; code of a checkpoint, which the user trusts, need not.
         if not (source.trust_remote_code and hasattr(source.config, "auto_map")):
             with torch.device("meta"), no_init_weights(), few_parameters(source.name, source.weights):
-                check_sizes(source.name, AutoModelForCausalLM.from_config(config, **options), source.files)
+                bare = AutoModelForCausalLM.from_config(config, **options)
+            fit_blocks(bare, source.widths, meta=True)
+            check_sizes(source.name, bare, source.files)
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, **options)
+        fit_blocks(model, source.widths)
         _compute_buffers(model)
     except CheckpointError:
         raise
@@ -259,13 +263,29 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
 
 
 def block_linears(block: nn.Module, prefix: str) -> dict[str, Linear]:
-    """The linears of a block by full name, in the order they are defined, but for those that choose among experts."""
+    """The linears of a block by full name, in the order they are defined, but for those that choose among experts, and those
+    of no weights, of which a structured pattern left nothing.
+    """
     routers = routers_in(block)
     return {
         f"{prefix}.{name}": m
         for name, m in block.named_modules()
-        if isinstance(m, LINEARS) and not (routers and _is_within(name, routers))
+        if isinstance(m, LINEARS) and not _is_empty(m) and not (routers and _is_within(name, routers))
     }
+
+
+def empty_linears(model: nn.Module) -> set[str]:
+    """The names of linears of no weights."""
+    return {name for name, module in model.named_modules() if isinstance(module, LINEARS) and _is_empty(module)}
+
+
+def _is_empty(linear: Linear) -> bool:
+    shape = (
+        (linear.in_features, linear.out_features)
+        if isinstance(linear, nn.Linear)
+        else linear.get_parameter("weight").shape
+    )
+    return 0 in shape
 
 
 def _is_within(name: str, modules: Collection[str]) -> bool:

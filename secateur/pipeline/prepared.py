@@ -41,12 +41,12 @@ from secateur.model.weights import ModelWeights, check_values
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.solve import Problem, Solution
 from secateur.pipeline.solve_tables import solve_table, tables_of
+from secateur.pipeline.units_left import chosen_widths, is_per_layer, shortened
 from secateur.quant.table_codes import TableForm, table_bytes
 from secateur.recipes.goals import is_open
 from secateur.recipes.plan import Plan
 from secateur.recipes.recipe import Choice, Recipe
-from secateur.structured.shorten import dropped, without_blocks, without_dropped
-from secateur.structured.sites import Width
+from secateur.structured.shorten import dropped, without_dropped
 from secateur.structured.structure_of import Structure, structure_of
 
 
@@ -285,11 +285,12 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     model: Any = build_skeleton(source, compute_dtype)
     found = find_blocks(model)
     before = len(found.modules), sum(weight_matrix(linear).numel() for linear in found.linears.values())
-    widths = {name: Width(c.units, c.groups or 1) for name, c in recipe.linears.items() if c.units is not None}
-    drop = dropped(found, widths)
-    if drop:
-        source = without_blocks(source, model, found, drop)
-        widths = without_dropped(found, widths, drop)
+    pattern = plan.pruning.pattern if plan.pruning is not None else None
+    widths = chosen_widths(recipe)
+    drop = dropped(found, widths, is_per_layer(pattern))
+    short = shortened(source, model, found, drop, pattern)
+    if short is not None:
+        source, widths = short, without_dropped(found, widths, drop)
         model = build_skeleton(source, compute_dtype)
         found = find_blocks(model)
     for name, block in found.modules.items():
@@ -299,10 +300,10 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     tied: list[str] = []
     chosen: set[str] = set()
     structure = None
-    if plan.pruning is not None and isinstance(plan.pruning.pattern, Structured):
+    if isinstance(pattern, Structured):
         _check_own_weights(source, found, twins)
         given = widths if recipe.linears else None
-        structure = structure_of(source, model, found, plan.pruning.pattern, given, is_open(recipe))
+        structure = structure_of(source, model, found, pattern, given, is_open(recipe))
         structure = replace(structure, before=before)
         chosen = set(structure.widths)
     elif plan.of_linears:

@@ -228,12 +228,19 @@ class Recorder:
             if table.twins and len(set(asked.values())) > 1:
                 gets = f"grid {form}" if isinstance(form, str) else f"the {form} bits"
                 self.note(f"{name} and the head are one tensor: it gets {gets} asked for one of them")
+        structure = self.prepared.structure
+        apart = structure.not_understood if structure is not None else {}
+        for kind, blocks in apart.items():
+            named = ", ".join(blocks[:3]) + (f" and {len(blocks) - 3} more" if len(blocks) > 3 else "")
+            self.note(f"all {kind} stay where they cannot be told apart: {named}")
         if self.prepared.tied:
             names = ", ".join(patterns_of(self.prepared.tied, lists))
             self.note(f"left as they are, for several modules share their weights: {names}")
 
     def _write_plain(self, name: str) -> None:
-        weights = self.prepared.weights
+        weights, structure = self.prepared.weights, self.prepared.structure
+        if structure is not None and structure.goes(name):
+            return
         if name in weights and name not in self._written:
             tensor = self._cut(name, weights[name])
             self._write_dense(name, converted(name, tensor, self.prepared.dtype_of(name), OTHER_DTYPE))

@@ -210,8 +210,12 @@ def prune(plan: Plan, stack: Stack, units: Units | None = None) -> Pruned | None
 
 
 def _prune_units(pruner: UnitPruner, stack: Stack, units: Units, refits: bool) -> Pruned:
-    keep_U = pruner.keep_units(stack, units)
+    if units.keep:
+        keep_U = pruner.keep_units(stack, units)
+    else:
+        keep_U = torch.zeros(units.count, dtype=torch.bool, device=stack.W_OI.device)
     keep_I = units.spread(keep_U)
+    refits = refits and units.keep > 0
     W_OI, notes = refit(stack, keep_I, pruner.shifts) if refits else (stack.W_OI * keep_I, ())
     shift_O = (stack.W_OI - W_OI) @ stack.stats.mean() if pruner.shifts else None
     return Pruned(W_OI, keep_I.expand_as(W_OI), notes, keep_U, shift_O)
@@ -223,10 +227,12 @@ def _narrowed(problem: Problem, solution: Solution, pruned: Pruned) -> Solution:
     assert problem.units is not None
     assert solution.W_OI is not None
     told = describe_dense(solution.W_OI[:, problem.units.spread(pruned.keep_U)])
+    count = max(math.prod(told.shape), 1)
     report = replace(
         solution.report,
         shape=(told.shape[0], told.shape[1]),
-        sparsity=1 - told.count / math.prod(told.shape),
+        sparsity=1 - told.count / count,
+        bits=8 * told.bytes / count,
         bytes=told.bytes,
     )
     parts = dict(solution.parts)

@@ -37,6 +37,7 @@ from secateur.formats.stored_weights import (
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
+from secateur.plugin.block_widths import KEY, fit_blocks, parse_widths, with_widths
 from secateur.plugin.expanding import expanding, expands
 from secateur.plugin.expert_modules import (
     check_names_sort,
@@ -87,16 +88,17 @@ def current_backend() -> str:
 
 
 class SecateurConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a secateur folder: a layout version, and the layout of each pattern of module names."""
+    """The `quantization_config` of a secateur folder: a layout version, layouts by patterns of module names, and widths."""
 
-    def __init__(self, layout_version: Any = None, modules: Any = None, **_: Any) -> None:
+    def __init__(self, layout_version: Any = None, modules: Any = None, widths: Any = None, **_: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.layout_version = layout_version
         self.modules = modules
+        self.widths = parse_widths({KEY: widths})
         self.entries = parse_quantization_config({"layout_version": layout_version, "modules": modules})
 
     def to_dict(self) -> dict[str, Any]:
-        return quantization_config(self.modules)
+        return with_widths(quantization_config(self.modules), self.widths)
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -144,6 +146,7 @@ class SecateurQuantizer(HfQuantizer):
             offload: whether parts may be left where they do not compute; None: what the device map says.
         """
         if weights is None:
+            fit_blocks(model, self.quantization_config.widths, meta=True)
             if not checkpoint_files:
                 return model
             stored = StoredTensors([Path(file) for file in checkpoint_files])

@@ -29,14 +29,25 @@ def refit(stack: Stack, keep_I: Tensor, centred: bool = False) -> tuple[Tensor, 
     Returns:
         The weights, float32; and what the user should know.
     """
-    W_OI, stats = stack.W_OI, stack.stats
-    halves = stats.both_halves
+    damping = choose_damping(stack, keep_I, centred)
+    if damping is None:
+        return stack.W_OI * keep_I, ("nothing is refitted: that takes two calibration windows or more",)
+    return refit_with(stack, keep_I, damping, centred), ()
+
+
+def choose_damping(stack: Stack, keep_I: Tensor, centred: bool = False) -> float | None:
+    """The λ with which weights found on the even windows are best on the odd ones; None of a single window."""
+    W_OI, halves = stack.W_OI, stack.stats.both_halves
     if halves is None:
-        return W_OI * keep_I, ("nothing is refitted: that takes two calibration windows or more",)
-    whole_II, even_II, held_II = (_gram(part, centred) for part in (stats, *halves))
-    errors = [_error(solved_OI - W_OI, held_II) for solved_OI in (_solve(W_OI, even_II, keep_I, d) for d in DAMPINGS)]
-    best = min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))
-    return _solve(W_OI, whole_II, keep_I, DAMPINGS[best]), ()
+        return None
+    even_II, held_II = (_gram(part, centred) for part in halves)
+    errors = [_error(_solve(W_OI, even_II, keep_I, damping) - W_OI, held_II) for damping in DAMPINGS]
+    return DAMPINGS[min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))]
+
+
+def refit_with(stack: Stack, keep_I: Tensor, damping: float, centred: bool = False) -> Tensor:
+    """The weights for a λ, found on all windows."""
+    return _solve(stack.W_OI, _gram(stack.stats, centred), keep_I, damping)
 
 
 def _gram(stats: InputStats, centred: bool) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from secateur.core.patterns import UNITS
 from secateur.recipes.recipe import Recipe
 
 # What a target is reached with, where nothing else is said.
 _PRUNER, _QUANTIZER, _ALSO = "sparsegpt", "gptq", "trellis"
 _PLACEHOLDER = 0.5
+#: Whether all blocks of a structured result are alike, or each has widths of its own.
+UNIFORM_WIDTHS, PER_LAYER = WIDTHS = ("uniform", "per-layer")
 
 
 def is_open(recipe: Recipe) -> bool:
@@ -18,8 +21,15 @@ def is_open(recipe: Recipe) -> bool:
 
 def has_units_to_share(recipe: Recipe) -> bool:
     """Whether units of other kinds than neurons may go, and it is not said how many of each."""
-    kinds = (recipe.units or "neurons").replace(" ", "")
-    return recipe.pattern == "structured" and kinds != "neurons"
+    return recipe.pattern == "structured" and units_of(recipe) != ("neurons",)
+
+
+def units_of(recipe: Recipe) -> tuple[str, ...]:
+    """Which kinds of units may go by a structured recipe: all, unless it says, where widths of each block are searched for."""
+    if recipe.units is not None:
+        return tuple(word.strip() for word in recipe.units.split(","))
+    searched = recipe.widths == PER_LAYER and recipe.allocation == "search" and not recipe.linears
+    return UNITS if searched else ("neurons",)
 
 
 def has_target(recipe: Recipe) -> bool:
@@ -44,6 +54,11 @@ def _names_none(recipe: Recipe) -> bool:
 def placeholder(recipe: Recipe) -> Recipe:
     """A recipe that can be planned, with a sparsity in the place of those that each linear has or gets."""
     recipe = with_methods(recipe)
-    if recipe.prune and recipe.sparsity is None and recipe.pattern is None and (has_target(recipe) or recipe.linears):
+    if (
+        recipe.prune
+        and recipe.sparsity is None
+        and recipe.pattern in (None, "structured")
+        and (has_target(recipe) or recipe.linears)
+    ):
         return replace(recipe, sparsity=_PLACEHOLDER)
     return recipe

@@ -21,7 +21,7 @@ from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.built_in import TO_BEGIN_WITH
-from secateur.recipes.goals import has_target, placeholder
+from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING
@@ -94,7 +94,7 @@ class Plan:
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
-        if choice is None or choice.units is not None:
+        if choice is None or (self.pruning is not None and isinstance(self.pruning.pattern, Structured)):
             return self
         pruning = quantizer = None
         if choice.sparsity is not None:
@@ -285,7 +285,7 @@ def _pruning(recipe: Recipe) -> Pruning | None:
 
 def _structured_only(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says that only a structured pattern heeds, by name."""
-    said = {"units": recipe.units, "multiple": recipe.multiple}
+    said = {"units": recipe.units, "multiple": recipe.multiple, "widths": recipe.widths}
     return {
         name: value for name, value in {**said, "refit": None if recipe.refit else False}.items() if value is not None
     }
@@ -322,13 +322,31 @@ def _structured(recipe: Recipe, pruner: Any) -> Pruning:
         raise UsageError(
             "how much to prune is not said: give `sparsity`, the share of the blocks' weights to remove, like 25%"
         )
-    units = tuple(word.strip() for word in recipe.units.split(",")) if recipe.units is not None else ("neurons",)
-    pattern = Structured(recipe.sparsity, units, recipe.multiple, recipe.refit)
-    if recipe.allocation != "uniform":
-        raise UsageError(
-            f"`allocation` {recipe.allocation} is for single weights: several `units` share what goes by what each costs anyway"
-        )
+    if recipe.widths not in (None, *WIDTHS):
+        raise UsageError(f"`widths` {recipe.widths!r} is not known: it can be {', '.join(WIDTHS)}")
+    pattern = Structured(recipe.sparsity, units_of(recipe), recipe.multiple, recipe.refit, recipe.widths == PER_LAYER)
+    _check_allocation(recipe)
     return Pruning(pruner, None, pattern)
+
+
+def _check_allocation(recipe: Recipe) -> None:
+    """Raise UsageError where a structured recipe does not say how what goes is shared."""
+    if recipe.allocation not in ("uniform", "search"):
+        raise UsageError(
+            f"`allocation` {recipe.allocation} is for single weights: `allocation` search shares whole units by what each costs"
+        )
+    if recipe.linears:
+        return
+    if recipe.widths == PER_LAYER and recipe.allocation != "search":
+        raise UsageError(
+            f"`widths` {PER_LAYER} leaves open how wide each block is to be: add `allocation` search, or a recipe whose "
+            "`linears` say so"
+        )
+    if recipe.allocation == "search" and recipe.widths != PER_LAYER and units_of(recipe) == ("neurons",):
+        raise UsageError(
+            f"`allocation` search has nothing to share where all blocks lose as many neurons: add `widths` {PER_LAYER}, or "
+            "give several `units`"
+        )
 
 
 def _quantizer(recipe: Recipe) -> Quantizer | None:

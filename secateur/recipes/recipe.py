@@ -119,6 +119,8 @@ class Recipe:
         units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
         multiple: of a structured pattern, that the number of neurons left is of; None: of 32, where the model's is.
         refit: of a structured pattern, whether the weights that read what stays make up for what goes.
+        widths: of a structured pattern, `uniform` (None: that), which any tool opens, or `per-layer`: each block has its own,
+            which secateur's own loader builds.
         embeddings: bits of the table of embeddings, or the name of a grid of GGUF's, or `UNTOUCHED`; None leaves it as it is,
             unless a search finds bits for it.
         head: the same of the head, where that is another matrix.
@@ -147,6 +149,7 @@ class Recipe:
     units: str | None = None
     multiple: int | None = None
     refit: bool = True
+    widths: str | None = None
     embeddings: int | str | None = None
     head: int | str | None = None
     allocation: str = "uniform"

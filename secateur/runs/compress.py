@@ -25,6 +25,7 @@ from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_files
 from secateur.model.load import open_device
 from secateur.model.source import Source, save_config, save_untied
+from secateur.model.structure import empty_linears
 from secateur.pipeline.job import Job
 from secateur.pipeline.outcome import LinearReport, Progress, Report
 from secateur.pipeline.run import Run, run, versions
@@ -168,7 +169,7 @@ def put_together(run: Run, report: Report, card: bool = True) -> Path:
     folder, prepared, source = run.partial.assemble(), run.prepared, run.job.source
     quantization = None
     if run.recorder.entries:
-        absent = set(prepared.names) - prepared.chosen
+        absent = (set(prepared.names) - prepared.chosen) | empty_linears(prepared.model)
         quantization = quantization_config(prepared.weights.generalised(run.recorder.entries, prepared.lists, absent))
     save_config(prepared.written, folder, run.job.plan.dtype, quantization, type(prepared.model).__name__)
     if prepared.weights.untied:

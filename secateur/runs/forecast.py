@@ -5,6 +5,8 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -19,7 +21,7 @@ from secateur.checkpoint.verify import verify
 from secateur.core.ranks import Ranks
 from secateur.core.stats import Level
 from secateur.folder.paths import check_named, scratch_folder
-from secateur.folder.writer import SHARD_BYTES
+from secateur.folder.writer import SHARD_BYTES, entry_bytes
 from secateur.memory.footprint import Footprint, Settings
 from secateur.memory.free_memory import free_memory
 from secateur.memory.room import limit_memory
@@ -329,8 +331,26 @@ def _extrapolate(measured: _Measured) -> tuple[dict[str, float], int]:
         disk += prepared.table_bytes(head)
         linears = sum(weight_matrix(prepared.linear(name)).numel() for name in prepared.chosen)
         seconds["solving"] *= 1 + weight_matrix(prepared.linear(head)).numel() / max(linears, 1)
+    exact = _left_bytes(prepared)
+    disk = disk if exact is None else exact
     seconds["ending"] = ending * disk / written
     return dict(seconds), disk
+
+
+def _left_bytes(prepared: Prepared) -> int | None:
+    """Of the files of what a structured pattern leaves; None where there is none, or transformers makes other tensors."""
+    structure, weights = prepared.structure, prepared.weights
+    if structure is None or weights.converted:
+        return None
+    tensors = {name: tensor for name, tensor in prepared.model.state_dict(keep_vars=True).items() if name in weights}
+    total = sum(weights.bytes_as(name, None) + entry_bytes(name) for name in weights.unused)
+    for name, shape in structure.shapes(tensors).items():
+        written = weights.name_to_write(name)
+        size = weights.bytes_as(written, prepared.dtype_of(name)) * math.prod(shape) // max(tensors[name].numel(), 1)
+        offsets = [total, total + size]
+        entry = {written: {"dtype": "BF16", "shape": shape, "data_offsets": offsets}}
+        total += size + len(json.dumps(entry, separators=(",", ":"))) - 1
+    return total
 
 
 def _times(prepared: Prepared, numbers: list[int]) -> list[float]:

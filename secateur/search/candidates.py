@@ -12,7 +12,7 @@ from secateur.core.registry import QUANTIZERS, Quantizer
 from secateur.quant.block_grid import OPEN, STAND_IN, grids_for
 from secateur.quant.rotated_trellis import RotatedTrellis
 from secateur.recipes.goals import placeholder, with_methods
-from secateur.recipes.plan import Plan, plan
+from secateur.recipes.plan import STRUCTURED, Plan, plan
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import between
 from secateur.solvers.knapsack import choose
@@ -57,7 +57,8 @@ def bare(recipe: Recipe) -> Recipe:
         prune=_STANDS_IN.get(recipe.prune, recipe.prune),
         pruning={} if recipe.prune in _STANDS_IN else _without_choice(recipe.pruning),
         quantization=_without_choice(recipe.quantization),
-        allocation="uniform",
+        # Of whole units it is what says that they are searched for.
+        allocation=recipe.allocation if recipe.pattern == STRUCTURED else "uniform",
         target_size=None,
         max_perplexity_rise=None,
         reconstruct=False,

@@ -9,7 +9,7 @@ import secateur.search.goals
 from secateur.core.registry import import_all, import_others
 from secateur.errors import UsageError, did_you_mean
 from secateur.pipeline.calibrate import Windows
-from secateur.recipes.goals import is_open
+from secateur.recipes.goals import PER_LAYER, is_open
 from secateur.recipes.plan import STRUCTURED
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.searcher import Searcher
@@ -80,9 +80,12 @@ def goal_of(recipe: Recipe) -> Goal | None:
     if len(fields) > 1:
         raise UsageError(f"`{fields[0]}` and `{fields[1]}` each say how small: give one of them")
     if recipe.pattern == STRUCTURED:
-        return GOALS[STRUCTURED].of(recipe) if is_open(recipe) else None
+        return GOALS[PER_LAYER if recipe.widths == PER_LAYER else STRUCTURED].of(recipe) if is_open(recipe) else None
     name = fields[0] if fields else recipe.allocation
-    allocations = [UNIFORM, *(name for name in GOALS if not hasattr(recipe, name) and name != STRUCTURED)]
+    allocations = [
+        UNIFORM,
+        *(name for name in GOALS if not hasattr(recipe, name) and name not in (STRUCTURED, PER_LAYER)),
+    ]
     if recipe.allocation not in allocations:
         raise UsageError(
             f"allocation {recipe.allocation!r} is not known: {did_you_mean(recipe.allocation, allocations)}"

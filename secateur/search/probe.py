@@ -25,6 +25,7 @@ from secateur.model.structure import find_blocks, weight_matrix
 from secateur.recipes.recipe import Calibration
 from secateur.search.goals.shapes import loss_without
 from secateur.structured.sites import Site, find_sites
+from secateur.structured.structure_of import heads_of
 
 #: Shares of the neurons, those of least score, of which is told what part of all scores they have.
 LOWEST = (0.125, 0.25, 0.5)
@@ -99,10 +100,9 @@ def probe(
     ids_NS, _, _ = calibration_ids(source, calibration, opened, lambda _: None)
     loaded: Any = load_source(source, source.dtype if opened.type == "cuda" else torch.float32, opened, apart=True)
     blocks = find_blocks(loaded)
-    heads = getattr(source.config.get_text_config(), "num_attention_heads", 0)
-    probed = find_sites(loaded.cpu(), blocks, heads if isinstance(heads, int) else 0)
+    probed = find_sites(loaded.cpu(), blocks, *heads_of(source))
     loaded.to(opened)
-    sites = probed.sites if probed is not None else []
+    sites = [site for site in probed.sites if not site.of_expert] if probed is not None else []
     with torch.no_grad():
         cosines, stats = _looked_at(loaded, blocks.modules, sites, ids_NS)
         loss = loss_without(loaded, [], ids_NS)

@@ -117,7 +117,7 @@ def random_weights(block: nn.Module, draw: torch.Generator) -> dict[str, Tensor]
     for name, parameter in block.named_parameters():
         if name.startswith(of_experts or "\0"):
             continue  # they are not run
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+        scale = max(1, parameter.shape[-1]) ** -0.5 if parameter.ndim > 1 else 0.1
         mean = 0.5 if parameter.ndim == 1 and not name.endswith("bias") else 0.0  # norms scale, biases do not
         found[name] = torch.randn(parameter.shape, generator=draw) * scale + mean
     return found
@@ -128,7 +128,8 @@ def random_hidden(call: Call, draw: torch.Generator) -> Tensor:
     return torch.randn(1, TRACED_TOKENS, call.width, generator=draw)
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Module]:
+def linears_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a block, by their names within it."""
     return {name: module for name, module in block.named_modules() if isinstance(module, LINEARS)}
 
 
@@ -153,7 +154,7 @@ def _pass(
         return hook
 
     with ExitStack() as left:
-        for name, linear in _linears(block).items():
+        for name, linear in linears_of(block).items():
             left.callback(linear.register_forward_hook(watch(name)).remove)
         left.enter_context(without_experts(block))
         hidden = random_hidden(call, draw).requires_grad_(True)

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.structured.probing import Call, calls_of, random_hidden, without_experts
-from secateur.structured.sites import Probed, Site, Width, cut
+from secateur.structured.sites import Probed, Site, Width, cut, shapes_left
 
 # What configs call the number of heads that keys and values have, and the features of a head. The number of neurons is found
 # by its value, of whatever name.
@@ -42,8 +42,8 @@ def reshaped(source: Source, model: nn.Module, probed: Probed, widths: Widths) -
         widths: of the sites, by name; those that are not named stay as they are.
     """
     chosen = [site for site in probed.sites if widths.get(site.name, site.width) != site.width]
-    masks = [site.masks(site.keep_first(widths[site.name])) for site in chosen]
-    wanted = {name: tuple(cut(name, tensor, masks).shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    by_name = {site.name: site for site in probed.sites}
+    wanted = shapes_left(by_name, widths, model.state_dict(keep_vars=True))
     text = source.config.get_text_config()
     for edits in _edits(text, chosen, widths):
         edited = with_edits(source, edits)
@@ -57,6 +57,12 @@ def reshaped(source: Source, model: nn.Module, probed: Probed, widths: Widths) -
         if shapes == wanted and _same_outputs(model, built, probed, chosen, widths):
             return edited
     return None
+
+
+def shares_keys(source: Source) -> bool:
+    """Whether layers of a model use keys and values of others."""
+    text: Any = source.config.get_text_config()
+    return bool(getattr(text, "num_kv_shared_layers", 0))
 
 
 def with_edits(source: Source, edits: Mapping[str, Any]) -> Source | None:
@@ -90,20 +96,25 @@ def _edits(text: Any, chosen: Sequence[Site], widths: Widths) -> Iterator[dict[s
         now = {widths[site.name] for site in alike}
         if len(now) > 1:
             return
-        ways.append(list((_neuron_edits if kind == "neurons" else _head_edits)(text, content, alike[0], now.pop())))
+        ways.append(list((neuron_edits if kind == "neurons" else head_edits)(text, content, alike[0], now.pop())))
     for each in itertools.product(*ways):
         yield {key: value for edits in each for key, value in edits.items()}
 
 
-def _neuron_edits(text: Any, content: Mapping[str, Any], site: Site, width: Width) -> Iterator[dict[str, Any]]:
+def neuron_edits(text: Any, content: Mapping[str, Any], site: Site, width: Width) -> Iterator[dict[str, Any]]:
+    """What in a config may say how many neurons there are, the likeliest first."""
     own = [key for key, value in content.items() if type(value) is int and value == site.coupling.units]
+    likely = [key for key in own if any(word in key for word in ("inter", "ffn", "inner"))]
     # Some other number may be the same by chance.
-    for key in sorted(own, key=lambda key: not any(word in key for word in ("inter", "ffn", "inner"))):
+    for key in [*likely, *(key for key in own if key not in likely)]:
         yield {key: width.units}
+    if len(likely) > 1:  # those of experts, and of what is beside them
+        yield dict.fromkeys(likely, width.units)
     yield from ({key: width.units} for key in _MAY_BE_NONE if key in content and content[key] is None)
 
 
-def _head_edits(text: Any, content: Mapping[str, Any], site: Site, width: Width) -> Iterator[dict[str, Any]]:
+def head_edits(text: Any, content: Mapping[str, Any], site: Site, width: Width) -> Iterator[dict[str, Any]]:
+    """What in a config may say how many heads there are, the likeliest first."""
     heads = text.attribute_map.get("num_attention_heads", "num_attention_heads")
     kv = next((key for key in (text.attribute_map.get(k, k) for k in _KV_HEADS) if content.get(key) is not None), None)
     both = {heads: width.units, **({kv: width.groups} if kv is not None else {})}
@@ -130,12 +141,12 @@ def _same_outputs(model: nn.Module, built: Any, probed: Probed, chosen: Sequence
         if any(sample is other for other in tried) or not sites:
             continue
         tried.append(sample)
-        if not _same_block(block, after[prefix], (probed.calls[number], calls[number]), sample, sites, widths):
+        if not same_block(block, after[prefix], (probed.calls[number], calls[number]), sample, sites, widths):
             return False
     return True
 
 
-def _same_block(
+def same_block(
     block: nn.Module,
     built: nn.Module,
     calls: tuple[Call, Call],
@@ -143,14 +154,25 @@ def _same_block(
     sites: Sequence[Site],
     widths: Widths,
 ) -> bool:
+    """Whether a block does with what is left of random weights what the wide one does with zeros for what goes.
+
+    Args:
+        block, built: with all weights, and with what is left.
+        calls: of both.
+        sample: weights of the first.
+        sites: of the block, those that lose units.
+        widths: of them.
+    """
     masks = [site.masks(site.keep_first(widths[site.name])) for site in sites]
     consumers = {f"{site.coupling.consumer}.weight" for site in sites}
     prefix = sites[0].prefix
     zeroed, sliced = {}, {}
     for name, tensor in sample.items():
         full = f"{prefix}.{name}"
-        sliced[name] = cut(full, tensor, masks)
         zeroed[name] = tensor
+        if any(site.takes_out(widths[site.name]) and site.is_inside(full) for site in sites):
+            continue
+        sliced[name] = cut(full, tensor, masks)
         if name in consumers:
             dim, keep_I = next(mask[full] for mask in masks if full in mask)
             zeroed[name] = tensor * (keep_I if dim == 1 else keep_I[:, None])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.model.located import locate
 from secateur.model.source import Source
 from secateur.model.structure import Blocks, build_skeleton, find_blocks
-from secateur.structured.reshape import with_edits
+from secateur.structured.reshape import shares_keys, with_edits
 from secateur.structured.sites import Width
-from secateur.structured.structure_of import shares_keys
 
 # What tells blocks apart by their number alone.
 _NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
+_T = TypeVar("_T")
 
 
 class _Renamed(Tensors):
@@ -51,21 +51,32 @@ class _Renamed(Tensors):
         self._tensors.release()
 
 
-def dropped(blocks: Blocks, widths: Mapping[str, Width]) -> list[int]:
-    """The numbers of the blocks that are to have no units at all, in order."""
-    gone = [name for name, width in widths.items() if not width.units]
-    return [i for i, prefix in enumerate(blocks.modules) if any(name.startswith(f"{prefix}.") for name in gone)]
+def dropped(blocks: Blocks, widths: Mapping[str, Width | float], per_layer: bool = False) -> list[int]:
+    """The numbers of the blocks that are to have no units at all, in order.
+
+    Args:
+        blocks: of the model.
+        widths: that are chosen for linears, by name.
+        per_layer: whether a block may lose its attention or its neurons alone: only one that is to have neither goes.
+    """
+    found = []
+    for i, prefix in enumerate(blocks.modules):
+        own = [width for name, width in widths.items() if name.startswith(f"{prefix}.")]
+        gone = [width for width in own if isinstance(width, Width) and not width.units]
+        if gone and (not per_layer or (len(gone) == len(own) and len(own) > 1)):
+            found.append(i)
+    return found
 
 
-def without_dropped(blocks: Blocks, widths: Mapping[str, Width], drop: Sequence[int]) -> dict[str, Width]:
-    """The widths of the linears of the other blocks, by the names that they have then."""
+def without_dropped(blocks: Blocks, widths: Mapping[str, _T], drop: Sequence[int]) -> dict[str, _T]:
+    """What is chosen for the linears of the other blocks, or said of these, by the names that they have then."""
     prefixes = list(blocks.modules)
     new_of = {prefix: prefixes[i] for i, prefix in enumerate(p for n, p in enumerate(prefixes) if n not in drop)}
     return {
         f"{new}{name[len(old) :]}": width
         for name, width in widths.items()
         for old, new in new_of.items()
-        if name.startswith(f"{old}.")
+        if name == old or name.startswith(f"{old}.")
     }
 
 
@@ -91,7 +102,10 @@ def without_blocks(source: Source, model: nn.Module, blocks: Blocks, drop: Seque
         raise UsageError(f"blocks of {source.name} cannot go: {why}; leave `blocks` out of `units`")
     kept = [i for i in range(count) if i not in drop]
     edited = with_edits(source, _edits(text, kept, count))
-    short = replace(edited, weights=_renamed(source, model, prefix, kept)) if edited is not None else None
+    short = None
+    if edited is not None:
+        widths = without_dropped(blocks, source.widths, drop)
+        short = replace(edited, weights=_renamed(source, model, prefix, kept), widths=widths)
     if short is None or not _alike(short, model, prefix, kept):
         raise UsageError(
             f"{source.name} cannot be without block {drop[0]}: what its blocks are follows a period, or its config cannot "

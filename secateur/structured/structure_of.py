@@ -14,11 +14,14 @@ from secateur.core.patterns import Structured
 from secateur.errors import UsageError
 from secateur.model.source import Source
 from secateur.model.structure import Blocks
-from secateur.structured.reshape import Widths, reshaped
-from secateur.structured.sites import Probed, Site, Width, cut, find_sites, of_kind
+from secateur.structured.own_widths import fitted
+from secateur.structured.reshape import Widths, reshaped, shares_keys
+from secateur.structured.sites import Probed, Site, Width, cut, find_sites, of_kind, shapes_left
 
 # What the number of neurons is a multiple of where nothing else is said: kernels and formats of others take whole tiles.
 _MULTIPLE = 32
+# Widths that a message names.
+_TOLD = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +56,21 @@ class Structure:
         masks = [
             sites[each].masks(sites[each].keep(self.widths[each], units))
             for each, units in kept.items()
-            if name.startswith(f"{sites[each].prefix}.")
+            if name.startswith(f"{sites[each].prefix}.") and sites[each].has_part(name)
         ]
         return cut(name, tensor, masks)
 
+    def goes(self, name: str) -> bool:
+        """Whether a parameter goes, with the module that it is in."""
+        return any(site.is_inside(name) for site in self._out)
+
+    @cached_property
+    def _out(self) -> list[Site]:
+        return [site for name, site in self.sites.items() if site.takes_out(self.widths[name])]
+
     def shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """What is left of the shapes of parameters: the same whichever units stay."""
-        masks = [site.masks(site.keep_first(self.widths[name])) for name, site in self.sites.items()]
-        return {name: tuple(cut(name, tensor, masks).shape) for name, tensor in tensors.items()}
+        return shapes_left(self.sites, self.widths, tensors)
 
     def uncut(self, name: str, left: Tensor, kept: Sequence[int]) -> Tensor:
         """The weight of a linear with zeros for what it reads of units that went."""
@@ -70,21 +80,42 @@ class Structure:
         shape[dim] = keep_I.numel()
         return left.new_zeros(shape).index_copy_(dim, keep_I.nonzero()[:, 0], left)
 
+    @property
+    def not_understood(self) -> dict[str, list[str]]:
+        """The blocks in which units of a kind that goes elsewhere could not be told apart, by the kind."""
+        found = {}
+        for kind in dict.fromkeys(site.coupling.kind for site in self.sites.values()):
+            known = {site.prefix for site in of_kind(self.probed.sites, kind)}
+            lacking = [each for each in self.probed.prefixes if each not in known and each not in self.written.widths]
+            if lacking:
+                found[kind] = lacking
+        return found
+
     def told(self) -> dict[str, tuple[int, int]]:
         """What there was before and is now: weights of the blocks' linears, blocks, heads and neurons."""
         blocks, weights = self.before
         gone = sum(site.weights(site.width) - site.weights(self.widths[name]) for name, site in self.sites.items())
         found = {"weights": (weights, self.probed.weights - gone), "blocks": (blocks, len(self.probed.calls))}
-        for site in self.sites.values():
-            own, now = site.width, self.widths[site.name]
-            found[site.coupling.kind] = (own.units, now.units)
-            if site.coupling.kind == "heads":
-                found["kv_heads"] = (own.groups, now.groups)
+        for kind in ("heads", "neurons"):
+            sites = of_kind(self.probed.sites, kind)
+            pairs = [(site.width, self.widths.get(site.name, site.width)) for site in sites]
+            if len(set(pairs)) > 1:
+                found[f"{kind}_in_all"] = (sum(own.units for own, _ in pairs), sum(now.units for _, now in pairs))
+            elif pairs:
+                own, now = pairs[0]
+                found[kind] = (own.units, now.units)
+                if kind == "heads":
+                    found["kv_heads"] = (own.groups, now.groups)
         return {what: each for what, each in found.items() if each[0] != each[1]}
 
 
 def structure_of(
-    source: Source, model: nn.Module, blocks: Blocks, pattern: Structured, given: Widths | None, search: bool
+    source: Source,
+    model: nn.Module,
+    blocks: Blocks,
+    pattern: Structured,
+    given: Mapping[str, Width | float] | None,
+    search: bool,
 ) -> Structure:
     """What a pattern makes of a model.
 
@@ -92,51 +123,99 @@ def structure_of(
         source: of the model, without the blocks that go.
         model: its skeleton.
         blocks: of it.
-        given: what was chosen for each linear already, by name; None: all blocks lose as many neurons.
+        given: what was chosen for each linear already, by name, how wide it is to be or which share of its units goes; None:
+            all blocks lose as many neurons.
         search: whether it is still to be found out: all sites of the kinds that may lose units have their own width then.
 
     Raises:
         UsageError: nothing was understood, nothing would be left, or no config gives such a model.
     """
-    probed = find_sites(model, blocks, _heads(source))
+    probed = find_sites(model, blocks, *heads_of(source))
     kinds = [kind for kind in ("neurons", "heads") if kind in pattern.units or "blocks" in pattern.units]
     sites = [site for kind in kinds for site in of_kind(probed.sites, kind)] if probed is not None else []
+    if search:  # experts are alike in a whole model
+        sites = [site for site in sites if not site.of_expert]
     missing = [kind for kind in kinds if not any(site.coupling.kind == kind for site in sites)]
-    if probed is None or missing:
+    if probed is None or (given is None and missing and (not pattern.per_layer or len(missing) == len(kinds))):
         what = " or ".join(missing or kinds)
         raise UsageError(
             f"no {what} of {source.name} can be told apart: in its blocks more hangs on them than what one linear reads"
         )
     if search:
         return Structure(probed, {site.name: site.width for site in sites}, source)
-    widths = given if given is not None else uniform_neurons(source, probed, pattern)
-    unknown = [name for name in widths if name not in {site.name for site in probed.sites}]
+    by_name = {site.name: site for site in probed.sites}
+    unknown = [name for name in given or {} if name not in by_name]
     if unknown:
         raise UsageError(
             f"the recipe chooses how wide {unknown[0]} is to be, whose units are not understood: is it of another model?"
         )
-    by_name = {site.name: site for site in probed.sites}
+    if given is None:
+        widths = uniform_neurons(source, probed, pattern)
+    else:
+        widths = {name: _width(by_name[name], each, pattern) for name, each in given.items()}
     widths = {name: width for name, width in widths.items() if width != by_name[name].width}
-    written = reshaped(source, model, probed, widths) if widths else source
+    _check_possible(by_name, widths)
+    written = _written(source, model, probed, widths, pattern) if widths else source
     if written is None:
         raise UsageError(
-            f"no config of {source.name} gives {describe(by_name, widths)}: {_instead(source, model, probed, widths)}"
+            f"no config of {source.name} gives {describe(by_name, widths)}: {_instead(source, model, probed, widths, pattern)}"
         )
     return Structure(probed, widths, written)
 
 
-def _heads(source: Source) -> int:
-    heads: Any = getattr(source.config.get_text_config(), "num_attention_heads", 0)
-    return heads if isinstance(heads, int) else 0
+def _written(source: Source, model: nn.Module, probed: Probed, widths: Widths, pattern: Structured) -> Source | None:
+    """The source with a config that gives some widths: one that all tools read, where there is one, or else ours, if it may."""
+    found = reshaped(source, model, probed, widths)
+    if found is None and (pattern.per_layer or source.widths):
+        found = fitted(source, model, probed, widths)
+    return found
+
+
+def _width(site: Site, given: Width | float, pattern: Structured) -> Width:
+    """The width of a linear that is given, or of which a share is to go, as near as its units allow."""
+    if isinstance(given, Width):
+        return given
+    left = 1 - given
+    if site.coupling.kind == "heads":
+        return min([site.width, *head_widths(site)], key=lambda width: abs(width.units / site.width.units - left))
+    multiple = multiple_for(site, pattern)
+    return Width(min(max(1, round(left * site.width.units / multiple)) * multiple, site.width.units))
+
+
+def _check_possible(sites: Mapping[str, Site], widths: Widths) -> None:
+    """Raise UsageError where a linear is to have units that cannot be had of those that it has."""
+    for name, width in widths.items():
+        own = sites[name].width
+        if sites[name].coupling.kind == "neurons":
+            if not 0 <= width.units < own.units:
+                raise UsageError(
+                    f"{name} reads {own.units} neurons, and is to read {width.units}: give 0 to {own.units}"
+                )
+        elif width.units and width not in head_widths(sites[name]):
+            said = ", ".join(f"{each.units}/{each.groups}" for each in head_widths(sites[name]))
+            raise UsageError(
+                f"{name} reads {own.units} heads, {own.groups} for keys and values, and cannot read "
+                f"{width.units}/{width.groups}: it takes {said}, or 0"
+            )
+
+
+def heads_of(source: Source) -> tuple[int, dict[str, int]]:
+    """How many heads attention has; and of blocks that have another number of them, by their names."""
+    text: Any = source.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 0)
+    key = text.attribute_map.get("num_attention_heads", "num_attention_heads")
+    own = {name: each.settings[key] for name, each in source.widths.items() if key in each.settings}
+    return heads if isinstance(heads, int) else 0, own
 
 
 def describe(sites: Mapping[str, Site], widths: Widths) -> str:
     """Widths in words."""
-    said = dict.fromkeys((sites[name].coupling.kind, width) for name, width in widths.items())
-    return ", ".join(
+    said = list(dict.fromkeys((sites[name].coupling.kind, width) for name, width in widths.items()))
+    words = [
         f"{width.units} neurons" if kind == "neurons" else f"{width.units} heads of {width.groups} for keys and values"
-        for kind, width in said
-    )
+        for kind, width in said[:_TOLD]
+    ]
+    return ", ".join([*words, *(["…"] if len(said) > _TOLD else [])])
 
 
 def multiple_for(site: Site, pattern: Structured) -> int:
@@ -177,13 +256,15 @@ def uniform_neurons(source: Source, probed: Probed, pattern: Structured) -> dict
     return widths
 
 
-def _instead(source: Source, model: nn.Module, probed: Probed, widths: Widths) -> str:
+def _instead(source: Source, model: nn.Module, probed: Probed, widths: Widths, pattern: Structured) -> str:
     """What to ask for instead of widths that no config gives."""
     sites = [site for site in probed.sites if site.name in widths]
     kind = sites[0].coupling.kind
     sites = of_kind(probed.sites, kind)
     if len({widths.get(site.name, site.width) for site in sites}) > len({site.width for site in sites}):
-        return "transformers builds all blocks alike"
+        if pattern.per_layer:
+            return "blocks of this kind cannot be built from other numbers alone; let all of them lose as much"
+        return "transformers builds all blocks alike; `widths` per-layer writes them for secateur's own loader"
     if kind == "neurons":
         return "transformers derives the number of neurons from other sizes; give `units` heads or blocks"
     found = legal_heads(source, model, probed, sites)
@@ -198,12 +279,6 @@ def head_widths(site: Site) -> list[Width]:
     each, groups = site.coupling.each, site.coupling.groups
     fewer = [Width(left * groups, groups) for left in range(each - 1, 0, -1)]
     return fewer + [Width(left * each, left) for left in range(groups - 1, 0, -1)]
-
-
-def shares_keys(source: Source) -> bool:
-    """Whether layers of a model use keys and values of others."""
-    text: Any = source.config.get_text_config()
-    return bool(getattr(text, "num_kv_shared_layers", 0))
 
 
 def legal_heads(source: Source, model: nn.Module, probed: Probed, sites: Sequence[Site]) -> list[Width]:

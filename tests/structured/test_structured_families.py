@@ -1,14 +1,18 @@
 """Structural pruning in many families: the folder is a smaller model, which computes what the zeroed one does."""
 
+import json
+
 import pytest
 import torch
 from accelerate import init_empty_weights
 from family_table import tiny_config
+from mixtures import config_of
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import secateur
 from secateur.mixture.unfuse import fused_in, unfuse
+from secateur.model.load import load_source
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.structured.sites import Width, find_sites
@@ -26,7 +30,7 @@ def recipe_of(text_file, method="wanda", sparsity=0.25, **more):
     return secateur.Recipe(prune=method, pattern="structured", sparsity=sparsity, calibration=text, **more)
 
 
-def zeroed(model, out, sites):
+def zeroed(model, out, sites, load=load):
     """The dense model with the columns of the result where they stayed, and zeros where they went; by the rows of producers."""
     dense, small = load(model), load(out)
     for site in sites:
@@ -46,7 +50,10 @@ def columns_that_stayed(dense, small, site):
     """Told by the rows of producers alone: those of the dense model that the small one has, in order."""
     name, feeds = next(iter(site.coupling.producers.items()))
     turn = name in site.transposed
-    before, after = (m.get_submodule(f"{site.prefix}.{name}").weight.data for m in (dense, small))
+    try:
+        before, after = (m.get_submodule(f"{site.prefix}.{name}").weight.data for m in (dense, small))
+    except AttributeError:  # its module is gone
+        return torch.zeros(0, dtype=torch.long)
     before, after = (before.T, after.T) if turn else (before, after)
     units, at = [], 0
     for row in range(len(before)):
@@ -134,10 +141,11 @@ def test_heads_sliced_are_heads_zeroed(family, width, model_of, text_file, tmp_p
     ("family", "kinds"),
     [
         ("olmo2", {"neurons"}),  # a norm goes over all heads
-        ("olmoe", set()),  # the same, and neurons are inside experts
+        ("olmoe", {"neurons"}),  # the same, and neurons are inside experts
         ("mamba", set()),  # what mixes tokens is no row of neurons
-        ("mixtral", {"heads"}),
-        ("qwen2_moe", {"heads", "neurons"}),  # of the shared expert
+        ("mixtral", {"heads", "neurons"}),
+        ("qwen2_moe", {"heads", "neurons"}),  # of experts, and of the shared one
+        ("gpt_oss", {"heads"}),  # biases of experts stay fused
         ("gptj", {"heads", "neurons"}),
     ],
 )
@@ -158,6 +166,28 @@ def test_heads_of_a_mixture(build, text_file, tmp_path):
     secateur.compress(str(folder), tmp_path / "out", recipe_of(text_file, units="heads", linears=chosen))
     dense, small = zeroed(folder, tmp_path / "out", sites)
     same(dense, small)
+
+
+def apart(folder):
+    """A model with its experts as linears."""
+    return load_source(open_source(str(folder)), torch.float32, torch.device("cpu"), apart=True).eval()
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "llama4_text"]
+)
+def test_experts_sliced_are_experts_zeroed(family, build, text_file, tmp_path):
+    """All experts get as narrow, and a stock model is what comes of it, fused on disk as others of its family are."""
+    folder = build(tmp_path / "model", config_of(family))
+    secateur.compress(str(folder), tmp_path / "out", recipe_of(text_file, "sparsegpt", 0.2, multiple=2))
+    *_, sites = sites_of(folder, "neurons")
+    assert any(site.of_expert for site in sites)
+    dense, small = zeroed(folder, tmp_path / "out", sites, apart)
+    same(dense, small)
+    stock = load(tmp_path / "out")
+    assert torch.allclose(stock(TOKENS).logits, small(TOKENS).logits, atol=1e-5)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert secateur.verify(tmp_path / "out") == []
 
 
 def test_a_key_of_all_heads_stays(model_of):

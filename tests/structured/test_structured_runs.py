@@ -222,3 +222,30 @@ def test_the_command_line(model_of, text_file, tmp_path, says):
     )
     assert code == 2
     assert "--multiple 64 leaves nothing to choose" in err
+
+
+def test_a_task_chooses_the_neurons(model_of, text_file, tmp_path, says):
+    """As SEAP does: the text that a model is calibrated on is the task's."""
+    words = text_file.read_text(encoding="utf-8").split()
+    kept = []
+    for name, part in (("one", words[:400]), ("other", words[-400:])):
+        lines = [json.dumps({"question": " ".join(part[i : i + 40])}) for i in range(0, len(part), 40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        options = [
+            "--pattern",
+            "structured",
+            "--sparsity",
+            "25%",
+            "--multiple",
+            "8",
+            "--samples",
+            "4",
+            "--seq-len",
+            "32",
+        ]
+        options += ["--calibration", tmp_path / f"{name}.jsonl", "--text-field", "question"]
+        code, _, _ = says("compress", model_of("llama"), tmp_path / name, "--prune", "wanda", *options)
+        assert code == 0
+        kept.append(load_file(tmp_path / name / "model.safetensors")["model.layers.0.mlp.gate_proj.weight"])
+    assert kept[0].shape == kept[1].shape
+    assert not torch.equal(*kept)

@@ -107,10 +107,10 @@ class Shapes:
         return [Choice(level) for level in _LEVELS]
 
     def result_bytes(self, searcher: Searcher) -> int | None:
-        return None
+        return result_bytes(searcher, self.pattern)
 
     def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
-        sites = _sites(searcher)
+        sites = sites_of(searcher)
         heads = self._head_widths(searcher)
         priced = self._prices(searcher, windows, heads)
         shapes = list(self._shapes(searcher, heads, priced))
@@ -132,7 +132,7 @@ class Shapes:
 
     def _head_widths(self, searcher: Searcher) -> list[Width]:
         """Numbers of heads that a config gives; none where heads are to stay."""
-        structure = _structure(searcher)
+        structure = known_structure(searcher)
         if "heads" not in self.pattern.units:
             return []
         sites = of_kind(structure.probed.sites, "heads")
@@ -148,7 +148,7 @@ class Shapes:
         """What removing units costs at each site, on dense inputs."""
         effects = searcher.effects(windows)
         ids_NS = windows.ids_NS[: max(2, len(windows.ids_NS) // 2)]
-        sites = {site.name: site for site in _sites(searcher)}
+        sites = {site.name: site for site in sites_of(searcher)}
         found: dict[str, _Priced] = {}
 
         def look(gathered: list[Gathered]) -> None:
@@ -168,18 +168,18 @@ class Shapes:
 
     def _shapes(self, searcher: Searcher, heads: Sequence[Width], priced: Mapping[str, _Priced]) -> Iterator[_Shape]:
         """All that can be had: with every number of blocks and of heads, as many neurons as the share leaves."""
-        structure = _structure(searcher)
+        structure = known_structure(searcher)
         blocks, total = searcher.prepared.block_names, structure.probed.weights
         order = _by_cost(searcher, priced) if "blocks" in self.pattern.units else []
         per_block = _weights_of_blocks(searcher)
         for count in range(len(order)) if order else [0]:
             dropped = tuple(sorted(order[:count]))
             gone = tuple(f"{blocks[i]}." for i in dropped) or "\0"
-            left = [site for site in _sites(searcher) if not site.name.startswith(gone)]
+            left = [site for site in sites_of(searcher) if not site.name.startswith(gone)]
             of_blocks = sum(per_block[i] for i in dropped)
             if of_blocks > (self.pattern.sparsity + _NEAR) * total and count > 1:
                 return
-            cost = sum(priced[s.name].whole for s in _sites(searcher) if s.name.startswith(gone))
+            cost = sum(priced[s.name].whole for s in sites_of(searcher) if s.name.startswith(gone))
             for width in [None, *heads]:
                 fewer = [site for site in left if site.coupling.kind == "heads"]
                 of_heads = sum(_lost(site, width) for site in fewer)
@@ -206,9 +206,9 @@ class Shapes:
 
     def _most(self, searcher: Searcher, heads: Sequence[Width]) -> str:
         """How much can go, in words."""
-        structure = _structure(searcher)
+        structure = known_structure(searcher)
         lost = 0
-        for site in _sites(searcher):
+        for site in sites_of(searcher):
             width = min(heads, default=None) if site.coupling.kind == "heads" else None
             if site.coupling.kind == "neurons" and "neurons" in self.pattern.units:
                 width = Width(multiple_for(site, self.pattern))
@@ -217,14 +217,23 @@ class Shapes:
         return f"with `units` {','.join(self.pattern.units)} at most {most:g}% of the blocks' weights can go"
 
 
-def _structure(searcher: Searcher) -> Structure:
+def known_structure(searcher: Searcher) -> Structure:
+    """What was found in the model."""
     assert searcher.prepared.structure is not None
     return searcher.prepared.structure
 
 
-def _sites(searcher: Searcher) -> list[Site]:
-    structure = _structure(searcher)
+def sites_of(searcher: Searcher) -> list[Site]:
+    """The linears that may lose units."""
+    structure = known_structure(searcher)
     return [site for site in structure.probed.sites if site.name in structure.widths]
+
+
+def result_bytes(searcher: Searcher, pattern: Structured) -> int:
+    """The size of the files, at most, where a share of the blocks' weights goes."""
+    prepared = searcher.prepared
+    gone = max(pattern.sparsity - _NEAR, 0.0) * known_structure(searcher).probed.weights
+    return int(prepared.dense_bytes() - gone * prepared.written_dtype.itemsize)
 
 
 def _lost(site: Site, width: Width | None) -> int:

@@ -29,10 +29,9 @@ from secateur.pipeline.calibrate import Windows
 from secateur.pipeline.solve import stacked
 from secateur.prune.refit import choose_damping, refit_with
 from secateur.recipes.goals import PER_LAYER
-from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.goal import goal
-from secateur.search.goals.shapes import known_structure, loss_without, result_bytes, sites_of
+from secateur.search.goals.shapes import known_structure, loss_without, pattern_of, result_bytes, sites_of
 from secateur.search.searcher import Searcher, pieces
 from secateur.solvers.knapsack import choose
 from secateur.structured.own_widths import Fitter
@@ -108,10 +107,7 @@ class PerLayer:
 
     @classmethod
     def of(cls, recipe: Recipe) -> PerLayer:
-        pruning = plan(recipe).pruning
-        assert pruning is not None
-        assert isinstance(pruning.pattern, Structured)
-        return cls(pruning.pattern)
+        return cls(pattern_of(recipe))
 
     def check(self, searcher: Searcher) -> None:
         searcher.check_memory()

@@ -95,10 +95,7 @@ class Shapes:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Shapes:
-        pruning = plan(recipe).pruning
-        assert pruning is not None
-        assert isinstance(pruning.pattern, Structured)
-        return cls(pruning.pattern)
+        return cls(pattern_of(recipe))
 
     def check(self, searcher: Searcher) -> None:
         searcher.check_memory()
@@ -227,6 +224,14 @@ def sites_of(searcher: Searcher) -> list[Site]:
     """The linears that may lose units."""
     structure = known_structure(searcher)
     return [site for site in structure.probed.sites if site.name in structure.widths]
+
+
+def pattern_of(recipe: Recipe) -> Structured:
+    """The structured pattern of a recipe."""
+    pruning = plan(recipe).pruning
+    assert pruning is not None
+    assert isinstance(pruning.pattern, Structured)
+    return pruning.pattern
 
 
 def result_bytes(searcher: Searcher, pattern: Structured) -> int:

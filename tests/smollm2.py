@@ -44,7 +44,7 @@ RECIPES = {
     "sparsegpt+gptq": R(prune="sparsegpt", pattern="2:4", quantize="gptq", quantization={"bits": 8}, calibration=_FEW),
 }
 #: Minutes each, on a thread.
-SLOW = {"magnitude", "sparsegpt", "alps", "wanda+dsnot", "spqr", "squeezellm", "sparsegpt+gptq"}
+SLOW = {"magnitude", "sparsegpt", "alps", "wanda+dsnot", "rtn", "spqr", "spqr-some", "squeezellm", "sparsegpt+gptq"}
 
 Shared = Callable[[str, Callable[[Path], object]], Path]
 Compressed = Callable[[str], tuple[Path, secateur.Report]]

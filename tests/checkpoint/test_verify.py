@@ -667,6 +667,7 @@ def each_change(file):
     os.close(handle)
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_found_by_the_files_hashes(own):
     """By the stage of `verify` that reads files whole; the next test, and the slow one, run all of it.
 

@@ -290,7 +290,7 @@ def test_a_device_or_dtype_that_makes_no_sense(command, kind, fails, pruned, mod
 
 def test_other_words_that_are_not_known(fails, pruned, tmp_path):
     assert (
-        "--to 'onnx' is not known: it can be dense, secateur, compressed-tensors, gptq, gptq-v1, mlx, spqr, gguf"
+        "--to 'onnx' is not known: it can be dense, secateur, compressed-tensors, gptq, gptq-v1, mlx, spqr, decilm, gguf"
         in fails(2, "export", pruned, tmp_path / "o", "--to", "onnx")
     )
     assert "backend 'fast' is not known" in fails(2, "generate", pruned, "bon", "--backend", "fast")

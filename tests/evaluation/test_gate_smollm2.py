@@ -79,7 +79,7 @@ def rows_off_by_one(linear):
 @pytest.mark.parametrize(
     "linear",
     [
-        "model.layers.15.mlp.down_proj",
+        pytest.param("model.layers.15.mlp.down_proj", marks=pytest.mark.slow),
         pytest.param("model.layers.0.mlp.down_proj", marks=pytest.mark.slow),
         pytest.param("model.layers.15.self_attn.o_proj", marks=pytest.mark.slow),
         # Of those that were tried this is the hardest to see.
@@ -122,6 +122,7 @@ def test_spqrs_scale_codes_rounded_down(check_planted):
     assert check_planted("spqr", scale_codes_floored).verdict == "failed"
 
 
+@pytest.mark.slow
 def test_a_block_that_was_left_dense(shared, tmp_path):
     """Perplexity is better for it; the size tells."""
     recipe = dataclasses.replace(smollm2.RECIPES["rtn"], ignore=("model.layers.3.*",))

@@ -53,7 +53,9 @@ def spoil(tensors, data):
         info = torch.iinfo(tensor.dtype)
         flat = tensor.flatten().tolist()
         place = data.draw(st.integers(0, max(0, len(flat) - 1)))
-        flat[place : place + 1] = [data.draw(st.sampled_from([n for n in NUMBERS if info.min <= n <= info.max]))]
+        flat[place : place + bool(flat)] = [
+            data.draw(st.sampled_from([n for n in NUMBERS if info.min <= n <= info.max]))
+        ]
         tensors[part] = torch.tensor(flat, dtype=torch.int64).to(tensor.dtype).reshape(tensor.shape)
     elif what == "shape":
         shape = [data.draw(st.sampled_from([0, 1, 2, 3, 16, 64])) for _ in range(data.draw(st.integers(0, 3)))]

@@ -288,9 +288,9 @@ def middling(build, tmp_path_factory):
     # The second block holds as much as the first, and its inputs besides: ALPS takes its time.
     [
         ("sparsegpt", 30),
-        ("sparsegpt", 120),
-        ("alps --targets *.1.*", 30),
-        ("sparsegpt --match-dense --damping auto", 30),
+        pytest.param("sparsegpt", 120, marks=pytest.mark.slow),
+        pytest.param("alps --targets *.1.*", 30, marks=pytest.mark.slow),
+        pytest.param("sparsegpt --match-dense --damping auto", 30, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_keeps_to_its_limit(prune, more, middling, text_file, tmp_path):

@@ -139,6 +139,7 @@ def contents(folder):
 # --- torchrun itself
 
 
+@pytest.mark.slow
 def test_two_machines_on_one(model, text_file, tmp_path):
     """Two launches, as on two machines, that meet at a port."""
     with socket.socket() as free:

@@ -301,7 +301,7 @@ def test_json(folder, says, tmp_path):
     for found in (written, json.loads(out)):
         assert found.keys() == {
             "model", "backend", "device", "dtype", "threads", "copy_bandwidth", "cases", "fallback", "chosen", "totals",
-            "decoding", "product_flops",
+            "decoding", "product_flops", "streamed", "transfers",
         }  # fmt: skip
         assert found["model"] == str(folder("packed-int"))
         assert found["chosen"] == {"torch": 14}

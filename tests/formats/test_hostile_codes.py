@@ -41,6 +41,10 @@ def sample(kind):
 SAMPLES = {kind: sample(kind) for kind in KINDS}
 
 
+def holds_integers(tensor):
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
 def spoil(tensors, data):
     part = data.draw(st.sampled_from(sorted(tensors)))
     tensor = tensors[part]
@@ -49,13 +53,11 @@ def spoil(tensors, data):
         del tensors[part]
     elif what == "another":
         tensors[part] = tensors[data.draw(st.sampled_from(sorted(tensors)))].clone()
-    elif what == "value" and not tensor.dtype.is_floating_point and tensor.dtype != torch.bool:
+    elif what == "value" and tensor.numel() and holds_integers(tensor):
         info = torch.iinfo(tensor.dtype)
         flat = tensor.flatten().tolist()
-        place = data.draw(st.integers(0, max(0, len(flat) - 1)))
-        flat[place : place + bool(flat)] = [
-            data.draw(st.sampled_from([n for n in NUMBERS if info.min <= n <= info.max]))
-        ]
+        place = data.draw(st.integers(0, len(flat) - 1))
+        flat[place] = data.draw(st.sampled_from([n for n in NUMBERS if info.min <= n <= info.max]))
         tensors[part] = torch.tensor(flat, dtype=torch.int64).to(tensor.dtype).reshape(tensor.shape)
     elif what == "shape":
         shape = [data.draw(st.sampled_from([0, 1, 2, 3, 16, 64])) for _ in range(data.draw(st.integers(0, 3)))]

@@ -48,7 +48,7 @@ def fisher(
     if N < 1 or S < 2:
         raise UsageError(f"{N} windows of {S} tokens hold no prediction: `samples` starts at 1 and `seq_len` at 2")
     linears = {name: model.get_submodule(name) for name in wanted}
-    sums = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
+    sums = {name: torch.zeros(linear.weight.shape, device=linear.weight.device) for name, linear in linears.items()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
     handles = []

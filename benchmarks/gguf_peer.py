@@ -28,8 +28,8 @@ from benchmarks.protocol import (
     EVAL_WINDOWS,
     SAMPLES,
     SEQ_LEN,
-    _dither,
     arguments,
+    dither,
     machine,
     measured_once,
     plain_model,
@@ -136,7 +136,7 @@ def _dense(args: argparse.Namespace) -> tuple[Path, Path]:
     out = args.work / f"{args.model.resolve().name}-dithered"
     if not (out / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-        _dither(model)
+        dither(model)
         model.save_pretrained(out)
         AutoTokenizer.from_pretrained(args.model).save_pretrained(out)
     return out, args.like

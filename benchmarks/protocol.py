@@ -64,7 +64,7 @@ def plain_model(work: Path, dtype: torch.dtype = torch.float32, dithered: bool =
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         if dithered:
-            _dither(model)
+            dither(model)
         model.save_pretrained(out)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
     return out
@@ -220,7 +220,7 @@ def sharded_mixture(
 
 
 @torch.no_grad()
-def _dither(model: Any) -> None:
+def dither(model: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):

@@ -108,21 +108,24 @@ def _format(config: Mapping[str, Any]) -> type[Foreign] | None:
     return next((known for known in FOREIGN.values() if known.section(config) is not None), None)
 
 
-def _card(name: str, config: Mapping[str, Any], manifest: Mapping[str, Any], figures: Sequence[Figure]) -> str:
+def _opening(config: Mapping[str, Any]) -> str:
+    """How the folder is opened."""
     ours, known = _is_ours(config), _format(config)
-    options = ", trust_remote_code=True" if config.get("auto_map") else ""
-    opening = _OPEN.format(imports=_OUR_IMPORT if ours else _PLAIN_IMPORT, options=options)
+    if known is not None and known.opening:
+        return known.opening
+    if "block_configs" in config:
+        return _DECILM
     how = _PACKED if ours else (known and known.card) or _DENSE
     if ours and config["quantization_config"].get("widths"):
         how = _OWN_WIDTHS
-    if "block_configs" in config:
-        opening, how = "", _DECILM
-    opening += how
-    if known is not None and known.opening:
-        opening = known.opening
+    options = ", trust_remote_code=True" if config.get("auto_map") else ""
+    return _OPEN.format(imports=_OUR_IMPORT if ours else _PLAIN_IMPORT, options=options) + how
+
+
+def _card(name: str, config: Mapping[str, Any], manifest: Mapping[str, Any], figures: Sequence[Figure]) -> str:
     made = "All of it stands in `secateur.json`; `secateur verify FOLDER` tells whether its files are as they were."
     done = "\n".join(_done(manifest))
-    parts = [f"# {_title(name)}, written by secateur\n\n{opening}"]
+    parts = [f"# {_title(name)}, written by secateur\n\n{_opening(config)}"]
     if done:
         parts.append(f"## What was done\n\n{done}\n")
     parts.append(f"{made}\n")

@@ -23,6 +23,7 @@ from secateur.model.source import Source, open_source, save_config, save_untied,
 from secateur.model.structure import Linear, build_skeleton, find_blocks
 from secateur.model.vocabulary import find_tables
 from secateur.model.weights import ModelWeights, converted
+from secateur.plugin.names import block_of
 
 GGUF = "gguf"
 
@@ -174,7 +175,7 @@ def _write_tensors(
     for name in skeleton.state_dict():
         if name not in weights:
             continue
-        if waiting and _block(name) != _block(next(iter(waiting))):
+        if waiting and block_of(name) != block_of(next(iter(waiting))):
             write_waiting()
         module = name.removesuffix(".weight")
         linear = linears.get(module) if module != name else None
@@ -192,13 +193,6 @@ def _write_tensors(
     write_waiting()
     for name in weights.unused:
         writer.add(name, converted(name, weights.stored(name), None, ""))
-
-
-def _block(name: str) -> str:
-    """What the names of all tensors of a block begin with; nothing for those in none."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[: number + 1])
 
 
 def _manifest(source: Source, to: str, unused: list[str], notes: list[str]) -> dict[str, Any]:

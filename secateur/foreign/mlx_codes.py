@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
 from secateur.foreign.format import Foreign, foreign
-from secateur.foreign.pack_quantized import uniform_codes
+from secateur.foreign.pack_quantized import check_codes_alone, uniform_codes
 from secateur.formats.layouts.coded import check_finite
 from secateur.formats.layouts.layout import Decoder, all_finite, check_parts, dtype_name, only_finite
 from secateur.formats.layouts.packed_weight import PackedWeight
@@ -100,13 +100,7 @@ def pack(weight: Quantized) -> tuple[MLXCodes, dict[str, Tensor], float]:
         codes = uniform_codes(weight)
     except ValueError as error:
         raise ValueError("its codes are not on a uniform grid, and MLX's affine codes are") from error
-    for what, there in (
-        ("a mask of kept weights", weight.keep_OI is not None),
-        ("columns in another order", weight.order_I is not None),
-        ("outliers", weight.outliers is not None),
-    ):
-        if there:
-            raise ValueError(f"it has {what}, which MLX does not store")
+    check_codes_alone(weight, "MLX")
     I = weight.shape[1]
     group = min(codes.group_size, I)
     size = next((each for each in _SIZES if math.gcd(group, I) % each == 0), None)

@@ -59,13 +59,7 @@ class Scheme:
         codes, I = uniform_codes(weight), weight.shape[1]
         if codes.bits not in BITS:
             raise ValueError(f"its codes are of {codes.bits} bits: {FORMAT} stores uniform codes of 2 to 8 bits")
-        for what, there in (
-            ("a mask of kept weights", weight.keep_OI is not None),
-            ("columns in another order", weight.order_I is not None),
-            ("outliers", weight.outliers is not None),
-        ):
-            if there:
-                raise ValueError(f"it has {what}, which {FORMAT} does not store")
+        check_codes_alone(weight, FORMAT)
         if codes.group_size < I and I % codes.group_size:
             raise ValueError(f"its {I} input features do not divide into groups of {codes.group_size}")
         return cls(codes.bits, codes.group_size if codes.group_size < I else None, codes.zero_OG is None)
@@ -80,6 +74,17 @@ class Scheme:
         size = "per output channel" if self.group_size is None else f"in groups of {self.group_size}"
         order = ", in activation order" if self.ordered else ""
         return f"{self.bits} bits {size}, {'symmetric' if self.symmetric else 'with zero points'}{order}"
+
+
+def check_codes_alone(weight: Quantized, where: str) -> None:
+    """Raise ValueError where a weight is more than codes in their order, which is all that some formats store."""
+    for what, there in (
+        ("a mask of kept weights", weight.keep_OI is not None),
+        ("columns in another order", weight.order_I is not None),
+        ("outliers", weight.outliers is not None),
+    ):
+        if there:
+            raise ValueError(f"it has {what}, which {where} does not store")
 
 
 def uniform_codes(weight: Quantized) -> Uniform:

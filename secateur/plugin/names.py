@@ -17,6 +17,13 @@ def spellings(model: Any, name: str) -> tuple[str, str, str]:
     return name, name.removeprefix(prefix), prefix + name
 
 
+def block_of(name: str) -> str | None:
+    """The block of a tensor or module: what is numbered first of all that it is in; None where nothing is."""
+    words = name.split(".")
+    number = next((i for i, word in enumerate(words) if word.isdecimal()), None)
+    return None if number is None else ".".join(words[: number + 1])
+
+
 def renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
     """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
     conversions = get_model_conversion_mapping(model)

@@ -23,6 +23,7 @@ from secateur.memory.free_memory import free_memory
 from secateur.offload.link import link_to
 from secateur.offload.streamer import StreamedBlock, attach
 from secateur.offload.taken_out import Outline, find_parts, outline, take_out
+from secateur.plugin.names import block_of
 from secateur.plugin.packed_modules import SHARED_OUT, main_device, packed_linears, place_named
 
 # Of the free memory, what weights may take before it is known where they go.
@@ -116,13 +117,6 @@ class Offloaded:
                 block.held = link.pinned(block.size)
                 block.read(self._files, block.held)
         attach(model, [(model.get_submodule(unit), block) for unit, block in blocks.items()], self._files, link)
-
-
-def block_of(name: str) -> str | None:
-    """The block of a linear: what is numbered first of all that it is in."""
-    words = name.split(".")
-    number = next((i for i, word in enumerate(words) if word.isdecimal()), None)
-    return None if number is None else ".".join(words[: number + 1])
 
 
 def _elsewhere(model: Any, device: torch.device) -> Iterator[tuple[str, PackedLinear, Any]]:

@@ -29,14 +29,14 @@ from secateur.pipeline.solve import Solution, prune, solve, stacked
 from secateur.prune.wanda import wanda_score
 from secateur.recipes.goals import also_tried, with_methods
 from secateur.recipes.recipe import UNTOUCHED, Choice, Recipe
-from secateur.search.candidates import Candidate, Library, bare, fitting, near_the_mean, quick
+from secateur.search.candidates import Candidate, Library, bare, fitting, for_a_target, near_the_mean, quick
 from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
 from secateur.search.table_candidates import forms_of, open_tables, table_candidates, with_choices
 from secateur.search.unreached import expect_unreached, share_of
 from secateur.structured.sites import Site, Width
-from secateur.structured.structure_of import head_widths
+from secateur.structured.structure_of import nearest_width
 from secateur.walking.capture import BodyCalls
 from secateur.walking.clock import Clock
 from secateur.walking.walk import Gathered, Solve
@@ -96,6 +96,11 @@ class Searcher:
         return {
             name: weight_matrix(prepared.linear(name)).numel() for name in prepared.names if name in prepared.chosen
         }
+
+    @property
+    def for_a_target(self) -> list[Choice]:
+        """The candidates of every linear where a size or a quality is to be reached."""
+        return for_a_target(self.asked, self.job.plan.quantizer, self.also)
 
     @property
     def bits(self) -> int | None:
@@ -275,10 +280,7 @@ def width_of(site: Site, choice: Choice) -> Width:
     """The width that is chosen for a site; where only a share is, the nearest one."""
     if choice.units is not None:
         return Width(choice.units, choice.groups or 1)
-    left = 1 - (choice.sparsity or 0.0)
-    if site.coupling.kind == "heads":
-        return min([site.width, *head_widths(site)], key=lambda width: abs(width.units / site.width.units - left))
-    return Width(max(1, round(left * site.width.units)))
+    return nearest_width(site, 1 - (choice.sparsity or 0.0))
 
 
 def _each(look: Callable[[list[str], InputStats], object]) -> Solve:

@@ -172,13 +172,20 @@ def _written(source: Source, model: nn.Module, probed: Probed, widths: Widths, p
 
 
 def _width(site: Site, given: Width | float, pattern: Structured) -> Width:
-    """The width of a linear that is given, or of which a share is to go, as near as its units allow."""
+    """The width of a linear that is given, or of which a share is to go."""
     if isinstance(given, Width):
         return given
-    left = 1 - given
+    return nearest_width(site, 1 - given, multiple_for(site, pattern) if site.coupling.kind == "neurons" else 1)
+
+
+def nearest_width(site: Site, left: float, multiple: int = 1) -> Width:
+    """The width at which a share of a linear's units is left, as near as they allow.
+
+    Args:
+        multiple: that the number of neurons is of.
+    """
     if site.coupling.kind == "heads":
         return min([site.width, *head_widths(site)], key=lambda width: abs(width.units / site.width.units - left))
-    multiple = multiple_for(site, pattern)
     return Width(min(max(1, round(left * site.width.units / multiple)) * multiple, site.width.units))
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from breaking_off import compress_in_two_runs
 from mixtures import config_of
 from safetensors.torch import load_file
 from test_structured_families import sites_of, zeroed
@@ -247,24 +248,11 @@ def test_plan_tells_the_size(model_of, text_file, tmp_path):
 
 
 def test_resuming_gives_the_same_bytes(model_of, text_file, tmp_path, monkeypatch):
-    from secateur.pipeline.recorder import Recorder
-
     model = str(model_of("llama", num_hidden_layers=4))
     chosen = {DOWN.format(i): secateur.Choice(units=16 * i) for i in range(4)} | {O.format(1): GONE}
     recipe = recipe_of(text_file, linears=chosen)
     secateur.compress(model, tmp_path / "whole", recipe)
-    end_block = Recorder.end_block
-
-    def stop(self, number, outputs=()):
-        end_block(self, number, outputs)
-        if number == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Recorder, "end_block", stop)
-    with pytest.raises(KeyboardInterrupt):
-        secateur.compress(model, tmp_path / "out", recipe)
-    monkeypatch.undo()
-    secateur.compress(model, tmp_path / "out", recipe, resume=True)
+    compress_in_two_runs(model, tmp_path / "out", recipe, monkeypatch)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

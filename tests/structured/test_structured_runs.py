@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from breaking_off import compress_in_two_runs
 from safetensors.torch import load_file
 from tiny_gguf import make_gguf
 from transformers import AutoModelForCausalLM
@@ -79,22 +80,9 @@ def test_a_bias_makes_up_for_what_goes(model_of, text_file, tmp_path):
 
 
 def test_the_bias_of_a_resumed_run_is_its_own(model_of, text_file, tmp_path, monkeypatch):
-    from secateur.pipeline.recorder import Recorder
-
     model, recipe = str(model_of("opt", num_hidden_layers=3)), recipe_of(text_file, "flap")
     secateur.compress(model, tmp_path / "whole", recipe)
-    end_block = Recorder.end_block
-
-    def stop(self, number, outputs):
-        end_block(self, number, outputs)
-        if number == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Recorder, "end_block", stop)
-    with pytest.raises(KeyboardInterrupt):
-        secateur.compress(model, tmp_path / "out", recipe)
-    monkeypatch.undo()
-    secateur.compress(model, tmp_path / "out", recipe, resume=True)
+    compress_in_two_runs(model, tmp_path / "out", recipe, monkeypatch)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -123,7 +123,8 @@ class PerLayer:
         blocks = _Blocks.of(searcher, self.pattern, options)
         trial = _Trial.of(searcher, windows)
         best = _Weighing()
-        found, least = blocks.best(best), trial.loss(blocks.best(best))
+        found = blocks.best(best)
+        least = trial.loss(found)
         for tried in (_powers, _heads, _depths, _powers):
             for weighing in tried(best):
                 widths = blocks.best(weighing)

@@ -20,7 +20,7 @@ from secateur.model.load import load_source
 from secateur.model.source import open_source
 from secateur.pipeline.calibrate import Windows
 from secateur.recipes.recipe import Choice, Recipe
-from secateur.search.candidates import Library, bytes_of, cheapest, divergence_of, for_a_target
+from secateur.search.candidates import Library, bytes_of, cheapest, divergence_of
 from secateur.search.goal import goal
 from secateur.search.searcher import Searcher
 from secateur.search.target import check_target, with_dense
@@ -60,7 +60,7 @@ class PerplexityRise:
         searcher.check_memory()
 
     def tried(self, searcher: Searcher) -> list[Choice]:
-        return for_a_target(searcher.asked, searcher.job.plan.quantizer, searcher.also)
+        return searcher.for_a_target
 
     def result_bytes(self, searcher: Searcher) -> int | None:
         return searcher.prepared.dense_bytes()

@@ -9,7 +9,7 @@ from typing import ClassVar
 from secateur.errors import UsageError
 from secateur.pipeline.calibrate import Windows
 from secateur.recipes.recipe import Choice, Recipe
-from secateur.search.candidates import NEAR, bytes_of, cheapest, divergence_of, for_a_target, is_both
+from secateur.search.candidates import NEAR, bytes_of, cheapest, divergence_of, is_both
 from secateur.search.goal import goal
 from secateur.search.searcher import Searcher
 from secateur.search.target import check_target, with_dense
@@ -63,7 +63,7 @@ class TargetSize:
         self._room(searcher)
 
     def tried(self, searcher: Searcher) -> list[Choice]:
-        every = for_a_target(searcher.asked, searcher.job.plan.quantizer, searcher.also)
+        every = searcher.for_a_target
         both = [choice for choice in every if is_both(choice)]
         return [choice for choice in every if choice not in both[2 * NEAR :]]
 
@@ -77,7 +77,7 @@ class TargetSize:
             raise UsageError(
                 f"`target_size` {self.text} is {words(target)}, which the dense model of {words(dense)} does not exceed"
             )
-        tried = for_a_target(searcher.asked, searcher.job.plan.quantizer, searcher.also)
+        tried = searcher.for_a_target
         of_tables = sum(searcher.prepared.table_bytes(name, _LIKELY_BITS) for name in searcher.tables)
         solved = searcher.library(windows, tried, room - of_tables)
         library = searcher.shared.library(with_dense(searcher, solved))

@@ -13,9 +13,9 @@ from typer.core import TyperGroup
 from secateur._version import __version__
 from secateur.commands.command import Asked
 from secateur.commands.find_commands import find, names
-from secateur.commands.output import write_any_text
 from secateur.errors import Interrupted, ReportedError, SecateurError, UsageError, did_you_mean, one_line
 from secateur.registration import when_imported
+from secateur.terminal.output import write_any_text
 
 
 class _Commands(TyperGroup):
@@ -90,7 +90,7 @@ def _tell(error: Exception, asked: Asked) -> int:
     if isinstance(error, _CLICK_ERROR):
         return _tell_usage(error)
     if asked.debug:
-        from secateur.commands.screen import err
+        from secateur.terminal.screen import err
 
         err.print_exception()
     elif isinstance(error, SecateurError):
@@ -117,7 +117,7 @@ def _tell_usage(error: Any) -> int:
 
 
 def _say(line: str) -> None:
-    from secateur.commands.screen import say
+    from secateur.terminal.screen import say
 
     say(line)
 

@@ -28,6 +28,7 @@ ROOMS = [
     ["checkpoint"],
     ["report"],
     ["runs"],
+    ["terminal"],
     ["commands"],
     ["registration", "cli", "__main__", "__init__"],
 ]

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.figures import size
-from secateur.commands.screen import screen
 from secateur.commands.shared_options import Debug, Model, Trust
-from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
+from secateur.terminal.figures import size
+from secateur.terminal.screen import screen
+from secateur.terminal.tables import Column, print_table
 
 
 @command("largest")

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from secateur.commands.bench_tables import print_bench
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import counter
 from secateur.commands.shared_options import (
     Backend,
     Debug,
@@ -25,6 +23,8 @@ from secateur.commands.shared_options import (
     Trust,
 )
 from secateur.errors import UsageError
+from secateur.terminal.bench_tables import print_bench
+from secateur.terminal.screen import counter
 
 
 @command("bench")

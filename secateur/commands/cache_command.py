@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.figures import size
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import screen, show
 from secateur.commands.shared_options import Debug, JsonFile, Quiet
-from secateur.commands.tables import Column, print_table
 from secateur.errors import SecateurError
+from secateur.terminal.figures import size
+from secateur.terminal.screen import screen, show
+from secateur.terminal.tables import Column, print_table
 
 # Sampled text, and what a run that was killed left of it: nothing else in the folder is ours to delete.
 _OURS = re.compile(r"self-[0-9a-f]{32}\.safetensors|tmp[a-z0-9_]{8}")

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.screen import say
 from secateur.commands.shared_options import Debug, OurFolder, Quiet
+from secateur.terminal.screen import say
 
 
 @command("card")

@@ -82,7 +82,7 @@ def summary(name: str) -> Summary:
 
 def _log(value: bool) -> None:
     if value:
-        from secateur.commands.screen import show_log
+        from secateur.terminal.screen import show_log
 
         show_log()
 

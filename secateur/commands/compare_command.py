@@ -9,9 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.figures import between, size
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import counter, say, screen
 from secateur.commands.shared_options import (
     Bos,
     Data,
@@ -27,7 +25,9 @@ from secateur.commands.shared_options import (
     Windows,
     WindowTokens,
 )
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.figures import between, size
+from secateur.terminal.screen import counter, say, screen
+from secateur.terminal.tables import Column, print_table
 
 
 @command("compare")

@@ -11,7 +11,6 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.compress_summary import tell_summary
-from secateur.commands.display import Display
 from secateur.commands.result_files import check_files, write_json
 from secateur.commands.shared_options import (
     BatchTokens,
@@ -28,6 +27,7 @@ from secateur.commands.shared_options import (
     Revision,
     Trust,
 )
+from secateur.terminal.display import Display
 
 
 @command("compress")
@@ -36,7 +36,6 @@ class Compress:
     """Prune MODEL, quantize it, or both, and write it to the folder OUT.
 
     To begin with: --recipe spqr-4bit. Under torchrun the work is shared by its processes.
-
     Options of a method, such as --bits, are given here, too: `secateur methods NAME` lists them.
     """
 
@@ -47,7 +46,9 @@ class Compress:
     batch_tokens: BatchTokens = None
     max_memory: MaxMemory = None
     resume: Annotated[bool, typer.Option("--resume", help="Continuation of an interrupted run.")] = False
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check of the new folder at the end.")] = True
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check of the new folder (default).", show_default=False)
+    ] = True
     plot: Annotated[Path | None, typer.Option(help="Picture of sparsity and bits, .png or .svg.")] = None
     card: Card = True
     overwrite: Overwrite = False

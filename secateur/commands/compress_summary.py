@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.commands.figures import duration, size
 from secateur.commands.notes import tell_notes
-from secateur.commands.screen import err, say
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.figures import duration, size
+from secateur.terminal.screen import err, say
+from secateur.terminal.tables import Column, print_table
 
 _WORST = 3
 _STRUCTURE = {

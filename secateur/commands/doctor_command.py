@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from secateur._version import __version__
 from secateur.commands.command import command
-from secateur.commands.figures import size
 from secateur.commands.result_files import takes_stdout, write_json
-from secateur.commands.screen import show
 from secateur.commands.shared_options import Debug, JsonFile
 from secateur.errors import one_line
+from secateur.terminal.figures import size
+from secateur.terminal.screen import show
 
 _NEEDED = ("torch", "transformers", "safetensors", "accelerate", "numpy", "huggingface-hub", "tokenizers")
 #: What is not needed, and what it is for.

@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.eval_tables import print_evaluation
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import counter
 from secateur.commands.shared_options import (
     Bos,
     Cache,
@@ -32,6 +30,8 @@ from secateur.commands.shared_options import (
     Windows,
     WindowTokens,
 )
+from secateur.terminal.eval_tables import print_evaluation
+from secateur.terminal.screen import counter
 
 
 @command("eval")

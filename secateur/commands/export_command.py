@@ -10,8 +10,8 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.notes import tell_notes
-from secateur.commands.screen import say
 from secateur.commands.shared_options import Card, Debug, Model, Overwrite, Quiet, Revision, Trust
+from secateur.terminal.screen import say
 
 _GGUF = "GGUF files"
 

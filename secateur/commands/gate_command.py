@@ -9,10 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.figures import between
 from secateur.commands.notes import tell_notes
 from secateur.commands.result_files import check_files, takes_stdout, write_json, write_text
-from secateur.commands.screen import counter, say, screen
 from secateur.commands.shared_options import (
     TEXT_HELP,
     Cache,
@@ -26,8 +24,10 @@ from secateur.commands.shared_options import (
     Trust,
     WindowTokens,
 )
-from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError
+from secateur.terminal.figures import between
+from secateur.terminal.screen import counter, say, screen
+from secateur.terminal.tables import Column, print_table
 
 _TEXT = ("data", "text_field", "seq_len", "windows", "bos")
 _LIMITS = ("perplexity_rise", "size_rise", "max_kl", "min_agreement", "min_routing_agreement", "confidence")

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.figures import duration, size
-from secateur.commands.screen import counter, say
 from secateur.commands.shared_options import (
     Backend,
     Debug,
@@ -25,6 +23,8 @@ from secateur.commands.shared_options import (
     Verify,
 )
 from secateur.errors import UsageError
+from secateur.terminal.figures import duration, size
+from secateur.terminal.screen import counter, say
 
 
 @command("generate")

@@ -8,10 +8,10 @@ from typing import Any
 
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import screen
 from secateur.commands.shared_options import Debug, JsonFile, Model, Revision, Trust
-from secateur.commands.tables import Column, print_table
 from secateur.model.block_names import without_expert
+from secateur.terminal.screen import screen
+from secateur.terminal.tables import Column, print_table
 
 # Experts that are named.
 _NAMED = 8

@@ -9,10 +9,10 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, check_names_no_file, takes_stdout, write_json
-from secateur.commands.screen import screen, show
 from secateur.commands.shared_options import Debug, JsonFile
-from secateur.commands.tables import Column, print_table
 from secateur.errors import UsageError, did_you_mean
+from secateur.terminal.screen import screen, show
+from secateur.terminal.tables import Column, print_table
 
 _ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize"}
 _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix of the inputs")

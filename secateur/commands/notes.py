@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from secateur.commands.screen import say
 from secateur.commands.spelling import as_flags
+from secateur.terminal.screen import say
 
 _NAMED = 3
 # `a.b.c, a.b.d: what is to be known of them`, see `pipeline.solve`.

@@ -9,10 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.display import Display
-from secateur.commands.figures import duration, size
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import screen
 from secateur.commands.shared_options import (
     BatchTokens,
     Debug,
@@ -25,7 +22,10 @@ from secateur.commands.shared_options import (
     Revision,
     Trust,
 )
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.display import Display
+from secateur.terminal.figures import duration, size
+from secateur.terminal.screen import screen
+from secateur.terminal.tables import Column, print_table
 
 _WAITING = {"device": "in memory", "host": "in the host's memory", "file": "in a file"}
 

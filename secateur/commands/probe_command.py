@@ -10,9 +10,9 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json, write_text
-from secateur.commands.screen import counter, screen
 from secateur.commands.shared_options import Data, Debug, Device, JsonFile, Model, Quiet, Revision, TextField, Trust
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.screen import counter, screen
+from secateur.terminal.tables import Column, print_table
 
 # Columns of heads are for the page.
 _IN_TABLE = ("head ",)

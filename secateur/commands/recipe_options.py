@@ -19,7 +19,7 @@ from secateur.recipes.methods import OPTIONS_KEY, options_by_name
 from secateur.recipes.recipe import Recipe
 
 # What stands under no heading of its own comes first in the help.
-_METHODS, _TEXT, _SEARCH, _OUTPUT = None, "Calibration", "Search", "Scope and output"
+_METHODS, _TEXT, _SEARCH, _OUTPUT = None, "Calibration", "Search", "Scope, output and memory"
 _DETAIL = "Pruning"
 
 

@@ -9,9 +9,9 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, check_names_no_file, takes_stdout, write_json
-from secateur.commands.screen import screen
 from secateur.commands.shared_options import Debug, JsonFile
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.screen import screen
+from secateur.terminal.tables import Column, print_table
 
 
 @command("recipes")

@@ -47,11 +47,11 @@ Out = Annotated[Path, typer.Argument(help="Folder to make.")]
 RecipeOptions = Annotated[Any, Options(_parameters, _recipe)]
 
 Device = Annotated[
-    str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, or auto (cuda, else cpu).", callback=_open_auto)
+    str, typer.Option(help="Device: cpu (default), cuda, cuda:1, or auto.", callback=_open_auto, show_default=False)
 ]
 Dtype = Annotated[str, typer.Option(help="Precision to compute in: auto (the files'), float32, bfloat16, float16.")]
 Backend = Annotated[str, typer.Option(help="Kernels for packed weights: auto, cpu, triton, cuda-2:4, torch or dense.")]
-_MEMORY = "Memory"
+_MEMORY = "Scope, output and memory"
 BatchTokens = Annotated[
     int | None,
     typer.Option(help="Tokens run at a time (default: as memory allows).", min=1, rich_help_panel=_MEMORY),
@@ -83,7 +83,7 @@ CacheTokens = Annotated[
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replacement of a folder of secateur's.")]
-Card = Annotated[bool, typer.Option("--card/--no-card", help="Model card of our own in README.md.")]
+Card = Annotated[bool, typer.Option("--card/--no-card", help="Model card of our own (default).", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Permission to run the model's own code.")]
 Verify = Annotated[

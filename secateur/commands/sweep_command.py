@@ -9,10 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.display import Display
-from secateur.commands.figures import size
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import say, screen
 from secateur.commands.shared_options import (
     TEXT_HELP,
     CacheTokens,
@@ -33,7 +30,10 @@ from secateur.commands.shared_options import (
     WindowTokens,
 )
 from secateur.commands.spelling import as_flags
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.display import Display
+from secateur.terminal.figures import size
+from secateur.terminal.screen import say, screen
+from secateur.terminal.tables import Column, print_table
 
 
 @command("sweep")

@@ -10,8 +10,8 @@ import typer
 
 from secateur.commands.command import command
 from secateur.commands.result_files import check_files, takes_stdout, write_json
-from secateur.commands.screen import say
 from secateur.commands.shared_options import Debug, Quiet, Trust
+from secateur.terminal.screen import say
 
 
 @command("verify")

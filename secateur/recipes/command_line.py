@@ -6,7 +6,8 @@ import shlex
 from dataclasses import replace
 
 from secateur.recipes.methods import OPTIONS_KEY
-from secateur.recipes.recipe import Recipe, differing
+from secateur.recipes.recipe import Recipe
+from secateur.recipes.recipe_values import differing
 
 
 def command_of(recipe: Recipe, model: str, device: str = "cpu", trust_remote_code: bool = False) -> str:

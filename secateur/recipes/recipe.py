@@ -6,22 +6,19 @@ Whether a method of that name exists, and whether it fits the model, is the pipe
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from secateur.core.options import given_options
-from secateur.errors import UsageError, did_you_mean
+from secateur.errors import UsageError
 from secateur.recipes.methods import OPTIONS_KEY, with_shares
+from secateur.recipes.recipe_text import DuplicateKeyError, dump, parse, read_limited
+from secateur.recipes.recipe_values import SHARES, checked, differing
 from secateur.shares import parse_share
 
-# Numbers that may also be given as text, such as 50%.
-_SHARES = ("sparsity",)
 #: Which tokens the statistics of an expert are of.
 EXPERT_INPUTS = ("routed", "gate", "all")
 #: The keys for matrices that have a row for each token; and their bits where they are left as they are, also by a search.
@@ -187,8 +184,7 @@ class Recipe:
     def to_yaml(self) -> str:
         """A recipe file for people, which `read` reads: what differs from the defaults."""
         content = differing(self.to_dict(), Recipe().to_dict())
-        # In ASCII: PyYAML does not escape all line ends of Unicode otherwise, and reads them as spaces.
-        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=_ANY_WIDTH)
+        return dump(content)
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
@@ -198,8 +194,8 @@ class Recipe:
             UsageError: it is no YAML, names a key twice, or holds no recipe.
         """
         try:
-            return cls.from_dict(_parse(text))
-        except _DuplicateKeyError as error:
+            return cls.from_dict(parse(text))
+        except DuplicateKeyError as error:
             raise UsageError(f"the recipe {error}: leave one of them out") from error
         except RecursionError as error:
             raise UsageError("the recipe is none: its brackets are nested too deep") from error
@@ -215,12 +211,12 @@ class Recipe:
         Raises:
             UsageError: an unknown key or a value of the wrong type, named.
         """
-        content = _checked(cls, content, "recipe")
-        calibration = _checked(Calibration, content.pop("calibration", {}), "recipe's calibration")
+        content = checked(cls, content, "recipe")
+        calibration = checked(Calibration, content.pop("calibration", {}), "recipe's calibration")
         linears = content.pop("linears", {})
         if not isinstance(linears, dict) or not all(isinstance(name, str) for name in linears):
             raise UsageError("'linears' of the recipe must be a mapping of names to what is chosen for each")
-        choices = {name: Choice(**_checked(Choice, each, f"choice for {name}")) for name, each in linears.items()}
+        choices = {name: Choice(**checked(Choice, each, f"choice for {name}")) for name, each in linears.items()}
         return cls(
             **content,
             linears=choices,
@@ -235,10 +231,10 @@ class Recipe:
             UsageError: the file cannot be read or holds no recipe, or names a key twice.
         """
         try:
-            content = _parse(_read_limited(path))
+            content = parse(read_limited(path))
         except RecursionError as error:
             raise UsageError(f"recipe {path} is not a recipe: its brackets are nested too deep") from error
-        except _DuplicateKeyError as error:
+        except DuplicateKeyError as error:
             raise UsageError(f"recipe {path} {error}: leave one of them out") from error
         except (OSError, ValueError) as error:
             raise UsageError(f"recipe {path} cannot be read: {error}") from error
@@ -255,82 +251,9 @@ class Recipe:
             raise UsageError(f"recipe {path}: {error}") from error
 
 
-# YAML 1.1 takes 2:4 for minutes and seconds, and 1e-3, which JSON writes, for a word. Here the one is a word and the other a
-# number. What we write is quoted wherever either reading would not take it for the word that it is.
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
-_FLOAT = re.compile(
-    r"(?:[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-)
-_NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
-_ANY_WIDTH = 1 << 30  # lines are not folded
-# Of a manifest, which is JSON; and of YAML, of which a second reads a tenth as much.
-_MOST_BYTES, _MOST_YAML = 2**28, 2**20
-
-
-class _DuplicateKeyError(Exception):
-    """Says which key is there twice, of which only the last would count."""
-
-    def __init__(self, key: str, where: str = "") -> None:
-        super().__init__(f"has the key {reprlib.repr(key)} twice{where}")
-
-
-class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        # Not when values are made: `<<` has brought in others by then, which may be overridden.
-        node: Any = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                name, line = (key.tag, key.value), key.start_mark.line + 1
-                if name in lines:
-                    raise _DuplicateKeyError(key.value, f", in lines {lines[name]} and {line}")
-                lines[name] = line
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
-    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
-
-
-def _read_limited(path: Path) -> str:
-    size = path.stat().st_size
-    if size > _MOST_BYTES:
-        raise ValueError(f"it has {size} bytes, and a recipe {_MOST_BYTES} at most")
-    return path.read_text(encoding="utf-8")
-
-
-def _parse(text: str) -> Any:
-    # A manifest is JSON, of which YAML does not read all: characters that JSON escapes as two, for one.
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
-        if len(text) > _MOST_YAML:
-            raise ValueError(
-                f"it has {len(text)} characters, and YAML may have {_MOST_YAML} at most; as JSON: {error}"
-            ) from error
-        return yaml.load(text, Loader=_Loader)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
-    return found
-
-
 def _read_shares(options: Choice | Recipe) -> None:
     """Put numbers in the place of shares that were given as text."""
-    for name in _SHARES:
+    for name in SHARES:
         value = getattr(options, name, None)
         if isinstance(value, str):
             object.__setattr__(options, name, parse_share(value, f"`{name}`"))
@@ -338,59 +261,3 @@ def _read_shares(options: Choice | Recipe) -> None:
 
 def _given(options: Choice) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
-
-
-def differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if key == "linears":
-            found |= {key: value} if value else {}
-        elif isinstance(value, dict):
-            value = differing(value, defaults.get(key, {}))
-            if value:
-                found[key] = value
-        elif key not in defaults or value != defaults[key]:
-            found[key] = value
-    return found
-
-
-def _checked(cls: type, content: Any, what: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise UsageError(f"the {what} must be a mapping of options to values")
-    hints = get_type_hints(cls)
-    checked = {}
-    for key, value in content.items():
-        if key not in hints:
-            raise UsageError(f"the {what} has an unknown key {reprlib.repr(key)}: {did_you_mean(str(key), hints)}")
-        if hints[key] == tuple[str, ...]:
-            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-                raise UsageError(f"{key!r} of the {what} must be a list of patterns")
-            value = tuple(value)
-        elif key in OPTIONS_KEY.values():
-            if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-                raise UsageError(f"{key!r} of the {what} must be a mapping of options to values")
-        elif key not in ("calibration", "linears"):
-            if hints[key] == float | None and type(value) is int:
-                value = float(value)
-            if key in _SHARES and isinstance(value, str):
-                value = parse_share(value, f"{key!r} of the {what}:")
-            taken = hints[key]
-            if key == "max_perplexity_rise":
-                taken = taken | float | int
-            if (type(value) is bool and taken not in (bool, bool | None)) or not isinstance(value, taken):
-                raise UsageError(f"{key!r} of the {what} is {_shown(value)}, which is not a {_plain(hints[key])}")
-        checked[key] = value
-    return checked
-
-
-def _shown(value: Any) -> str:
-    # A few lines of YAML can stand for lists of lists beyond any memory.
-    if isinstance(value, list | dict):
-        return "[…]" if isinstance(value, list) else "{…}"
-    return reprlib.repr(value)
-
-
-def _plain(hint: Any) -> str:
-    name = getattr(hint, "__name__", None) or str(hint)
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
-    return " or ".join(names.get(part.strip(), part.strip()) for part in name.split("|") if part.strip() != "None")

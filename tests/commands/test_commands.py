@@ -142,7 +142,7 @@ def run(code, **env):
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
-@pytest.mark.parametrize(("option", "most"), [("--version", 9), ("--help", 45)])
+@pytest.mark.parametrize(("option", "most"), [("--version", 10), ("--help", 45)])
 def test_what_needs_no_torch_does_without(option, most):
     found = run(f"""
 import sys

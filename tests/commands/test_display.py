@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 import secateur
-from secateur.commands import compress_summary, display, screen
-from secateur.commands.figures import clock, size
+from secateur.commands import compress_summary
 from secateur.commands.notes import grouped
 from secateur.pipeline.outcome import LinearReport, Progress, Report
+from secateur.terminal import display, screen
+from secateur.terminal.figures import clock, size
 
 ROOT = Path(secateur.__file__).parent.parent
 
@@ -129,8 +130,8 @@ def test_where_there_is_no_terminal_windows_are_told_seldom(told, monkeypatch):
 
 def test_colours_are_left_out_where_nobody_wants_them():
     code = """
-from secateur.commands.display import Display
-from secateur.commands.screen import err
+from secateur.terminal.display import Display
+from secateur.terminal.screen import err
 from secateur.pipeline.outcome import Progress
 with Display(False) as shown:
     shown(Progress("computing gradients: 1 of 8 windows"))

@@ -12,9 +12,9 @@ import torch
 
 import secateur
 from secateur import cli
-from secateur.commands.output import write_any_text
 from secateur.errors import UsageError
 from secateur.model.load import open_device
+from secateur.terminal.output import write_any_text
 
 ROOT = Path(secateur.__file__).parent.parent
 TEXT = "Crème × 日本 → ✓ \N{GRINNING FACE}"

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 import secateur
-from secateur.commands.tables import Column, print_table
 from secateur.recipes.built_in import built_in
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.recipes.strings import parse_recipes
 from secateur.speed import bench as bench_file
+from secateur.terminal.tables import Column, print_table
 
 
 class Screen(io.StringIO):

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from secateur.commands.figures import clock, size
-from secateur.commands.screen import TELL_AFTER, err, say
+from secateur.terminal.figures import clock, size
+from secateur.terminal.screen import TELL_AFTER, err, say
 
 # Lines on blocks of a run, at most, where there is no terminal.
 _MOST_LINES = 20

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.markup import escape
 
-from secateur.commands.figures import clock
+from secateur.terminal.figures import clock
 
 #: Seconds after which it is told again how far something has come, if by a tenth, where there is no terminal.
 TELL_AFTER = 10

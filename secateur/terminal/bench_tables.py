@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.commands.screen import screen, show
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.screen import screen, show
+from secateur.terminal.tables import Column, print_table
 
 
 def print_bench(found: Any) -> None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.commands.figures import between, size
-from secateur.commands.screen import screen
-from secateur.commands.tables import Column, print_table
+from secateur.terminal.figures import between, size
+from secateur.terminal.screen import screen
+from secateur.terminal.tables import Column, print_table
 
 
 def print_evaluation(result: Any, model: str, reference: str | None, text: str) -> None:

@@ -18,6 +18,12 @@ def return_freed() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
+def trim() -> None:
+    """Have the C library give back at once what it keeps of freed memory, which else goes on growing for many blocks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def limit_memory(max_memory: str | int | None) -> int | None:
     """The limit in bytes that a user gave in bytes or in words, if any; what is freed is then given back: see `return_freed`.
 

@@ -20,6 +20,7 @@ from secateur.errors import CheckpointError, RepeatedError, one_line
 from secateur.folder.reader import LoadedTensors
 from secateur.formats.layouts.layout import Stored, all_finite, describe_dense
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+from secateur.memory.room import trim
 from secateur.model.block_names import generalise, split_name
 from secateur.model.located import conflicts, locate, part_of
 from secateur.model.source import Source
@@ -377,6 +378,7 @@ def release(module: nn.Module) -> None:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    trim()
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype | None, remedy: str) -> Tensor:

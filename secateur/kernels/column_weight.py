@@ -27,6 +27,10 @@ _WEIGHTS_AT_ONCE = 2**19
 class ColumnWeight(Packed):
     """A weight of which kernels read what belongs to some inputs."""
 
+    @property
+    def kernels(self) -> str:
+        return "columns"
+
     @abstractmethod
     def inputs(self, start: int, end: int) -> Tensor:
         """The dense weights of some consecutive inputs, `[end − start, O]`."""

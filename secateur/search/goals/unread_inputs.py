@@ -7,11 +7,11 @@ T: tokens, O: output features, I: input features.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from secateur.core.histogram import FIRST, scores
@@ -93,7 +93,7 @@ class UnreadInputs:
 
 def _rising(costs: list[float]) -> list[float]:
     """Costs of which none is below one before it, as the estimates of small ones may be."""
-    return torch.tensor(costs, dtype=torch.float64).cummax(0).values.tolist()
+    return list(itertools.accumulate(costs, max))
 
 
 def _stand_in(method: Any, W_OI: Tensor, unread: float) -> Tensor | float:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.cache_utils import Cache
 
 from secateur.core.histogram import FIRST, scores
 from secateur.errors import UsageError
@@ -198,7 +197,7 @@ def positions_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
     known = kwargs.get("position_ids")
     if isinstance(known, Tensor) and known.shape[-1] == T:
         return known.reshape(-1, *known.shape[-2:])[0] if known.ndim > 2 else known.reshape(-1, T)
-    caches = [each for each in (*args[1:], *kwargs.values()) if isinstance(each, Cache)]
+    caches = [each for each in (*args[1:], *kwargs.values()) if hasattr(each, "get_seq_length")]
     if T == 1 and not caches:
         return None
     start = caches[0].get_seq_length() if caches else 0

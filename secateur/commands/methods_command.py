@@ -54,7 +54,7 @@ def _about(role: str, method: Any) -> dict[str, Any]:
 
     default = method()
     values = given_options(default)
-    needs = _NEEDS[default.level]
+    needs = _NEEDS[default.level] if role != "activations" else "how large the inputs are"
     if getattr(default, "needs_fisher", False):
         needs += " and squared gradients"
     return {

@@ -20,9 +20,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.random_packed import BF16, bitmap, packed_int, spqr, trellis, two_of_four
+from benchmarks.random_packed import (
+    BF16,
+    bitmap,
+    columns,
+    columns_bitmap,
+    columns_int,
+    packed_int,
+    spqr,
+    trellis,
+    two_of_four,
+)
 from secateur import kernels
 from secateur.errors import one_line
+from secateur.kernels.backends import KEPT_TOKENS
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 11008), (14336, 4096))
@@ -38,13 +49,19 @@ CASES: dict[str, tuple[Callable[[int, int], Packed], str]] = {
     "SpQR 3 bits, triton": (partial(spqr, bits=3, group_size=16, outlier_share=1 / 64), "triton"),
     "packed-int 4 bits, triton": (partial(packed_int, bits=4, group_size=128), "triton"),
     "trellis 3 bits, triton": (partial(trellis, bits=3), "triton"),
+    "columns, triton": (columns, "triton"),
+    "columns, half the inputs kept, triton": (columns, "triton"),
+    "columns-bitmap 50 %, half the inputs kept, triton": (partial(columns_bitmap, density=0.5), "triton"),
+    "columns-int 4 bits, half the inputs kept, triton": (partial(columns_int, bits=4, group_size=128), "triton"),
 }
+HALF = "half the inputs kept"
 # Case, tokens, and how many times as fast as dense it is to be.
 GOALS = (
     ("2:4, cuda-2:4", 4096, 1.3),
     ("bitmap 50 %, triton", 1, 1.5),
     ("SpQR 3 bits, triton", 1, 2.5),
     ("trellis 3 bits, triton", 1, 2.5),
+    ("columns, half the inputs kept, triton", 1, 1.6),
 )
 
 
@@ -110,12 +127,12 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
 
 
-def microseconds(copies: list[kernels.Prepared], x_TI: Tensor) -> tuple[float, bool]:
+def microseconds(copies: list[kernels.Prepared], x_TI: Tensor, kept_TI: Tensor | None) -> tuple[float, bool]:
     """Of one linear, going over the copies; and whether it was outside a CUDA graph."""
 
     def once() -> None:
         for ready in copies:
-            kernels.linear(ready, x_TI)
+            kernels.linear(ready, x_TI, None, kept_TI)
 
     once()  # compiles, and lets libraries allocate what they do not allow themselves while a graph is captured
     torch.cuda.synchronize()
@@ -130,8 +147,8 @@ def microseconds(copies: list[kernels.Prepared], x_TI: Tensor) -> tuple[float, b
     return milliseconds(run) / len(copies) * 1e3, eager
 
 
-def measure(make: Callable[[int, int], Packed], shape: tuple[int, int], backend: str) -> Figures:
-    """All figures of one weight."""
+def measure(make: Callable[[int, int], Packed], shape: tuple[int, int], backend: str, half: bool) -> Figures:
+    """All figures of one weight; `half`: few tokens keep a half of their inputs."""
     with torch.device("cuda"):
         random = make(*shape)
     # From the CPU, as they are read: of tensors that lie on the GPU already, `prepare` may make no copy.
@@ -148,10 +165,12 @@ def measure(make: Callable[[int, int], Packed], shape: tuple[int, int], backend:
     times, error = [], 0.0
     for T in TOKENS:
         x_TI = torch.randn(T, shape[1], device="cuda").to(BF16)
-        wanted_TO = x_TI.float() @ W_OI.T
-        error = max(error, ((kernels.linear(copies[0], x_TI) - wanted_TO).abs().amax() / wanted_TO.abs().amax()).item())
-        del wanted_TO
-        times.append(microseconds(copies, x_TI))
+        kept_TI = torch.rand(T, shape[1], device="cuda") < 0.5 if half and T <= KEPT_TOKENS else None
+        wanted_TO = (x_TI if kept_TI is None else x_TI * kept_TI).float() @ W_OI.T
+        off_TO = kernels.linear(copies[0], x_TI, None, kept_TI) - wanted_TO
+        error = max(error, (off_TO.abs().amax() / wanted_TO.abs().amax()).item())
+        del wanted_TO, off_TO
+        times.append(microseconds(copies, x_TI, kept_TI))
     stayed_dense = backend == "cuda-2:4" and copies[0].weight.algorithm is None
     return Figures(held, *map(list, zip(*times, strict=True)), error, " (stayed dense)" if stayed_dense else "")
 
@@ -180,7 +199,7 @@ def main() -> None:
     for shape in SHAPES:
         for case, (make, backend) in CASES.items():
             try:
-                figures = found[shape, case] = measure(make, shape, backend)
+                figures = found[shape, case] = measure(make, shape, backend, HALF in case)
                 print(figures.row(shape, case, found.get((shape, "dense")), copied), flush=True)
             except Exception as error:
                 # The other figures are worth having.

@@ -16,6 +16,7 @@ from secateur.formats.layouts.codebook import TableGrid
 from secateur.formats.layouts.packed_int import UniformGrid
 from secateur.formats.layouts.two_level_int import TwoLevelGrid
 from secateur.kernels.bits import bytes_of
+from secateur.kernels.column_weight import CodedColumns, DenseColumns, SparseColumns
 from secateur.kernels.expand import compress_bitmap, count_rows
 from secateur.kernels.packed import CodedWeight, Grid, SparseRows, SparseWeight, padded
 from secateur.kernels.trellis_weight import TrellisWeight
@@ -82,6 +83,24 @@ def sparse_int(O: int, I: int, density: float, bits: int, group_size: int) -> Co
         None,
         None,
     )
+
+
+def columns(O: int, I: int) -> DenseColumns:
+    """Dense, by input feature."""
+    return DenseColumns((O, I), padded(torch.randn(O * I).to(BF16)))
+
+
+def columns_bitmap(O: int, I: int, density: float) -> SparseColumns:
+    """Pruned without a pattern, by input feature."""
+    return SparseColumns.of(bitmap(I, O, density))
+
+
+def columns_int(O: int, I: int, bits: int, group_size: int, symmetric: bool = False) -> CodedColumns:
+    """Codes on a uniform grid, by input feature."""
+    groups = -(-I // group_size) * O
+    codes, scale = padded(_codes(I * bytes_of(O, bits), 8)), padded((torch.rand(groups) + 0.5).to(FP16))
+    zero = None if symmetric else padded(_codes(groups, bits))
+    return CodedColumns((O, I), BF16, bits, group_size, codes, scale, zero)
 
 
 def trellis(O: int, I: int, bits: int, state_bits: int = STATE_BITS, block: int = 128) -> TrellisWeight:

@@ -32,11 +32,12 @@ def tell_summary(report: Any, model: str, trusted: bool, searched: bool) -> None
         trusted: whether code that comes with the model may run, which the next commands need, too.
         searched: whether a choice was made for each linear.
     """
-    if searched and report.linears and report.structure is None:
+    unread = report.recipe.get("activations")
+    if searched and report.linears and report.structure is None and not unread:
         print_choices(report.linears)
     tell_notes(report.notes, "compress")
     _print_figures(report)
-    if report.bytes > report.source_bytes:
+    if report.bytes > report.source_bytes and not unread:
         say(
             f"the result is LARGER than {model}, {size(report.bytes)} and not {size(report.source_bytes)}: "
             "fewer bits make it smaller, such as --recipe spqr-3bit-small"
@@ -62,6 +63,9 @@ def _print_figures(report: Any) -> None:
     rows += [[f"bits per weight, {table.name}", "", f"{table.bits:.2f}"] for table in report.tables]
     if report.sparsity > 0 and report.structure is None:
         rows.append([f"weights removed, {len(linears)} compressed linears", "", f"{report.sparsity:.2%}"])
+    if report.recipe.get("activations"):
+        level = report.recipe["activation_sparsity"]
+        rows.append([f"weights not read for a token, {report.recipe['activations']}", "", f"{level:.0%}"])
     rows += [["perplexity", "", "not measured"], None]
     for linear in sorted([*linears, *report.tables], key=lambda each: -each.error)[:_WORST]:
         rows.append([f"error, {linear.name}", "", f"{linear.error:.2e}"])

@@ -57,6 +57,9 @@ class Eval:
         int | None, typer.Option(help="Examples in a task's prompt (default: as the task says).", min=0)
     ] = None
     limit: Annotated[int | None, typer.Option(help="Samples per task (default: all).", min=1)] = None
+    activation_sparsity: Annotated[
+        float | None, typer.Option(help="Level of a model that leaves inputs unread; 0 reads all (default: its own).")
+    ] = None
     cache: Cache = None
     cache_tokens: CacheTokens = 1024
     batch_tokens: WindowTokens = None
@@ -86,6 +89,7 @@ class Eval:
             tasks=self.tasks.split(",") if self.tasks is not None else (),
             few_shot=self.few_shot,
             limit=self.limit,
+            activation_sparsity=self.activation_sparsity,
             verify=self.verify,
             revision=self.revision,
             progress=counter(self.quiet),

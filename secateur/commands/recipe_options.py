@@ -51,6 +51,8 @@ def _recipe_options() -> dict[str, _Given]:
         "head": _Given(str, "Bits of a head that is not tied.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
+        "activations": _Given(str, f"Weights read for a token by its inputs: {_names('activations')}.", _METHODS),
+        "activation_sparsity": _Given(str, "Fraction of weights not read then (default: 50%).", _METHODS),
         "pattern": _Given(str, "N:M (N of M stay), unstructured, structured.", _DETAIL),
         "units": _Given(str, "Structured: some of neurons,heads,blocks.", _DETAIL),
         "multiple": _Given(int, "Structured: divisor of the neurons left.", _DETAIL),

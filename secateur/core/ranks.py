@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from secateur.core.histogram import Histogram
 from secateur.core.stats import InputStats
 from secateur.errors import ReportedError, SecateurError, UsageError
 
@@ -85,6 +86,15 @@ class Ranks:
                 self.add(tensor)
         stats.tokens, stats.borrowed = tokens.tolist()
         stats.forget()
+
+    def add_up_sizes(self, histogram: Histogram) -> None:
+        """The same of counts of how large inputs are."""
+        if self.size == 1:
+            return
+        zeros = torch.tensor(histogram.zeros, device=self.device)
+        for tensor in (zeros, histogram.count_B):
+            self.add(tensor)
+        histogram.zeros = int(zeros)
 
     def add(self, tensor: Tensor) -> None:
         """Make a tensor the sum of those that the processes have."""

@@ -111,11 +111,41 @@ class Quantizer(Protocol):
         ...
 
 
+class Sparsifier(Protocol):
+    """Chooses for a token which inputs of linears are read, and with them which weights. Attributes: see `Pruner`.
+
+    One that compares inputs by more than their size has another, `scale(weights)`: a factor `[I]` of each, from all weights
+    `[O, I]` that it meets. One that has a matrix of low rank stand for inputs that are not read has `rank(shape, sparsity)`,
+    which is read for every token, where so large a share is not to be read in all; and `rest(W_OI, rank)`: its two factors,
+    `[O, R]` and `[R, I]`.
+
+    Attributes:
+        rule: how a running model chooses, one of `gates.section.RULES`.
+        neurons_only: whether it is for linears alone that read neurons.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    neurons_only: ClassVar[bool]
+
+    @property
+    def level(self) -> Level: ...
+
+    @property
+    def rule(self) -> str: ...
+
+
 PRUNERS: dict[str, type[Pruner] | type[UnitPruner]] = {}
 REFINERS: dict[str, type[Refiner]] = {}
 QUANTIZERS: dict[str, type[Quantizer]] = {}
+SPARSIFIERS: dict[str, type[Sparsifier]] = {}
 #: By what a recipe calls the part that they play.
-ROLES: dict[str, dict[str, Any]] = {"prune": PRUNERS, "refine": REFINERS, "quantize": QUANTIZERS}
+ROLES: dict[str, dict[str, Any]] = {
+    "prune": PRUNERS,
+    "refine": REFINERS,
+    "quantize": QUANTIZERS,
+    "activations": SPARSIFIERS,
+}
 
 _M = TypeVar("_M", bound=type[Any])
 
@@ -128,8 +158,9 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
     return register
 
 
-#: Register a class as a pruning method, as a refiner of masks, as a quantization method.
+#: Register a class as a pruning method, as a refiner of masks, as a quantization method, as a method of activation sparsity.
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
+sparsifier = _register(SPARSIFIERS)
 
 
 def import_all(package: str, path: Iterable[str], ending: str = "") -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.core.histogram import Histogram
+
 # Rows of the Gram matrix computed at a time: only the upper triangle is needed, and panels of this height skip most of
 # the lower one while each product stays large enough to run at full speed.
 _PANEL = 192
@@ -44,6 +46,7 @@ class InputStats:
             sent to is shown others.
         drift_II: Σ(x̃ − x)ᵀx, float32, where x̃ are the inputs that the linear has in the dense model; None: not gathered.
         halves: the statistics of even and of odd windows, of which these are the sum; None: not gathered apart.
+        histogram: how large the inputs are; None: not gathered.
     """
 
     level: Level
@@ -54,6 +57,7 @@ class InputStats:
     borrowed: int = 0
     drift_II: Tensor | None = None
     halves: tuple[InputStats, InputStats] | None = None
+    histogram: Histogram | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -136,13 +140,15 @@ class InputStats:
             raise ValueError(
                 "cannot merge statistics of which only some hold how far inputs are from the dense model's"
             )
-        upper_II = drift_II = halves = None
+        upper_II = drift_II = halves = histogram = None
         if self.upper_II is not None and other.upper_II is not None:
             upper_II = self.upper_II + other.upper_II
         if self.drift_II is not None and other.drift_II is not None:
             drift_II = self.drift_II + other.drift_II
         if self.halves is not None and other.halves is not None:
             halves = (self.halves[0] + other.halves[0], self.halves[1] + other.halves[1])
+        if self.histogram is not None and other.histogram is not None:
+            histogram = self.histogram + other.histogram
         return InputStats(
             self.level,
             self.tokens + other.tokens,
@@ -152,6 +158,7 @@ class InputStats:
             self.borrowed + other.borrowed,
             drift_II,
             halves,
+            histogram,
         )
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
 from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
+from secateur.gates.gate import activations, as_if_written, told_of_gates
+from secateur.gates.section import SECTION
 from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_model
 from secateur.model.load import load_source, open_device, parse_dtype
@@ -61,6 +64,8 @@ class Evaluation:
         seconds: it took.
         tasks: scores in tasks, if that was asked for.
         cache_tokens: of the reference's predictions that `quality.kl` looks at one by one; None: all.
+        activations: where not all inputs are read for a token that is written: the method, the level, how many tokens of a
+            window are dense, and the share of the weights that was read for the others.
     """
 
     model: str
@@ -75,6 +80,7 @@ class Evaluation:
     tasks: tuple[TaskScore, ...] = ()
     cache_tokens: int | None = None
     reference_bits_per_byte: float | None = None
+    activations: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, the means over each window and at each position included, as JSON holds it."""
@@ -123,6 +129,11 @@ class Runner:
         limit = limit_memory(self.max_memory)
         if limit is None or source.loaded is not None:
             return load_source(source, dtype, device)
+        if source.quantization is not None and SECTION in source.quantization:
+            raise UsageError(
+                f"{source.name} leaves inputs unread while it writes, which `max_memory`, running blocks one by one, does not "
+                "show: leave it out"
+            )
         return StreamedModel(BlockStream(source, dtype, device, limit, self.batch_tokens))
 
     def keep(
@@ -182,6 +193,7 @@ def evaluate(  # noqa: PLR0913 - users name them
     tasks: Sequence[str] = (),
     few_shot: int | None = None,
     limit: int | None = None,
+    activation_sparsity: float | None = None,
     verify: bool = False,
     revision: str | None = None,
     accept: Callable[[str], None] = lambda _: None,
@@ -201,6 +213,7 @@ def evaluate(  # noqa: PLR0913 - users name them
         cache_tokens: see `keep_reference`.
         by_block: also compare the two models block by block.
         tasks, few_shot, limit: what is measured besides, see `run_tasks`.
+        activation_sparsity: the level at which inputs are left out, see `activations`; None: the model's own.
         verify: whether the model's files (not the reference's) have to be those that its manifest names.
         revision: of `model`, see `compress`; that of the reference stands in its name.
         accept: called with the hash of the text's tokens before any model is run; what it raises ends the evaluation.
@@ -224,13 +237,20 @@ def evaluate(  # noqa: PLR0913 - users name them
     opened = _Opened.of(runner, source, reference, text, accept)
     kept = opened.keep(cache, cache_tokens, progress)
     loaded, dense = opened.load(dense=kept is None or by_block or bool(tasks))
-    # Before the text is measured, so that a task that is not known is found soon.
-    asked: dict[str, Any] = {"few_shot": few_shot, "limit": limit, "trust_remote_code": runner.trust_remote_code}
-    scores = run_tasks(loaded, opened.tokenizer, tasks, reference=dense, progress=task_progress, **asked)
-    found = opened.measure(loaded, dense, kept, progress)
-    compare = streamed_block_errors if isinstance(loaded, StreamedModel) else block_errors
-    blocks = tuple(compare(loaded, dense, opened.cut.ids_KS, progress=progress)) if by_block else None
-    return dataclasses.replace(found, blocks=blocks, tasks=scores, seconds=time.monotonic() - began)
+    if activation_sparsity is not None:
+        activations(loaded, activation_sparsity)
+    with ExitStack() as stack:
+        for each in (loaded, dense):
+            stack.enter_context(as_if_written(each))
+        # Before the text is measured, so that a task that is not known is found soon.
+        asked: dict[str, Any] = {"few_shot": few_shot, "limit": limit, "trust_remote_code": runner.trust_remote_code}
+        scores = run_tasks(loaded, opened.tokenizer, tasks, reference=dense, progress=task_progress, **asked)
+        with as_if_written(loaded):
+            found = opened.measure(loaded, dense, kept, progress)
+            said = told_of_gates(loaded)
+        compare = streamed_block_errors if isinstance(loaded, StreamedModel) else block_errors
+        blocks = tuple(compare(loaded, dense, opened.cut.ids_KS, progress=progress)) if by_block else None
+    return dataclasses.replace(found, blocks=blocks, tasks=scores, activations=said, seconds=time.monotonic() - began)
 
 
 @dataclass(frozen=True)

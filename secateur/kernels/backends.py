@@ -22,10 +22,15 @@ from secateur.kernels.packed import FLOAT_DTYPES, Packed
 AUTO = "auto"
 #: Entry points of this group are modules of other packages, which register backends as ours do.
 GROUP = "secateur.backends"
+#: With more tokens than these there is hardly an input that none of them keeps.
+KEPT_TOKENS = 4
 
 
 class Backend(Protocol):
     """A way to compute with packed weights.
+
+    It may have a method `linear_kept(weight, x_TI, kept_TI, bias_O)`, too: as `linear` for up to `KEPT_TOKENS` tokens, but that
+    what the mask does not keep counts as zero, whatever it is.
 
     Attributes:
         name: what the user calls it.
@@ -180,19 +185,22 @@ class _Linear(torch.autograd.Function):
         return None, grad_TI, grad_O
 
 
-def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
     """x W^T + bias, differentiable once with respect to x and bias.
 
     Args:
         weight: `[O, I]`, made ready by `prepare`.
         x: `[…, I]`, of any strides, float32, bfloat16 or float16.
         bias_O: or None.
+        kept: bool, of the shape of x: what it does not keep counts as zero, whatever it is. For up to `KEPT_TOKENS` tokens, and
+            without gradients, a backend that can reads no weight that belongs to no kept input.
 
     Returns:
         `[…, O]` in the dtype of x.
 
     Raises:
-        UsageError: x has another last dimension, is on another device, or has a dtype that no backend computes in.
+        UsageError: x has another last dimension, is on another device, or has a dtype that no backend computes in; or the mask
+            is not of its shape.
     """
     O, I = weight.shape
     if x.shape[-1] != I:
@@ -201,7 +209,18 @@ def linear(weight: Prepared, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         raise UsageError(f"the input is on {x.device}, but the weight on {weight.device}: move one of them")
     if x.dtype not in FLOAT_DTYPES:
         raise UsageError(f"the input is {x.dtype}: packed weights take float32, bfloat16 or float16")
+    gradients = torch.is_grad_enabled() and (x.requires_grad or (bias_O is not None and bias_O.requires_grad))
+    if kept is not None:
+        if kept.dtype != torch.bool or kept.shape != x.shape:
+            raise UsageError(
+                f"the mask of kept inputs is {kept.dtype} {list(kept.shape)}, not torch.bool {list(x.shape)}"
+            )
+        some = getattr(weight.backend, "linear_kept", None)
+        if some is not None and not gradients and x.numel() <= KEPT_TOKENS * I:
+            found: Tensor = some(weight.weight, x.reshape(-1, I), kept.reshape(-1, I), bias_O)
+            return found.view(*x.shape[:-1], O)
+        x = x.masked_fill(~kept, 0)
     x_TI = x.reshape(-1, I)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias_O is not None and bias_O.requires_grad)):
+    if gradients:
         return _Linear.apply(weight, x_TI, bias_O).view(*x.shape[:-1], O)
     return weight.backend.linear(weight.weight, x_TI, bias_O).view(*x.shape[:-1], O)

@@ -94,16 +94,17 @@ class PackedLinear(nn.Module):
         """Whether the weight is not in memory as a whole."""
         return self._reader is not None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         assert self.prepared is not None
         if self._reader is not None and torch.is_grad_enabled() and x.requires_grad:
             raise UsageError(
                 "a weight that is read when it runs is gone when gradients are wanted: load the model whole"
             )
         if not self._fetch or x.device == self.prepared.device:
-            return linear(self.prepared, x, self.bias)
-        bias_O = None if self.bias is None else self.bias.to(self.prepared.device)
-        return linear(self.prepared, x.to(self.prepared.device), bias_O).to(x.device)
+            return linear(self.prepared, x, self.bias, kept)
+        device = self.prepared.device
+        bias_O = None if self.bias is None else self.bias.to(device)
+        return linear(self.prepared, x.to(device), bias_O, None if kept is None else kept.to(device)).to(x.device)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of the weight of these numbers, `[…, I]` in a dtype."""

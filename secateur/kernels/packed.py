@@ -77,6 +77,10 @@ class Packed(ABC):
     def count(self) -> int:
         """How many of its weights are not just zero: those with another value, or with a code, whatever it stands for."""
 
+    def read_bytes(self, share: float) -> float:
+        """Bytes that a product reads of it where this share of the inputs is kept."""
+        return nbytes(self)
+
     def dense_rows(self) -> Iterator[tuple[int, Tensor]]:
         """The dense weight some rows at a time, with the number of the first: on their way they take many times their size."""
         O, I = self.shape

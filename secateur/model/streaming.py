@@ -101,6 +101,7 @@ def load_streamed(
             out.read(loading.files, out.held)
     if source.quantization is not None:
         model.hf_quantizer = SecateurQuantizer(SecateurConfig(**source.quantization))
+        model.hf_quantizer.put_gates(model, source.weights.stored)
     model.get_memory_footprint = partial(memory_footprint, model)
     if streamed:
         attach(model, streamed, loading.files, limits.link)

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from secateur.core.histogram import Histogram
 from secateur.core.patterns import NM, Structured
 from secateur.core.stats import InputStats, Level
 from secateur.errors import UsageError
@@ -38,6 +39,7 @@ from secateur.model.structure import (
 )
 from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights, check_values
+from secateur.pipeline.gated_linears import gated_linears, sizes_for
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.solve import Problem, Solution
 from secateur.pipeline.solve_tables import solve_table, tables_of
@@ -77,6 +79,7 @@ class Prepared:
             module's name.
         solved: gives the new weights of experts that an earlier run has solved, by the name of their linear, and of a table.
         structure: what a structured pattern makes of it.
+        gated: linears of which it is to be chosen for a token which inputs are read.
     """
 
     source: Source
@@ -102,6 +105,7 @@ class Prepared:
     tables: Mapping[str, tuple[Table, TableForm]]
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     structure: Structure | None = None
+    gated: frozenset[str] = frozenset()
 
     @property
     def written(self) -> Source:
@@ -125,6 +129,17 @@ class Prepared:
         """The linear of that name."""
         found: Linear = self.model.get_submodule(name)
         return found
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(O, I) of a linear."""
+        O, I = weight_matrix(self.linear(name)).shape
+        return O, I
+
+    def sizes(self, names: Sequence[str]) -> Histogram | None:
+        """Where it is counted how large the input of some linears is; None where nobody asks."""
+        if not self.gated.issuperset(names):
+            return None
+        return sizes_for(self.plan, [weight_matrix(self.linear(name)) for name in names])
 
     def chosen_in(self, number: int) -> dict[str, Linear]:
         """The linears of a block that are to be compressed, by name."""
@@ -310,6 +325,9 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         wanted = select_linears(names, recipe.targets, recipe.ignore)
         tied = [name for name in names if name in wanted and f"{name}.weight" in twins]
         chosen = _without_left_alone(set(wanted) - set(tied), recipe, bool(plan.tables))
+    gated = gated_linears(source, model, found, plan, chosen)
+    if plan.sparsifier is not None and not plan.changes_weights:
+        chosen = set(gated)
     weights = ModelWeights(source, model)  # which may untie what the config ties
     prepared = Prepared(
         source=source,
@@ -333,6 +351,7 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         experts=experts,
         of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
         structure=structure,
+        gated=gated,
         tables=tables_of(model, plan, source.name),
     )
     prepared.check_shapes()

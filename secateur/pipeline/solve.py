@@ -22,8 +22,8 @@ from secateur.core.quantized import Quantized
 from secateur.core.registry import Pruner, UnitPruner
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
-from secateur.errors import RepeatedError
-from secateur.formats.layouts.choose import layout_for
+from secateur.errors import RepeatedError, SecateurError
+from secateur.formats.layouts.choose import layout_by_inputs, layout_for
 from secateur.formats.layouts.layout import Layout, Stored, all_finite, describe_dense, layout_from_config
 from secateur.pipeline.outcome import LinearReport, relative_error
 from secateur.prune.reconstruct import reconstruct
@@ -151,12 +151,11 @@ def _solve(
     if pruned is not None:
         notes += pruned.notes
     if plan.quantizer is None:
-        assert pruned is not None
-        pieces = zip(problems, stack.split(pruned.W_OI), strict=True)
+        pieces = zip(problems, stack.split(stack.W_OI if pruned is None else pruned.W_OI), strict=True)
         return (_pruned(plan, problem, W_OI) for problem, W_OI in pieces), notes
     quantized = plan.quantizer.quantize(stack, pruned)
     notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
-    return (_quantized(plan, weight) for weight in quantized), notes
+    return (_quantized(plan, problem, weight) for problem, weight in zip(problems, quantized, strict=True)), notes
 
 
 def _solve_each(
@@ -255,11 +254,23 @@ class _Result:
 def _pruned(plan: Plan, problem: Problem, W_OI: Tensor) -> _Result:
     # Adding zero leaves no negative zero where a negative weight was.
     W_OI = W_OI.to(plan.dtype or problem.dtype).add(0).contiguous()
+    if plan.sparsifier is not None:
+        return _Result(W_OI, W_OI.cpu(), _by_inputs(plan, problem, W_OI), None)
     return _Result(W_OI, W_OI.cpu(), plan.layout, describe_dense(W_OI) if plan.layout is None else None)
 
 
-def _quantized(plan: Plan, weight: Quantized) -> _Result:
+def _by_inputs(plan: Plan, problem: Problem, weight: Tensor | Quantized) -> Layout:
+    """The layout that stores a weight by input."""
+    try:
+        return layout_by_inputs(weight, sparse=plan.pruning is not None)
+    except ValueError as error:
+        raise SecateurError(f"{problem.name} cannot be stored by input, as `activations` needs: {error}") from error
+
+
+def _quantized(plan: Plan, problem: Problem, weight: Quantized) -> _Result:
     W_OI = weight.dequantize()
+    if plan.sparsifier is not None:
+        return _Result(W_OI, weight.cpu(), _by_inputs(plan, problem, weight), None)
     if not plan.dense:
         return _Result(W_OI, weight.cpu(), layout_for(weight), None)
     # A zero on a grid is a code like any other.

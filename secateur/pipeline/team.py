@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from secateur.core.ranks import Ranks
 from secateur.core.stats import InputStats, Level
 from secateur.model.structure import weight_matrix
+from secateur.pipeline.gating import gated
 from secateur.pipeline.gradients import KeptFisher
 from secateur.pipeline.prepared import Prepared
 from secateur.pipeline.solve import Solution, solve
@@ -68,7 +69,12 @@ class Team:
         for stack in [[name] for name in mine] if stats is None else self._alike(mine):
             problems = [self.prepared.problem(name, fishers.get(name)) for name in stack]
             inputs = stats or InputStats.empty(problems[0].W_OI.shape[1], Level.NONE, self.prepared.device)
-            found, said = solve(self.prepared.plan.of(choices.get(stack[0])), problems, inputs)
+            plan, choice = self.prepared.plan, choices.get(stack[0])
+            if inputs.histogram is None:
+                plan = replace(plan, sparsifier=None)
+            found, said = solve(plan.of(choice), problems, inputs)
+            if plan.sparsifier is not None:
+                found = gated(plan, found, [self.prepared.shape(name) for name in names], names, inputs, choice)
             solutions.update((solution.name, solution) for solution in found)
             notes += said
         return solutions, notes

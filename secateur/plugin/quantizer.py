@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.errors import CheckpointError
 from secateur.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
-from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
 from secateur.formats.stored_weights import (
     QUANT_METHOD,
     find_entry,
@@ -34,6 +34,7 @@ from secateur.formats.stored_weights import (
     parse_quantization_config,
     quantization_config,
 )
+from secateur.gates.section import SECTION, parse_section
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
@@ -49,6 +50,7 @@ from secateur.plugin.expert_modules import (
     read_dense,
     taken_apart,
 )
+from secateur.plugin.gated import parts_of_gates, put_in_place
 from secateur.plugin.names import renamed, spellings, stored_as, used_renamings
 from secateur.plugin.offloaded import Offloaded, Read, may_offload
 from secateur.plugin.packed_modules import (
@@ -88,17 +90,21 @@ def current_backend() -> str:
 
 
 class SecateurConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a secateur folder: a layout version, layouts by patterns of module names, and widths."""
+    """The `quantization_config` of a secateur folder: a layout version, layouts by patterns of module names, and more."""
 
-    def __init__(self, layout_version: Any = None, modules: Any = None, widths: Any = None, **_: Any) -> None:
+    def __init__(
+        self, layout_version: Any = None, modules: Any = None, widths: Any = None, activations: Any = None, **_: Any
+    ) -> None:
         self.quant_method = QUANT_METHOD
         self.layout_version = layout_version
         self.modules = modules
         self.widths = parse_widths({KEY: widths})
+        self.activations = parse_section(activations)
         self.entries = parse_quantization_config({"layout_version": layout_version, "modules": modules})
 
     def to_dict(self) -> dict[str, Any]:
-        return with_widths(quantization_config(self.modules), self.widths)
+        section = with_widths(quantization_config(self.modules), self.widths)
+        return section if self.activations is None else {**section, SECTION: self.activations.to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -181,7 +187,8 @@ class SecateurQuantizer(HfQuantizer):
                 self._sized = show_sizes(model)
             self._all_replaced = len(replaced) == len(readers)
             if replaced:
-                ignore_in_files(model, rf"\.weight(\.({'|'.join(sorted(part_names()))}))?$")
+                ignore_in_files(model, rf"\.weight(\.({'|'.join(sorted({*part_names(), *BESIDE}))}))?$")
+        self.put_gates(model, self.stored)
         if self._experts and checkpoint_files:
             check_names_sort(self._experts)
             # transformers would merge what the files have of experts, but there is no place for that.
@@ -189,6 +196,11 @@ class SecateurQuantizer(HfQuantizer):
             leaves = {re.escape(name.rpartition(".")[2]) for name in self._experts}
             ignore_in_files(model, rf"(^|\.)({'|'.join(sorted(leaves))})\.")
         return model
+
+    def put_gates(self, model: Any, stored: Mapping[str, Tensor]) -> None:
+        """Have a model whose linears are in place read its inputs as the config says; `stored` are the tensors of the files."""
+        if self.quantization_config.activations is not None:
+            put_in_place(model, self.quantization_config.activations, stored, partial(self._stored_names, model))
 
     def _read_of_expert(self, model: Any, name: str, piece: Piece) -> Tensor:
         """The dense weight of an expert's linear from the files. Raises CheckpointError when it is damaged or missing."""
@@ -292,6 +304,7 @@ class SecateurQuantizer(HfQuantizer):
             packed[name] = self._pack(model, name, tensor, *entry)
         packed.update({f"{name}.weight": linear.parts() for name, linear in packed_linears(model)})
         state.update({f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()})
+        state.update(parts_of_gates(model))
         self._name_in_config(model, packed)
         return state, {}
 

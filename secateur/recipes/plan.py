@@ -13,13 +13,14 @@ from secateur.core.damping import is_open, with_damping
 from secateur.core.options import given_options
 from secateur.core.patterns import NM, Pattern, Structured, Unstructured, parse_pattern
 from secateur.core.quantized import BITS
-from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, UnitPruner
+from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, Sparsifier, UnitPruner
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
+from secateur.recipes.activation_plan import check_by_inputs, sparsifier_of, unread_of
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
 from secateur.recipes.methods import find, make
@@ -73,6 +74,8 @@ class Plan:
         tables: bits of the table of embeddings and of the head, or their grid, by what recipes call them, as far as they are
             quantized.
         match_dense: solve for the dense model's outputs.
+        sparsifier: what says which inputs are read for a token, if any does, so that weights are stored by input.
+        unread: the share of weights that it leaves unread.
     """
 
     pruning: Pruning | None
@@ -82,19 +85,29 @@ class Plan:
     dtype: torch.dtype | None
     tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
+    sparsifier: Sparsifier | None = None
+    unread: float = 0.0
 
     @property
     def of_linears(self) -> bool:
         """Whether anything becomes of linears."""
+        return self.changes_weights or self.sparsifier is not None
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights of linears become others."""
         return self.pruning is not None or self.quantizer is not None
 
     @property
     def level(self) -> Level:
-        return max((part.level for part in (self.pruning, self.quantizer) if part is not None), default=Level.NONE)
+        least = Level.NONE if self.sparsifier is None else Level.MOMENTS
+        return max([least, *(part.level for part in (self.pruning, self.quantizer) if part is not None)])
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
         if choice is None or (self.pruning is not None and isinstance(self.pruning.pattern, Structured)):
+            return self
+        if choice == Choice(unread=choice.unread):
             return self
         pruning = quantizer = None
         if choice.sparsity is not None:
@@ -107,13 +120,15 @@ class Plan:
         return dataclasses.replace(self, pruning=pruning, quantizer=quantizer)
 
     def options(self) -> dict[str, Any]:
-        """All options of the methods, by what a recipe calls those of each."""
+        """All options of the methods, by what a recipe calls those of each, and what else it leaves to their defaults."""
         methods = {
             "pruning": self.pruning.pruner if self.pruning is not None else None,
             "refining": self.pruning.refiner if self.pruning is not None else None,
             "quantization": self.quantizer,
+            "gating": self.sparsifier,
         }
-        return {key: given_options(method) for key, method in methods.items() if method is not None}
+        found: dict[str, Any] = {key: given_options(method) for key, method in methods.items() if method is not None}
+        return found if self.sparsifier is None else {**found, "activation_sparsity": self.unread}
 
     @property
     def needs_halves(self) -> bool:
@@ -164,7 +179,8 @@ def plan(recipe: Recipe) -> Plan:
     _check_choices(recipe)
     recipe = placeholder(recipe)
     tables = _tables(recipe)
-    if not recipe.prune and recipe.quantize is None and not tables:
+    sparsifier = sparsifier_of(recipe)
+    if not recipe.prune and recipe.quantize is None and not tables and sparsifier is None:
         raise UsageError(
             f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
             f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
@@ -193,8 +209,12 @@ def plan(recipe: Recipe) -> Plan:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
     found = Plan(
-        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense
+        *(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense),
+        sparsifier,
+        unread_of(recipe),
     )
+    if sparsifier is not None:
+        check_by_inputs(pruning, quantizer)
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name

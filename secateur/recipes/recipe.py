@@ -81,6 +81,8 @@ class Choice:
         grid: that they are on; with neither bits nor a grid it is not quantized.
         units, groups: of a structured pattern, how many neurons it reads, or how many heads in how many groups that share keys
             and values; 0 for both linears of a block: it goes as a whole.
+        unread: the share of its inputs that is not read, at each level of activation sparsity; with that alone, all else
+            becomes of it what the recipe says.
     """
 
     sparsity: float | None = None
@@ -89,6 +91,7 @@ class Choice:
     units: int | None = None
     groups: int | None = None
     grid: str | None = None
+    unread: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _read_shares(self)
@@ -127,6 +130,9 @@ class Recipe:
         max_perplexity_rise: the same for the smallest size at which perplexity rises by so much at most: `3%` or `0.03`.
         share_choice: of a mixture of experts, what a search makes one choice for: all linears of an `expert`, or all those of
             the experts of a `layer`; None: each linear has its own.
+        activations: name of the method that says which inputs of linears are read for a token, if any.
+        activation_sparsity: share of the weights that it leaves unread; None: half.
+        gating: its options.
         linears: what was chosen for each linear, by name: nothing is searched then.
     """
 
@@ -156,6 +162,9 @@ class Recipe:
     linears: dict[str, Choice] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
+    activations: str | None = None
+    activation_sparsity: float | None = None
+    gating: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for role, key in OPTIONS_KEY.items():
@@ -260,4 +269,5 @@ def _read_shares(options: Choice | Recipe) -> None:
 
 
 def _given(options: Choice) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

@@ -10,7 +10,7 @@ from secateur.recipes.methods import OPTIONS_KEY
 from secateur.shares import parse_share
 
 #: Numbers that may also be given as text, such as 50%.
-SHARES = ("sparsity",)
+SHARES = ("sparsity", "activation_sparsity")
 
 
 def differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +39,10 @@ def checked(cls: type, content: Any, what: str) -> dict[str, Any]:
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 raise UsageError(f"{key!r} of the {what} must be a list of patterns")
             value = tuple(value)
+        elif hints[key] == tuple[float, ...] | None:
+            if not isinstance(value, list | tuple) or not all(type(v) in (int, float) and 0 <= v <= 1 for v in value):
+                raise UsageError(f"{key!r} of the {what} must be a list of shares")
+            value = tuple(map(float, value))
         elif key in OPTIONS_KEY.values():
             if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
                 raise UsageError(f"{key!r} of the {what} must be a mapping of options to values")

@@ -3,9 +3,10 @@
     recipes = item { "," item }
     item    = part { "+" part } | built-in | file
     part    = method [ ":" amount ] [ "(" option "=" value { "," option "=" value } ")" ]
-    method  = a pruner, a quantizer, or behind a pruner a refiner; one of each at most
+    method  = a pruner, a quantizer, what sparsifies activations, or behind a pruner a refiner; one of each at most
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
+            | share                                                        of activation sparsity: what is not read
     share   = digits with a point or without [ "%" ]
     option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
     value   = number [ "%" ] | word
@@ -29,7 +30,7 @@ from typing import Any
 from secateur.core.options import options_of
 from secateur.core.patterns import Unstructured, parse_pattern
 from secateur.core.quantized import BITS
-from secateur.core.registry import PRUNERS, QUANTIZERS, REFINERS, ROLES
+from secateur.core.registry import PRUNERS, QUANTIZERS, REFINERS, ROLES, SPARSIFIERS
 from secateur.errors import UsageError, did_you_mean
 from secateur.recipes.built_in import NAMES, SUFFIXES, built_in
 from secateur.recipes.methods import make
@@ -37,7 +38,12 @@ from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.shares import exact_share
 
-_CALLED = {"prune": "pruner", "refine": "refiner", "quantize": "quantizer"}
+_CALLED = {
+    "prune": "pruner",
+    "refine": "refiner",
+    "quantize": "quantizer",
+    "activations": "method of activation sparsity",
+}
 # What a part may say about the whole recipe.
 _COMMON = ("format", "dtype", "match_dense", "embeddings", "head")
 # What a pruner may say besides.
@@ -180,7 +186,7 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
         if role is None:
             if method in NAMES:
                 raise reader.wrong(at, f"the built-in recipe {method!r} stands alone: '+' joins methods")
-            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *([] if choices else NAMES)]
+            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *SPARSIFIERS, *([] if choices else NAMES)]
             raise reader.wrong(at, f"{method!r} is not known: {did_you_mean(method, known)}")
         if role in choices:
             raise reader.wrong(at, f"{method!r} is a second {_CALLED[role]}: a recipe has one at most")
@@ -196,6 +202,10 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
             if reader.peek(":"):
                 raise reader.wrong(reader.at, f"{method!r} has no amount")
             choices[role] = [{"refine": method, "refining": _options(reader, method, role, common)}]
+        elif role == "activations":
+            unread = float(_fraction(reader, *_share(reader))) if reader.take(":") else None
+            options = _options(reader, method, role, common)
+            choices[role] = [{"activations": method, "activation_sparsity": unread, "gating": options}]
         else:
             bits = _bits(reader, method)
             options = _options(reader, method, role, common)
@@ -357,6 +367,12 @@ def _name(recipe: Recipe) -> str:
         options = dict(recipe.quantization)
         bits = options.pop("bits", None)
         parts.append(f"{recipe.quantize}{'' if bits is None else f':{bits}'}{_in_brackets({**options, **common})}")
+    if recipe.activations is not None:
+        alone = {} if parts else common
+        unread = (
+            "" if recipe.activation_sparsity is None else f":{Decimal(repr(recipe.activation_sparsity)).normalize():f}"
+        )
+        parts.append(f"{recipe.activations}{unread}{_in_brackets({**recipe.gating, **alone})}")
     return "+".join(parts)
 
 

@@ -20,12 +20,14 @@ from secateur.errors import RepeatedError
 from secateur.folder.reader import read_json
 from secateur.folder.writer import write_manifest
 from secateur.formats.stored_weights import quantization_config
+from secateur.gates.section import SECTION
 from secateur.memory.peak import peak_memory
 from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_files
 from secateur.model.load import open_device
 from secateur.model.source import Source, save_config, save_untied
 from secateur.model.structure import empty_linears
+from secateur.pipeline.gating import note_zeros, split_entries
 from secateur.pipeline.job import Job
 from secateur.pipeline.outcome import LinearReport, Progress, Report
 from secateur.pipeline.run import Run, run, versions
@@ -170,11 +172,14 @@ def put_together(run: Run, report: Report, card: bool = True) -> Path:
     quantization = None
     if run.recorder.entries:
         absent = (set(prepared.names) - prepared.chosen) | empty_linears(prepared.model)
-        quantization = quantization_config(prepared.weights.generalised(run.recorder.entries, prepared.lists, absent))
+        layouts, section = split_entries(run.recorder.entries, run.job.plan, prepared.names)
+        quantization = quantization_config(prepared.weights.generalised(layouts, prepared.lists, absent))
+        if section is not None:
+            quantization[SECTION] = section.to_dict()
     save_config(prepared.written, folder, run.job.plan.dtype, quantization, type(prepared.model).__name__)
     if prepared.weights.untied:
         save_untied(folder)
-    report.notes = [*report.notes, *source.write_companions(folder)]
+    report.notes = [*report.notes, *note_zeros(run.recorder.entries), *source.write_companions(folder)]
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     manifest = _manifest(run, report)
     if card:

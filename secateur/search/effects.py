@@ -6,7 +6,7 @@ expert's, O: output features, I: input features, V: vocabulary, L: labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,6 @@ class Effects:
             ValueError: none reaches it.
         """
         read = self._read(name)
-        T = self.tokens
         found = []
         for change_OI in changes:
             out_RO = read.x_RI.to(change_OI.device) @ change_OI.T
@@ -69,11 +68,39 @@ class Effects:
             if read.place_R is None:
                 effect_LT = effect_LR
             else:
-                effect_LT = effect_LR.new_zeros(len(effect_LR), T)
+                effect_LT = effect_LR.new_zeros(len(effect_LR), self.tokens)
                 effect_LT[:, read.place_R.to(out_RO.device)] = effect_LR
-            L, length = effect_LT.shape
-            stretches = nn.functional.pad(effect_LT, (0, -length % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(2)
-            found.append(stretches.double().square().sum().item() / (2 * L * T))
+            found.append(_divergence(effect_LT))
+        return found
+
+    def by_input(self, names: Iterable[str]) -> list[list[str]]:
+        """Linears by the input that they read, in their order."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(self._windows[0].same.get(name, name), []).append(name)
+        return list(found.values())
+
+    def without(
+        self, weights: Mapping[str, Tensor], left_out: Callable[[Tensor], Iterable[Tensor]], first: int
+    ) -> list[float]:
+        """The divergence that it causes to leave inputs of linears that read the same out, in nats a token.
+
+        Args:
+            weights: of each linear `[O, I]`, less what stands for inputs that are left out.
+            left_out: gives masks of the inputs `[T, I]`, for each of which the divergence is told.
+            first: positions of a window at which all inputs are read.
+        """
+        read = {name: self._read(name) for name in weights}
+        x_TI = next(iter(read.values())).x_RI
+        behind_T = torch.cat([torch.arange(window.tokens) >= first for window in self._windows])
+        found = []
+        for mask_TI in left_out(x_TI):
+            out_TI = x_TI * (mask_TI & behind_T[:, None])
+            effects = [
+                (read[name].g_LRO.to(W_OI.device) * (out_TI.to(W_OI.device) @ W_OI.T)).sum(2)
+                for name, W_OI in weights.items()
+            ]
+            found.append(_divergence(torch.stack(effects).sum(0)))
         return found
 
     def _read(self, name: str) -> _Rows:
@@ -125,6 +152,13 @@ class _Rows:
     x_RI: Tensor
     g_LRO: Tensor
     place_R: Tensor | None
+
+
+def _divergence(effect_LT: Tensor) -> float:
+    """In nats a token, of what changes do to the log-likelihood of labels at each token."""
+    L, T = effect_LT.shape
+    stretches = nn.functional.pad(effect_LT, (0, -T % _STRETCH)).unflatten(1, (-1, _STRETCH)).sum(2)
+    return stretches.double().square().sum().item() / (2 * L * T)
 
 
 def _places_of(name: str) -> str:

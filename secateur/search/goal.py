@@ -17,6 +17,8 @@ from secateur.search.searcher import Searcher
 #: Entry points of this group are modules of other packages, which register goals as ours do.
 GROUP = "secateur.goals"
 UNIFORM = "uniform"
+#: The goal of a search for what is not read for a token.
+UNREAD = "unread"
 
 
 class Goal(Protocol):
@@ -81,10 +83,12 @@ def goal_of(recipe: Recipe) -> Goal | None:
         raise UsageError(f"`{fields[0]}` and `{fields[1]}` each say how small: give one of them")
     if recipe.pattern == STRUCTURED:
         return GOALS[PER_LAYER if recipe.widths == PER_LAYER else STRUCTURED].of(recipe) if is_open(recipe) else None
+    if recipe.activations is not None and recipe.allocation == "search":
+        return GOALS[UNREAD].of(recipe) if is_open(recipe) else None
     name = fields[0] if fields else recipe.allocation
     allocations = [
         UNIFORM,
-        *(name for name in GOALS if not hasattr(recipe, name) and name not in (STRUCTURED, PER_LAYER)),
+        *(name for name in GOALS if not hasattr(recipe, name) and name not in (STRUCTURED, PER_LAYER, UNREAD)),
     ]
     if recipe.allocation not in allocations:
         raise UsageError(

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from secateur import kernels
 from secateur.errors import UsageError
 from secateur.formats.layouts.layout import Layout
 from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
+from secateur.kernels.backends import KEPT_TOKENS
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.in_memory import open_model
@@ -39,6 +40,7 @@ from secateur.model.vocabulary import EMBEDDINGS, find_tables, is_tied
 from secateur.plugin.names import stored_as
 from secateur.speed.bench_result import Bench, Case
 from secateur.speed.decoding import decode_source
+from secateur.speed.inputs_read import shares_read, some_inputs
 from secateur.speed.streamed_decoding import TOKENS, time_streamed
 from secateur.speed.timing import COLD, cache_bytes, free_bytes, large_copy, time_in_turn
 
@@ -137,6 +139,14 @@ class _Key:
     backend: str
 
 
+@dataclass
+class _Group:
+    """Linears that are timed together: their weights, and the share of the inputs that each reads for a token."""
+
+    weights: list[Packed] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+
+
 def _check_packed(source: Source) -> None:
     """Raise UsageError where there are no packed linears."""
     if next(_packed_weights(source), None) is None:
@@ -148,42 +158,46 @@ def _check_packed(source: Source) -> None:
 
 def _group(
     source: Source, backend: str, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[_Key, list[Packed]], str | None]:
+) -> tuple[dict[_Key, _Group], str | None]:
     """All packed weights of a checkpoint by their key, and why `auto` could not do better than dense weights, if so.
 
     Raises:
         UsageError: the backend cannot compute with one of them.
     """
     packed_weights = list(_packed_weights(source))
-    groups: dict[_Key, list[Packed]] = {}
+    groups: dict[_Key, _Group] = {}
+    shares = shares_read(source)
     fallback = None
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Reading is checking, which other threads do while this one waits for the first.
-        loaded = pool.map(lambda each: each[1](), packed_weights)
-        for (layout, _), weight in zip(packed_weights, loaded, strict=True):
+        loaded = pool.map(lambda each: each[2](), packed_weights)
+        for (name, layout, _), weight in zip(packed_weights, loaded, strict=True):
             chosen = choose(weight, backend, device, dtype).name
             if backend == AUTO and chosen == "dense" and fallback is None and device.type in _WANTED:
                 wanted = _WANTED[device.type]
                 fallback = f"backend {wanted!r} cannot be used: {BACKENDS[wanted].why_not(weight, device, dtype)}"
             key = _Key(json.dumps(layout.to_config()), weight.shape, chosen)
-            groups.setdefault(key, []).append(weight)
+            group = groups.setdefault(key, _Group())
+            group.weights.append(weight)
+            group.kept.append(shares.get(name, 1.0))
     return groups, fallback
 
 
-def _packed_weights(source: Source) -> Iterator[tuple[Layout, Callable[[], Packed]]]:
-    """The layout of each packed weight of a model that something is multiplied with, and what has it in the CPU's memory."""
+def _packed_weights(source: Source) -> Iterator[tuple[str, Layout, Callable[[], Packed]]]:
+    """The linear and the layout of each packed weight of a model that something is multiplied with, and what has it in the
+    CPU's memory."""
     if source.loaded is not None:
-        multiplied = [module for module in source.loaded.modules() if isinstance(module, PackedLinear)]
-        for linear in multiplied:
+        multiplied = {name: each for name, each in source.loaded.named_modules() if isinstance(each, PackedLinear)}
+        for name, linear in multiplied.items():
             form: Any = linear.store  # of what was read, which is told with its layout
-            yield form.layout, partial(map_tensors, linear.packed(), Tensor.cpu)
+            yield name, form.layout, partial(map_tensors, linear.packed(), Tensor.cpu)
     # Other libraries' packed checkpoints are made dense as they are loaded.
     elif source.quantization is not None:
         looked_up = _only_looked_up(source)
         for name, packed in source.weights.packed.items():
             if name == looked_up:
                 continue
-            yield packed.layout, partial(packed.load, name, source.weights.stored)
+            yield name.removesuffix(".weight"), packed.layout, partial(packed.load, name, source.weights.stored)
 
 
 def _only_looked_up(source: Source) -> str | None:
@@ -199,6 +213,7 @@ class _Rotation:
     """Packed weights of a group, ready, and dense ones of their shape: so many that no call finds its weight in the cache.
 
     Attributes:
+        example: one of the weights.
         ready: for a backend; first those of the checkpoint, then copies of them.
         dense: of the first of them, `[O, I]`.
         linears: how many weights the checkpoint has in the group.
@@ -216,6 +231,7 @@ class _Rotation:
         self.linears = len(weights)
         self.ready = [first, *(prepare(weight, backend, device=device, dtype=dtype) for weight in own[1:])]
         self.weight_bytes = round(statistics.mean(nbytes(ready.weight) for ready in self.ready))
+        self.example = weights[0]
         copies = min(_copies(size, cold), held) - len(own)
         self.ready += [_copy(self.ready[i % len(own)], own[i % len(own)], dtype) for i in range(copies)]
         W_OI: Tensor = prepare(weights[0], "dense", device=device, dtype=dtype).weight
@@ -239,7 +255,7 @@ def _copy(ready: Prepared, weight: Packed, dtype: torch.dtype) -> Prepared:
 
 
 def _measure_all(
-    groups: dict[_Key, list[Packed]],
+    groups: dict[_Key, _Group],
     tokens: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
@@ -253,9 +269,12 @@ def _measure_all(
     total = len(groups) * len(tokens)
     for key in list(groups):
         # Its weights are not held any longer than they are needed.
-        rotation = _Rotation(groups.pop(key), key.backend, device, dtype)
+        group = groups.pop(key)
+        kept = statistics.mean(group.kept)
+        rotation = _Rotation(group.weights, key.backend, device, dtype)
+        del group
         for T in tokens:
-            case, once = _measure(key, rotation, T, copy, seconds)
+            case, once = _measure(key, rotation, T, copy, seconds, kept)
             cases.append(case)
             copy_seconds = min(copy_seconds, once)
             if progress is not None:
@@ -263,12 +282,18 @@ def _measure_all(
     return cases, copied / copy_seconds
 
 
-def _measure(key: _Key, rotation: _Rotation, T: int, copy: Callable[[], object], seconds: float) -> tuple[Case, float]:
-    """A row of figures, and the least seconds of a copy in turn with it."""
+def _measure(
+    key: _Key, rotation: _Rotation, T: int, copy: Callable[[], object], seconds: float, kept: float
+) -> tuple[Case, float]:
+    """A row of figures, and the least seconds of a copy in turn with it; `kept` is the share of inputs that a token reads."""
     O, I = key.shape
     W_OI = rotation.dense[0]
     x_TI = torch.randn(T, I, generator=torch.Generator().manual_seed(0)).to(W_OI.device, W_OI.dtype)
-    packed = [partial(kernels.linear, ready, x_TI) for ready in rotation.ready]
+    mask_TI, read = None, 1.0
+    if kept < 1 and T <= KEPT_TOKENS:
+        mask_TI, some = some_inputs(T, I, kept, x_TI.device)
+        read = rotation.example.read_bytes(some) / nbytes(rotation.example)
+    packed = [partial(kernels.linear, ready, x_TI, None, mask_TI) for ready in rotation.ready]
     dense = [partial(torch.nn.functional.linear, x_TI, each_OI) for each_OI in rotation.dense]
     taken, dense_taken, copy_taken = time_in_turn([packed, dense, [copy]], W_OI.device, seconds)
     moved = T * (O + I) * x_TI.itemsize
@@ -280,8 +305,9 @@ def _measure(key: _Key, rotation: _Rotation, T: int, copy: Callable[[], object],
         tokens=T,
         seconds=statistics.median(taken),
         dense_seconds=statistics.median(dense_taken),
-        bytes=rotation.weight_bytes + moved,
+        bytes=round(rotation.weight_bytes * read) + moved,
         dense_bytes=W_OI.nbytes + moved,
         cached=rotation.cached,
+        kept=kept,
     )
     return case, min(copy_taken)

@@ -31,6 +31,7 @@ class Case:
         dense_bytes: the same with a dense weight.
         cached: the weights gone over fitted into the last-level cache, as memory or their number was at its limit: they were
             read faster than in a model.
+        kept: the share of inputs that are read for a token, the mean of the linears; more tokens than four read all.
     """
 
     layout: dict[str, Any]
@@ -43,6 +44,7 @@ class Case:
     bytes: int
     dense_bytes: int
     cached: bool
+    kept: float = 1.0
 
     @property
     def bandwidth(self) -> float:

@@ -29,7 +29,11 @@ def _print_tables(found: Any) -> None:
     columns = [Column("shape"), Column("linears", spare=3), Column("backend", right=False)]
     columns += [Column("tokens"), Column("ms"), Column("dense"), Column("faster")]
     columns += [Column("MB", spare=2), Column("GB/s", spare=1), Column("of copy")]
-    for layout in dict.fromkeys(describe(case.layout) for case in found.cases):
+
+    def title(case: Any) -> str:
+        return describe(case.layout) + (f", {case.kept:.0%} of the inputs read for a token" if case.kept < 1 else "")
+
+    for layout in dict.fromkeys(map(title, found.cases)):
         rows = [
             [
                 "{}×{}".format(*case.shape),
@@ -44,7 +48,7 @@ def _print_tables(found: Any) -> None:
                 f"{found.utilization(case):.0%}{'*' if case.cached else ''}",
             ]
             for case in found.cases
-            if describe(case.layout) == layout
+            if title(case) == layout
         ]
         print_table(screen, columns, rows, title=f"\n{layout}", lines=False)
 

@@ -35,6 +35,11 @@ def print_evaluation(result: Any, model: str, reference: str | None, text: str) 
     if quality.routing_agreement is not None:
         rows += _routing(quality)
     title = f"{text}, {with_bos(result.text['bos'])}"
+    said = result.activations
+    if said is not None:
+        first = "second half" if said["prompt"] else f"all but the first {said['dense_tokens']} tokens"
+        title += f"; {first} of each as if written, with {said['method']}"
+        rows.append((f"weights read for a token at level {said['level']:g}", f"{said['share_read']:.1%}", ""))
     print_table(screen, columns, [row[: len(columns)] for row in rows], title=title)
     if result.blocks is not None:
         _print_blocks(result.blocks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.core.histogram import FIRST, Histogram
 from secateur.core.ranks import Ranks
 from secateur.core.stats import InputStats, Level
 from secateur.mixture.experts import Rows
@@ -22,9 +23,19 @@ class Gathering:
         halves: whether even and odd windows are kept apart.
         drift: whether what the linears read in the dense model is known.
         device: that it is computed on.
+        histogram: where sizes are counted, if they are.
     """
 
-    def __init__(self, features: int, level: Level, halves: bool, drift: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        features: int,
+        level: Level,
+        halves: bool,
+        drift: bool,
+        device: torch.device,
+        histogram: Histogram | None = None,
+    ) -> None:
+        self._histogram = histogram
         self._parts = [InputStats.empty(features, level, device) for _ in range(2 if halves else 1)]
         if drift:
             self._parts = [part.with_drift() for part in self._parts]
@@ -38,6 +49,8 @@ class Gathering:
             first: the number of the batch's first window, among those of all processes.
             windows: of the batch.
         """
+        if self._histogram is not None:
+            self._histogram.add(_behind_the_first(rows.x_TI, windows))
         x_TI = rows.x_TI.reshape(-1, rows.x_TI.shape[-1])
         dense_TI = None if dense_TI is None else dense_TI.reshape(x_TI.shape)
         if len(self._parts) == 1:
@@ -59,11 +72,14 @@ class Gathering:
         """The statistics over the batches of all processes."""
         for part in self._parts:
             ranks.add_up(part)
-        if len(self._parts) == 1:
-            return self._parts[0]
-        even, odd = self._parts
-        whole = even + odd
-        whole.halves = (even, odd)
+        whole = self._parts[0]
+        if len(self._parts) > 1:
+            even, odd = self._parts
+            whole = even + odd
+            whole.halves = (even, odd)
+        if self._histogram is not None:
+            whole.histogram = self._histogram
+            ranks.add_up_sizes(whole.histogram)
         return whole
 
 
@@ -72,3 +88,8 @@ def _window_of(rows: Rows, tokens: int, windows: int) -> Tensor:
     token_T = torch.arange(tokens) if rows.token_T is None else rows.token_T
     of_batch = tokens if rows.batch_tokens is None else rows.batch_tokens
     return token_T // max(1, of_batch // windows)
+
+
+def _behind_the_first(x: Tensor, windows: int) -> Tensor:
+    """The inputs of a batch of windows without those of the first positions of each."""
+    return x.reshape(windows, -1, x.shape[-1])[:, FIRST:]

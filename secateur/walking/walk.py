@@ -19,6 +19,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from secateur.core.histogram import Histogram
 from secateur.core.ranks import Ranks
 from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError
@@ -92,6 +93,7 @@ class Target:
         solve: puts new weights in place.
         experts: how those of the block are visited.
         halves: whether statistics of even and of odd windows are kept apart.
+        sizes: begins counting how large the inputs of some linears are, by their names; None where nobody asks.
     """
 
     stages: list[Stage]
@@ -101,6 +103,7 @@ class Target:
     solve: Solve
     experts: ExpertsInTurn
     halves: bool = False
+    sizes: Callable[[Sequence[str]], Histogram | None] | None = None
 
     def way(self, pause: bool) -> Way:
         """How batches pass, where they may pause or not."""
@@ -191,7 +194,8 @@ def _gather(passage: Passage, target: Target, batches: Sequence[_Batches], stage
                     features, device = given.x_TI.shape[-1], given.x_TI.device
                     if name not in found:
                         drift = dense_TI is not None
-                        found[name] = Gathering(features, target.level, target.halves, drift, device)
+                        sizes = target.sizes(_group_of(stage, name)) if target.sizes is not None else None
+                        found[name] = Gathering(features, target.level, target.halves, drift, device, sizes)
                     found[name].add(given, dense_TI, windows, of_batch)
                     if not found[name].finite:
                         raise RepeatedError(_where_not_finite(name, given.x_TI, windows - passage.first, passage.ranks))
@@ -212,6 +216,11 @@ def _by_group(stage: Stage, rows: Sequence[Rows]) -> Iterator[tuple[str, Rows]]:
     given = {f"{stage.chunk[0]}.{name}": each for each in rows for name in each.linears}
     for names in stage.groups:
         yield names[0], given[names[0]]
+
+
+def _group_of(stage: Stage, name: str) -> Sequence[str]:
+    """The linears that read the same input as the one of that name, which is the first of them."""
+    return next(names for names in stage.groups if names[0] == name)
 
 
 def _in_dense(rows: Rows, dense: Rows) -> Tensor | None:

@@ -297,7 +297,9 @@ class Journey:
         block = walker.prepared.blocks[number]
         stages, again = walker.stages(block, probe[number], probe[0], linears, self.turns.at_once)
         experts = ExpertsInTurn(walker.prepared, self.turns, whole=again)
-        target = Target(stages, linears, again, level, solve, experts, walker.prepared.plan.needs_halves)
+        target = Target(
+            stages, linears, again, level, solve, experts, walker.prepared.plan.needs_halves, walker.prepared.sizes
+        )
         way = target.way(self.pause)
         if way is Way.REPEAT:
             walker.read(number, whole=True)
@@ -380,7 +382,8 @@ class Journey:
 
         experts = ExpertsInTurn(self.walker.prepared, self.turns, whole=True)
         halves = self.walker.prepared.plan.needs_halves
-        target = Target(stages, linears, again, level, solve_next, experts, halves)
+        sizes = self.walker.prepared.sizes
+        target = Target(stages, linears, again, level, solve_next, experts, halves, sizes)
         calls = [batch[0] for batch in self.calls]
         passage = Passage(body, calls, self.hiddens, None, self.walker.ranks, self.walker.clock, self.first)
         beside = None

@@ -247,7 +247,7 @@ one = {"R": 4, "C": 256, "P": 1, "S": 1, "N": 32, "WIDE": False}
 few = {"R": 16, "C": 256, "P": 16, "S": 2, "N": 8, "WIDE": False}
 for name, constants in [
     ("_sparse_linear", one), ("_sparse_linear", few), ("_coded_linear", {**GRID, **one}), ("_coded_linear", {**GRID, **few}),
-    ("_coded_linear", {**GRID, **one, "GRID": "table", "BITS": 8}), ("_add_splits", {"S": 2, "BLOCK": 1024}),
+    ("_coded_linear", {**GRID, **one, "GRID": "table", "BITS": 8}), ("add_splits", {"S": 2, "BLOCK": 1024}),
     ("_sparse_expand", one), ("_coded_expand", {**GRID, **one}), ("_expand_outliers", {"N": 128}),
 ]:
     kernel = getattr(kernels, name)

@@ -96,7 +96,13 @@ class Decoder(ABC):
 
 
 class Layout(Decoder):
-    """A codec: turns a pruned or quantized weight `[O, I]` into named tensors and back, exact to the bit."""
+    """A codec: turns a pruned or quantized weight `[O, I]` into named tensors and back, exact to the bit.
+
+    Attributes:
+        by_inputs: whether what belongs to an input feature lies in one piece, and can be passed over.
+    """
+
+    by_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def pack(self, weight: Any) -> dict[str, Tensor]:

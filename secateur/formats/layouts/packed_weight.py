@@ -19,6 +19,9 @@ from secateur.folder.reader import Tensors
 from secateur.formats.layouts.layout import Decoder, Layout, Stored
 from secateur.kernels.packed import Packed
 
+#: What stands in files below the name of a weight and is none of it: what activation sparsity needs, see `gates.section`.
+BESIDE = ("activation_scale", "activation_left", "activation_right")
+
 
 @dataclass(frozen=True)
 class StoredForm:
@@ -125,7 +128,9 @@ class DecodedWeights(Mapping[str, Tensor]):
         self.stored = stored
         self.packed = packed or {}
         parts = {name for weight in self.packed.values() for name in weight.parts.values()}
-        self._plain = dict.fromkeys(name for name in stored if name not in parts)
+        self._plain = dict.fromkeys(
+            name for name in stored if name not in parts and name.rpartition(".weight.")[2] not in BESIDE
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.packed.get(name)

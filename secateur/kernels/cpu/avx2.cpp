@@ -11,6 +11,7 @@
 
 #include <immintrin.h>
 
+#include "columns.h"
 #include "plain.h"
 #include "trellis.h"
 
@@ -506,7 +507,11 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
   }
 }
 
-const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_avx2};
+// --- weights by input feature
+
+#include "columns_avx2.inl"
+
+const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_avx2, &column_kernels};
 
 }  // namespace
 }  // namespace secateur

@@ -11,6 +11,7 @@
 
 #include <immintrin.h>
 
+#include "columns.h"
 #include "plain.h"
 #include "trellis.h"
 
@@ -477,7 +478,11 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
   }
 }
 
-const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi};
+// --- weights by input feature
+
+#include "columns_avx512.inl"
+
+const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi, &column_kernels};
 
 }  // namespace
 }  // namespace secateur

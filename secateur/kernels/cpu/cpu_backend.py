@@ -52,6 +52,9 @@ def _register_fakes() -> None:
     def fake_trellis(x: Tensor, *operands: Any) -> Tensor:
         return fake(x, *operands, outputs=operands[6].shape[0])
 
+    def fake_columns(x: Tensor, outputs: int, *operands: Any) -> Tensor:
+        return fake(x, *operands, outputs=outputs)
+
     def fake(x: Tensor, *parts: Any, outputs: Any) -> Tensor:
         # One real tensor among fake ones would otherwise be given memory that nobody fills.
         for part in parts:
@@ -63,6 +66,7 @@ def _register_fakes() -> None:
     torch.library.register_fake("secateur::sparse_linear", fake_sparse)
     torch.library.register_fake("secateur::coded_linear", fake_coded)
     torch.library.register_fake("secateur::trellis_linear", fake_trellis)
+    torch.library.register_fake("secateur::columns_linear", fake_columns)
 
 
 @backend
@@ -86,6 +90,12 @@ class Cpu:
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         compute = getattr(torch.ops.secateur, f"{weight.kernels}_linear")
         found: Tensor = compute(x_TI, *weight.operands(), bias_O)
+        return found
+
+    def linear_kept(self, weight: Any, x_TI: Tensor, kept_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if weight.kernels != "columns":
+            return self.linear(weight, x_TI.masked_fill(~kept_TI, 0), bias_O)
+        found: Tensor = torch.ops.secateur.columns_linear(x_TI, *weight.operands(), bias_O, kept_TI)
         return found
 
     def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 // The kernels for processors of which nothing is known.
 
+#include "columns.h"
 #include "plain.h"
 #include "trellis.h"
 
@@ -63,6 +64,6 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
 
 }  // namespace
 
-const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_plain};
+const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_plain, &columns_plain};
 
 }  // namespace secateur

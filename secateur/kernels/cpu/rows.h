@@ -73,6 +73,7 @@ constexpr int MOST_ROWS = 4;
 constexpr int64_t scratch_floats(int64_t I, int64_t G) { return 3 * round_up(I) + MOST_ROWS * 6 * round_up(G + WIDTH); }
 
 struct TrellisKernels;
+struct ColumnKernels;
 
 // Kernels for the rows from `first` to before `last`. `y` is [T, O], of which these columns are set.
 struct Kernels {
@@ -85,6 +86,7 @@ struct Kernels {
   // float32 to bfloat16, to the nearest and ties to even. Both vectors have room for round_up(n).
   void (*to_bf16)(const float* from, uint16_t* to, int64_t n);
   const TrellisKernels* trellis;
+  const ColumnKernels* columns;
 };
 
 extern const Kernels plain_kernels;

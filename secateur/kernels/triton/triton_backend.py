@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from secateur.kernels.backends import backend
+from secateur.kernels.column_weight import chunk_starts
 from secateur.kernels.packed import FLOAT_DTYPES, CodedWeight, Packed, SparseWeight, map_tensors
 from secateur.kernels.trellis_weight import TrellisWeight
-from secateur.kernels.triton.triton_weight import CHUNK, TritonWeight
+from secateur.kernels.triton.triton_weight import TritonWeight
 
 
 @backend
@@ -56,6 +56,12 @@ class Triton:
         found = linear(weight, x_TI.contiguous(), bias_O)
         return found
 
+    def linear_kept(self, weight: Any, x_TI: Tensor, kept_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if weight.packed.kernels != "columns":
+            return self.linear(weight, x_TI.masked_fill(~kept_TI, 0), bias_O)
+        found: Tensor = _module_of(weight).linear(weight, x_TI.contiguous(), bias_O, kept_TI.contiguous())
+        return found
+
     def gradient(self, weight: Any, grad_TO: Tensor) -> Tensor:
         grad_TI: Tensor = _module_of(weight).gradient(weight, grad_TO.contiguous())
         if weight.packed.order_I is None:
@@ -70,16 +76,17 @@ class Triton:
 def _sparse(weight: SparseWeight) -> TritonWeight:
     """N:M goes the same way: to know where its rows start saves nothing once chunks have starts."""
     bitmask_OB = weight.bitmask_OB
-    O, B = bitmask_OB.shape
-    bits_256 = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8, device=bitmask_OB.device)
-    count_OB = pad(bits_256[bitmask_OB.int()], (0, -B % (CHUNK // 8)))
-    count_OW = count_OB.view(O, -1, CHUNK // 8).sum(2)
-    start_OW = weight.start_O1[:-1, None] + count_OW.cumsum(1) - count_OW
-    # Four bytes for 256 weights: 1.4 % of a weight of 16 bits at a density of 50 %.
-    start_OW = start_OW.int() if weight.values_V.numel() < 2**31 else start_OW
+    start_OW = _starts(weight, chunk_starts(bitmask_OB))
     return TritonWeight(
         weight.shape, {"values_V": weight.values_V, "bitmask_OB": bitmask_OB, "start_OW": start_OW}, {}, weight
     )
+
+
+def _starts(weight: SparseWeight, before_OW: Tensor) -> Tensor:
+    """Where the values of each chunk begin, `[O, W]`."""
+    start_OW = weight.start_O1[:-1, None] + before_OW
+    # Four bytes for 256 weights: 1.4 % of a weight of 16 bits at a density of 50 %.
+    return start_OW.int() if weight.values_V.numel() < 2**31 else start_OW
 
 
 def _coded(weight: CodedWeight) -> TritonWeight:
@@ -114,9 +121,25 @@ def _trellis(weight: TrellisWeight) -> TritonWeight:
     return TritonWeight(weight.shape, {"codes": codes}, constants, weight)
 
 
+def _columns(weight: Any) -> TritonWeight:
+    _, values, bitmask_IB, start_I1, before_IW, codes, bits, group_size, scale, zero = weight.operands()
+    start_IW = None if start_I1 is None else _starts(weight.inner, before_IW)
+    coded = "by input, symmetric" if zero is None else "by input"
+    form = "bitmap" if start_IW is not None else "dense" if codes is None else coded
+    tensors = {"values_V": values, "bitmask_OB": bitmask_IB, "start_OW": start_IW, "codes_S": codes}
+    constants = {"FORM": form, "BITS": bits, "GROUP": group_size}
+    return TritonWeight(weight.shape, {**tensors, "scale": scale, "zero": zero}, constants, weight)
+
+
 def _module_of(weight: TritonWeight) -> Any:
     """The kernels for a weight, which only now need Triton."""
-    return import_module(f"{__package__}.triton_{'trellis' if weight.packed.kernels == 'trellis' else 'linear'}")
+    own = weight.packed.kernels
+    return import_module(f"{__package__}.triton_{own if own in ('columns', 'trellis') else 'linear'}")
 
 
-_PREPARED: dict[str, Callable[[Any], TritonWeight]] = {"sparse": _sparse, "coded": _coded, "trellis": _trellis}
+_PREPARED: dict[str, Callable[[Any], TritonWeight]] = {
+    "sparse": _sparse,
+    "coded": _coded,
+    "trellis": _trellis,
+    "columns": _columns,
+}

@@ -125,7 +125,7 @@ def _coded_linear(x_TI, y, bias_O, O, I, T, codes_S, scale, zero, second, x_IT, 
 
 
 @triton.jit
-def _add_splits(part_STO, y_TO, bias_O, size, O, S: tl.constexpr, BLOCK: tl.constexpr):
+def add_splits(part_STO, y_TO, bias_O, size, O, S: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of all splits' shares, and the bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.full([BLOCK], 0.0, tl.float32)
@@ -243,7 +243,7 @@ def _tiled(weight: TritonWeight, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         }
         _coded_linear[grid](**arguments, **outliers, **weight.tensors, **weight.constants, N=size.N)
     if size.S > 1:
-        _add_splits[(-(-T * O // 1024),)](out, y_TO, bias_O, T * O, O, S=size.S, BLOCK=1024)
+        add_splits[(-(-T * O // 1024),)](out, y_TO, bias_O, T * O, O, S=size.S, BLOCK=1024)
     return y_TO
 
 

@@ -32,11 +32,11 @@ def _value(first_RWL, byte_RWL, j: tl.constexpr):
 
 
 @triton.jit
-def sparse_tile(values_V, bitmask_OB, start_OW, row, column, O, I, R: tl.constexpr, C: tl.constexpr):
+def sparse_tile(values_V, bitmask_OB, start_OW, row, column, O, I, R: tl.constexpr, C: tl.constexpr, kept_R=None):
     """Rows `row` to `row + R − 1` and columns `column` to `column + C − 1` of a bitmap, in the dtype of the values.
 
     `column` and C are multiples of CHUNK. `start_OW` is where the values of each chunk begin, so that no chunk waits for the
-    count of the one before.
+    count of the one before. Where there is a mask of rows, nothing of the others is loaded, and they are zero.
     """
     B = (I + 7) // 8
     chunks = (I + CHUNK - 1) // CHUNK
@@ -45,6 +45,8 @@ def sparse_tile(values_V, bitmask_OB, start_OW, row, column, O, I, R: tl.constex
     chunk_1W1 = (tl.arange(0, W) + column // CHUNK)[None, :, None]
     at_1WL = chunk_1W1 * 32 + tl.arange(0, 32)[None, None, :]
     inside_R11 = row_R11 < O
+    if kept_R is not None:
+        inside_R11 = inside_R11 & kept_R[:, None, None]
     byte_RWL = tl.load(bitmask_OB + row_R11 * B + at_1WL, mask=inside_R11 & (at_1WL < B), other=0).to(tl.int32)
     inside_RW1 = inside_R11 & (chunk_1W1 < chunks)
     start_RW1 = tl.load(start_OW + row_R11 * chunks + chunk_1W1, mask=inside_RW1, other=0)
@@ -84,6 +86,9 @@ def _line(scale, zero, second, row_R1, tile_R1, column_1L, O, I, BITS: tl.conste
     inside_1L = column_1L < I
     inside_RL = (row_R1 < O) & inside_1L
     at_RL = row_R1 * groups + group_1L
+    if GRID == "by input" or GRID == "by input, symmetric":  # the rows of a tile share what each column has
+        at_RL = tile_R1 * I + column_1L
+        inside_RL = inside_1L
     if GRID == "two-level" or GRID == "two-level bytes":  # `scale` has the codes of both, in a byte or in two
         if GRID == "two-level bytes":
             c_RL = tl.load(scale + 2 * at_RL, mask=inside_RL, other=0).to(tl.float32)
@@ -101,7 +106,7 @@ def _line(scale, zero, second, row_R1, tile_R1, column_1L, O, I, BITS: tl.conste
         b_RL = -(zero_low + zero_step * d_RL + 2**BITS) * a_RL
     else:
         a_RL = tl.load(scale + at_RL, mask=inside_RL, other=0.0).to(tl.float32)
-        if GRID == "uniform":
+        if GRID == "uniform" or GRID == "by input":
             b_RL = -_above(tl.load(zero + at_RL, mask=inside_RL, other=0).to(tl.int32), BITS) * a_RL
         elif GRID == "level":  # zero points between codes
             b_RL = -(tl.load(zero + at_RL, mask=inside_RL, other=0.0) + 2**BITS) * a_RL
@@ -129,15 +134,19 @@ def _weight(word_RL, a_RL, b_RL, scale, zero, second, row_R1, tile_R1, column_1L
 
 @triton.jit
 def coded_tile(codes_S, scale, zero, second, row, column, O, I, R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
-               GRID: tl.constexpr, GROUP: tl.constexpr, TILE_ROWS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+               GRID: tl.constexpr, GROUP: tl.constexpr, TILE_ROWS: tl.constexpr, RAGGED: tl.constexpr,
+               kept_R=None):  # fmt: skip
     """Rows `row` to `row + R − 1` and columns `column` to `column + C − 1` of a weight in codes, float32, without outliers.
 
-    `row` is a multiple of R, and `column` of 8.
+    `row` is a multiple of R, and `column` of 8. Where there is a mask of rows, no codes of the others are loaded, and they are
+    anything that is finite.
     """
     L: tl.constexpr = C // 8
     row_R1 = (row + tl.arange(0, R)).to(tl.int64)[:, None]
     column_1L = (tl.arange(0, L) * 8 + column)[None, :]
     inside_RL = (row_R1 < O) & (column_1L < I)
+    if kept_R is not None:
+        inside_RL = inside_RL & kept_R[:, None]
     # The last word of the stream may end beyond it, and is why the stream is padded.
     at_RL = codes_S + row_R1 * ((I * BITS + 7) // 8) + column_1L // 8 * BITS
     if BITS <= 4:

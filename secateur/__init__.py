@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.gate.gate import GateResult, gate
     from secateur.evaluation.gate.tolerances import Tolerances
     from secateur.evaluation.quality import Evaluation, Runner, evaluate
+    from secateur.experts.use_of_experts import ExpertUse
     from secateur.folder.manifest import Problem
     from secateur.model.load import load
     from secateur.pipeline.outcome import Progress, Report
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from secateur.recipes.strings import parse_recipes
     from secateur.report.sweep_result import SweepResult
     from secateur.runs.compress import compress
+    from secateur.runs.expert_use import expert_use
     from secateur.runs.forecast import Forecast, forecast
     from secateur.runs.generate import generate
     from secateur.runs.sweep import Sweep, sweep
@@ -45,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Evaluation",
+    "ExpertUse",
     "Forecast",
     "GateResult",
     "Inspection",
@@ -65,6 +68,7 @@ __all__ = [
     "bench",
     "compress",
     "evaluate",
+    "expert_use",
     "export",
     "forecast",
     "gate",
@@ -82,6 +86,7 @@ _HOMES = {
     "checkpoint.export": ["export"],
     "checkpoint.inspect": ["Inspection", "inspect"],
     "checkpoint.verify": ["verify"],
+    "experts.use_of_experts": ["ExpertUse"],
     "errors": ["CheckpointError", "SecateurError", "UsageError"],
     "speed.bench": ["bench"],
     "speed.bench_result": ["Bench"],
@@ -99,6 +104,7 @@ _HOMES = {
     "recipes.strings": ["parse_recipes"],
     "report.sweep_result": ["SweepResult"],
     "runs.compress": ["compress"],
+    "runs.expert_use": ["expert_use"],
     "runs.forecast": ["Forecast", "forecast"],
     "runs.generate": ["generate"],
     "runs.sweep": ["Sweep", "sweep"],

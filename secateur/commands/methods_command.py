@@ -14,7 +14,7 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.terminal.screen import screen, show
 from secateur.terminal.tables import Column, print_table
 
-_ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize"}
+_ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize", "expert_score": "--expert-score"}
 _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix of the inputs")
 
 
@@ -54,7 +54,7 @@ def _about(role: str, method: Any) -> dict[str, Any]:
 
     default = method()
     values = given_options(default)
-    needs = _NEEDS[default.level]
+    needs = default.needs if role == "expert_score" else _NEEDS[default.level]
     if getattr(default, "needs_fisher", False):
         needs += " and squared gradients"
     return {

@@ -21,6 +21,7 @@ from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.built_in import TO_BEGIN_WITH
+from secateur.recipes.dropping import expert_score_of
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
@@ -73,6 +74,7 @@ class Plan:
         tables: bits of the table of embeddings and of the head, or their grid, by what recipes call them, as far as they are
             quantized.
         match_dense: solve for the dense model's outputs.
+        expert_score: says which experts stay, where some are dropped.
     """
 
     pruning: Pruning | None
@@ -82,6 +84,7 @@ class Plan:
     dtype: torch.dtype | None
     tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
+    expert_score: Any = None
 
     @property
     def of_linears(self) -> bool:
@@ -112,6 +115,7 @@ class Plan:
             "pruning": self.pruning.pruner if self.pruning is not None else None,
             "refining": self.pruning.refiner if self.pruning is not None else None,
             "quantization": self.quantizer,
+            "scoring": self.expert_score,
         }
         return {key: given_options(method) for key, method in methods.items() if method is not None}
 
@@ -164,7 +168,8 @@ def plan(recipe: Recipe) -> Plan:
     _check_choices(recipe)
     recipe = placeholder(recipe)
     tables = _tables(recipe)
-    if not recipe.prune and recipe.quantize is None and not tables:
+    experts = expert_score_of(recipe)
+    if not recipe.prune and recipe.quantize is None and not tables and experts is None:
         raise UsageError(
             f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
             f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
@@ -193,7 +198,7 @@ def plan(recipe: Recipe) -> Plan:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
     found = Plan(
-        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense
+        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense, experts
     )
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(

@@ -56,7 +56,7 @@ class Bench:
                 ids_NS,
                 Path(folder),
                 found.__setitem__,
-                groups=groups_of(self.source),
+                groups=groups_of(self.source, self.prepared.model),
                 sampled=sampled,
             )
         return found

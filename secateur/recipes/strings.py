@@ -3,9 +3,10 @@
     recipes = item { "," item }
     item    = part { "+" part } | built-in | file
     part    = method [ ":" amount ] [ "(" option "=" value { "," option "=" value } ")" ]
-    method  = a pruner, a quantizer, or behind a pruner a refiner; one of each at most
+    method  = a pruner, a quantizer, a score of experts, or behind a pruner a refiner; one of each at most
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
-            | whole | whole ".." whole                                     of a quantizer: bits; of a score of experts: a share
+            | whole | whole ".." whole                                     of a quantizer: bits
+            | share | share ".." share [ "/" share ]                       of a score of experts: the share that goes
     share   = digits with a point or without [ "%" ]
     option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
     value   = number [ "%" ] | word
@@ -74,7 +75,8 @@ def parse_recipes(text: str) -> list[tuple[str, Recipe]]:
             # Not the recipe: it may say what another leaves to the defaults.
             linears = tuple(sorted(recipe.linears.items()))
             goals = (recipe.allocation, recipe.target_size, recipe.max_perplexity_rise, recipe.share_choice)
-            key = (resolved, recipe.targets, recipe.ignore, recipe.calibration, linears, goals)
+            experts = (recipe.drop_experts, tuple(sorted(recipe.experts.items())))
+            key = (resolved, recipe.targets, recipe.ignore, recipe.calibration, linears, goals, experts)
             if key in found:
                 other = found[key][0]
                 raise reader.wrong(

@@ -69,6 +69,7 @@ def with_fewer_experts(job: Job, folder: Path, clock: Clock) -> Job:
     whole = next(iter(experts_of(job.source, skeleton).values())).count
     what = f"{whole - count} of the {whole} experts of each of {len(kept)} layers are dropped, by {method.name}"
     recipe = replace(job.recipe, expert_score=method.name, experts=kept)
+    vars(source)["hashes"] = job.source.hashes  # of the same files, which are not read again for it
     return replace(job, source=source, recipe=recipe, notes=(what, *notes, *less.notes))
 
 
@@ -94,7 +95,7 @@ def provisionally(job: Job, folder: Path) -> tuple[Job, float]:
     if method is None or job.recipe.experts:
         return with_fewer_experts(job, folder, Clock(job.device)), 0.0
     skeleton = build_skeleton(job.source, torch.float32)
-    count, groups = experts_left(job.source, skeleton, job.recipe.drop_experts or 0.0), groups_of(job.source)
+    count, groups = experts_left(job.source, skeleton, job.recipe.drop_experts or 0.0), groups_of(job.source, skeleton)
     plain, prepared = looking(job)
     ids_NS = windows_of(plain).ids_NS
     number = next(i for i in range(len(prepared.blocks)) if prepared.has_experts(i))
@@ -118,7 +119,7 @@ def provisionally(job: Job, folder: Path) -> tuple[Job, float]:
 def experts_left(source: Source, skeleton: Any, share: float) -> int:
     """How many experts of a layer stay where a share of them goes. Raises UsageError where that is not possible."""
     experts = next(iter(experts_of(source, skeleton).values())).count
-    groups, top = groups_of(source), experts_of_a_token(source, skeleton)
+    groups, top = groups_of(source, skeleton), experts_of_a_token(source, skeleton)
     gone = int(share * experts + 0.5)
     count = experts - gone
     if gone % groups:
@@ -187,7 +188,7 @@ def _choose(
             kept[name] = method.choose(seen, count)
             seen.sample = None
 
-    groups = groups_of(job.source)
+    groups = groups_of(job.source, prepared.model)
     see_experts(job, prepared, windows.ids_NS, folder, look, groups=groups, sampled=method.sampled)
     notes = unused(layers)
     if not method.sampled:

@@ -63,7 +63,7 @@ def expert_use(
         job, prepared = looking(job)
         experts_of(source, prepared.model)
         ids_NS = windows_of(job).ids_NS
-        groups, top = groups_of(source), experts_of_a_token(source, prepared.model)
+        groups, top = groups_of(source, prepared.model), experts_of_a_token(source, prepared.model)
         found: dict[str, tuple[LayerSeen, dict[str, list[float]]]] = {}
 
         def look(name: str, seen: LayerSeen) -> None:

@@ -119,7 +119,7 @@ class Fewer:
         model: its skeleton.
         built: the skeleton of the other.
         written: the other, without anything that experts take over from each other.
-        places: where its tensors lie in the source, by stored names.
+        places: where its weights lie in the source, by stored names, and `stored`: where the tensors of files do.
         found, located: of the source and of the other, by the names of their models.
         notes: what a user should know of it.
     """
@@ -129,23 +129,20 @@ class Fewer:
     built: nn.Module
     written: Source
     places: Mapping[str, _Place]
+    stored: Mapping[str, _Place]
     found: Located
     located: Located
     notes: tuple[str, ...]
 
     def with_tensors(self, instead: Tensors) -> Source:
         """The other source, with dense tensors in the place of some of its own, by stored names."""
-        weights, places = self.source.weights, {n: p for n, p in self.places.items() if n not in instead}
-        packed = {name: weight for name, weight in self.written.weights.packed.items() if name not in instead}
-        parts = {
-            part
-            for name, weight in self.written.weights.packed.items()
-            if name in instead
-            for part in weight.parts.values()
-        }
-        places = {name: place for name, place in places.items() if name not in parts}
-        stored = _FewerTensors(weights.stored, places, instead)
-        return replace(self.written, weights=_FewerWeights(weights, stored, packed, places))
+        whole, packed = self.source.weights, dict(self.written.weights.packed)
+        gone = {part for name in instead if name in packed for part in packed[name].parts.values()} | set(instead)
+        stored = {name: place for name, place in self.stored.items() if name not in gone}
+        places = {name: place for name, place in self.places.items() if name not in instead}
+        packed = {name: weight for name, weight in packed.items() if name not in instead}
+        tensors = _FewerTensors(whole.stored, stored, instead)
+        return replace(self.written, weights=_FewerWeights(whole, tensors, packed, places))
 
 
 def experts_of(source: Source, model: nn.Module) -> dict[str, Experts]:
@@ -166,11 +163,12 @@ def experts_of(source: Source, model: nn.Module) -> dict[str, Experts]:
     return modules
 
 
-def groups_of(source: Source) -> int:
+def groups_of(source: Source, model: nn.Module) -> int:
     """Of how many groups of experts a router chooses some first."""
     text: Any = source.config.get_text_config()
+    count = next(iter(experts_in(model).values())).count
     found = next((n for key in ("n_group", "num_expert_group") if isinstance(n := getattr(text, key, None), int)), 1)
-    return max(found, 1)
+    return found if found > 0 and count % found == 0 else 1
 
 
 def experts_of_a_token(source: Source, model: nn.Module) -> int:
@@ -233,6 +231,7 @@ def fewer(source: Source, model: nn.Module, kept: Mapping[str, KeptExperts]) -> 
     stored, packed = _stored(source.weights, places)
     view = replace(
         edited,
+        sound=set(source.sound),
         weights=_FewerWeights(
             source.weights, _FewerTensors(source.weights.stored, stored, LoadedTensors({})), packed, places
         ),
@@ -244,7 +243,7 @@ def fewer(source: Source, model: nn.Module, kept: Mapping[str, KeptExperts]) -> 
             f"{len(left_out)} tensors of layers that predict further tokens, such as {min(left_out)}, are left out: they have "
             "experts of their own, of which the model does not read any"
         )
-    return Fewer(source, model, built, view, {**places, **stored}, found, locate(view.weights, built), tuple(notes))
+    return Fewer(source, model, built, view, places, stored, found, locate(view.weights, built), tuple(notes))
 
 
 def _configured(source: Source, model: nn.Module, count: int) -> tuple[Source, nn.Module]:

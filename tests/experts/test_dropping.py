@@ -278,10 +278,23 @@ def test_a_recipe_of_another_model(source, recipe, tmp_path):
         secateur.compress(str(source("mixtral")), tmp_path / "out", recipe(experts=kept))
 
 
+def test_a_forecast_needs_no_choice(source, recipe, tmp_path):
+    folder = source("qwen3_moe")
+    found = secateur.forecast(str(folder), recipe("dern", 0.5), out=tmp_path)
+    report = secateur.compress(str(folder), tmp_path / "out", recipe("dern", 0.5))
+    assert abs(found.disk - report.bytes) < 0.02 * report.bytes
+    assert found.seconds["searching"] > 0
+    again = secateur.Recipe.read(tmp_path / "out" / "secateur.json")
+    assert "searching" not in secateur.forecast(str(folder), again, out=tmp_path).seconds
+
+
 def test_recipe_strings_and_the_command_line(says, source, text_file, tmp_path):
     (name, asked), (other, _) = secateur.parse_recipes("reap:25%+gptq:4(group_size=16), dern:0.5(similarity=0.7)")
     assert (asked.drop_experts, asked.expert_score, asked.quantize) == (0.25, "reap", "gptq")
     assert secateur.parse_recipes(f"{name}, {other}") == [(name, asked), (other, _)]
+    assert [found.drop_experts for _, found in secateur.parse_recipes("gate:25%..50%/25%")] == [0.25, 0.5]
+    with pytest.raises(UsageError, match="how many experts reap drops, such as reap:25%"):
+        secateur.parse_recipes("reap")
     code, _, err = says("compress", source("mixtral"), tmp_path / "out", "--drop-experts", "25%", "--expert-score", "msan",
                         "--calibration", text_file, "--samples", 4, "--seq-len", 32, "--quiet")  # fmt: skip
     assert code == 0, err

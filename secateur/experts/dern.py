@@ -49,7 +49,8 @@ class DERN(ByScore):
     similarity: float = option(0.6, "Least cosine of a neuron that moves to another expert.", low=-1, high=1)
     rounds: int = option(10, "Most rounds of clustering.", low=1)
 
-    __post_init__ = check_options
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def scores(self, seen: LayerSeen) -> Tensor:
         """The mean of the router's weight over all tokens, `[E]`."""

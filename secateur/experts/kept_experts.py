@@ -26,7 +26,11 @@ class KeptExperts:
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Plain values, without what is not given."""
-        content = {"kept": list(self.kept), "groups": list(self.groups), "weights": list(self.weights)}
+        content: dict[str, list[Any]] = {
+            "kept": list(self.kept),
+            "groups": list(self.groups),
+            "weights": list(self.weights),
+        }
         return {key: value for key, value in content.items() if value}
 
     @classmethod

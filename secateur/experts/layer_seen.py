@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,9 @@ class LayerSeen:
     @classmethod
     def empty(cls, experts: int, groups: int = 1) -> LayerSeen:
         """Of no text yet."""
-        sums = [torch.zeros(experts, dtype=torch.float64) for _ in range(7)]
-        return cls(*sums, torch.zeros(experts, experts, dtype=torch.float64), groups=groups)
+        names = ("count_E", "gate_E", "norm_E", "gated_E", "square_E", "peak_E", "scores_E")
+        sums: dict[str, Any] = {name: torch.zeros(experts, dtype=torch.float64) for name in names}
+        return cls(**sums, scores_EE=torch.zeros(experts, experts, dtype=torch.float64), groups=groups)
 
     @property
     def experts(self) -> int:

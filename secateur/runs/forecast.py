@@ -362,6 +362,8 @@ def _times(prepared: Prepared, numbers: list[int]) -> list[float]:
     """How many times the weights of each of some blocks all the blocks of its kind have."""
 
     def weights(number: int) -> int:
+        if not prepared.chosen:  # blocks are written as they are
+            return sum(parameter.numel() for parameter in prepared.blocks[number].parameters())
         return sum(weight_matrix(linear).numel() for linear in prepared.chosen_in(number).values())
 
     all_of: defaultdict[frozenset[str], int] = defaultdict(int)

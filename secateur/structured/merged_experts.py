@@ -6,6 +6,7 @@ O: output features, I: inner size of an expert, H: hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def merged(
             say(number, len(files))
             if not file.exists():
                 tensors = _of_layer(fewer, name, old[name], new[name], kept[name], method, device)
-                write_whole(file, lambda part, tensors=tensors: save_file(tensors, part))
+                write_whole(file, partial(save_file, tensors))
         say(len(files), len(files))
     return fewer.with_tensors(StoredTensors(files))
 

@@ -21,7 +21,7 @@ from secateur.memory.footprint import Settings
 from secateur.mixture.expert_rows import Copied, Routed, note_scores, scores_of
 from secateur.mixture.experts import Experts
 from secateur.mixture.unfuse import routers_in
-from secateur.model.weights import release
+from secateur.model.weights import place, release
 from secateur.pipeline.choose_settings import choose_settings
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure
@@ -253,10 +253,8 @@ def _without(whole: nn.Module, stub: nn.Module, count: int, kept: list[int]) -> 
                 setattr(module, leaf, len(kept))
         if isinstance(module, nn.Linear) and module.out_features == count:
             module.out_features = len(kept)
-        for own in (module._parameters, module._buffers):
-            for leaf, tensor in list(own.items()):
-                if tensor is not None and count in tensor.shape:
-                    dim = tensor.shape.index(count)
-                    cut = tensor.detach().index_select(dim, torch.tensor(kept, device=tensor.device))
-                    own[leaf] = nn.Parameter(cut, requires_grad=False) if own is module._parameters else cut
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and count in tensor.shape:
+                rows = torch.tensor(kept, device=tensor.device)
+                place(module, leaf, tensor.detach().index_select(tensor.shape.index(count), rows))
     return left

@@ -263,7 +263,7 @@ def test_what_a_recipe_cannot_say(model_of, recipe, tmp_path):
         (secateur.Recipe(expert_score="reap"), "`expert_score` says how to drop experts, but not how many"),
         (secateur.Recipe(quantize="rtn", scoring={"similarity": 0.5}), "`similarity` says how to drop experts"),
         (secateur.Recipe(drop_experts=0.5, expert_score="uncurl"), "by the text of a task, and none is given"),
-        (secateur.Recipe(drop_experts=0.5, scoring={"similarity": 0.5}), "`similarity` is not an option of reap"),
+        (secateur.Recipe(drop_experts=0.5, scoring={"similarity": 0.5}), "`similarity` is not an option of gate"),
     ):
         with pytest.raises(UsageError, match=says):
             secateur.compress(dense, tmp_path / "out", asked)

@@ -72,7 +72,7 @@ def _methods() -> str:
     for role, methods in ROLES.items():
         for name, method in sorted(methods.items()):
             paper = f"\n{method.paper}\n" if method.paper else ""
-            parts += [f"\n## --{role} {name}\n", f"{(method.__doc__ or '').strip()}\n", paper]
+            parts += [f"\n## --{role.replace('_', '-')} {name}\n", f"{(method.__doc__ or '').strip()}\n", paper]
             defaults = {field.name: field.default for field in fields(method)}
             rows = [
                 f"| `{key}` | {_cell(each.help)} | {_cell(each.range)} | `{defaults[key]}` |"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.gate.gate import GateResult, gate
     from secateur.evaluation.gate.tolerances import Tolerances
     from secateur.evaluation.quality import Evaluation, Runner, evaluate
+    from secateur.experts.use_of_experts import ExpertUse
     from secateur.folder.manifest import Problem
     from secateur.gates.gate import activations
     from secateur.model.load import load
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from secateur.recipes.strings import parse_recipes
     from secateur.report.sweep_result import SweepResult
     from secateur.runs.compress import compress
+    from secateur.runs.expert_use import expert_use
     from secateur.runs.forecast import Forecast, forecast
     from secateur.runs.generate import generate
     from secateur.runs.sweep import Sweep, sweep
@@ -46,6 +48,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Evaluation",
+    "ExpertUse",
     "Forecast",
     "GateResult",
     "Inspection",
@@ -67,6 +70,7 @@ __all__ = [
     "bench",
     "compress",
     "evaluate",
+    "expert_use",
     "export",
     "forecast",
     "gate",
@@ -84,6 +88,7 @@ _HOMES = {
     "checkpoint.export": ["export"],
     "checkpoint.inspect": ["Inspection", "inspect"],
     "checkpoint.verify": ["verify"],
+    "experts.use_of_experts": ["ExpertUse"],
     "errors": ["CheckpointError", "SecateurError", "UsageError"],
     "speed.bench": ["bench"],
     "speed.bench_result": ["Bench"],
@@ -102,6 +107,7 @@ _HOMES = {
     "recipes.strings": ["parse_recipes"],
     "report.sweep_result": ["SweepResult"],
     "runs.compress": ["compress"],
+    "runs.expert_use": ["expert_use"],
     "runs.forecast": ["Forecast", "forecast"],
     "runs.generate": ["generate"],
     "runs.sweep": ["Sweep", "sweep"],

@@ -15,7 +15,7 @@ ROOMS = [
     ["folder", "memory"],
     ["kernels"],
     ["formats", "foreign"],
-    ["prune", "quant", "gates", "mixture", "offload"],
+    ["prune", "quant", "gates", "experts", "mixture", "offload"],
     ["plugin"],
     ["model"],
     ["structured"],

@@ -15,7 +15,20 @@ from secateur.errors import SecateurError, one_line
 GROUP = "secateur.commands"
 _SUFFIX = "_command"
 # As one comes to need them; the help lists others behind these, by name.
-_ORDER = ["compress", "plan", "recipes", "methods", "eval", "gate", "sweep", "inspect", "probe", "verify", "bench"]
+_ORDER = [
+    "compress",
+    "plan",
+    "recipes",
+    "methods",
+    "eval",
+    "gate",
+    "sweep",
+    "inspect",
+    "probe",
+    "experts",
+    "verify",
+    "bench",
+]
 _ORDER += ["export", "card", "push", "generate", "run", "compare", "cache", "doctor"]
 
 

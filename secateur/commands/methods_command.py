@@ -14,7 +14,13 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.terminal.screen import screen, show
 from secateur.terminal.tables import Column, print_table
 
-_ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize", "activations": "--activations"}
+_ROLE = {
+    "prune": "--prune",
+    "refine": "--refine",
+    "quantize": "--quantize",
+    "activations": "--activations",
+    "expert_score": "--expert-score",
+}
 _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix of the inputs")
 
 
@@ -54,7 +60,9 @@ def _about(role: str, method: Any) -> dict[str, Any]:
 
     default = method()
     values = given_options(default)
-    needs = _NEEDS[default.level] if role != "activations" else "how large the inputs are"
+    needs = getattr(default, "needs", None) or (
+        "how large the inputs are" if role == "activations" else _NEEDS[default.level]
+    )
     if getattr(default, "needs_fisher", False):
         needs += " and squared gradients"
     return {

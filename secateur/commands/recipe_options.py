@@ -58,6 +58,8 @@ def _recipe_options() -> dict[str, _Given]:
         "multiple": _Given(int, "Structured: divisor of the neurons left.", _DETAIL),
         "refit": _Given(bool, "Structured: new weights that make up for what goes.", _DETAIL),
         "widths": _Given(str, "Structured: uniform or per-layer.", _DETAIL),
+        "drop_experts": _Given(str, "Fraction of experts to drop in each layer.", _DETAIL),
+        "expert_score": _Given(str, f"Score of experts: {_names('expert_score')}.", _DETAIL),
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
         "match_dense": _Given(bool, "Dense model's outputs as every linear's target.", _TEXT),
@@ -156,7 +158,11 @@ def _options_by_method(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
 
 def _instead(recipe: Recipe) -> str:
     named = [getattr(recipe, role) for role in OPTIONS_KEY if getattr(recipe, role)]
-    return f"{' and '.join(named)} would not heed it, leave it out" if named else "name one by `prune` or `quantize`"
+    return (
+        f"{' and '.join(named)} would not heed it, leave it out"
+        if named
+        else "name one by `prune`, `quantize` or `expert_score`"
+    )
 
 
 def _read(method: Any, name: str, value: Any) -> Any:

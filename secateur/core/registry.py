@@ -135,16 +135,30 @@ class Sparsifier(Protocol):
     def rule(self) -> str: ...
 
 
+class ExpertScore(Protocol):
+    """Says which experts of a layer stay, as `experts.by_score.ByScore` does. Attributes: see `Pruner`.
+
+    Attributes:
+        needs: what it looks at, in words.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[str]
+
+
 PRUNERS: dict[str, type[Pruner] | type[UnitPruner]] = {}
 REFINERS: dict[str, type[Refiner]] = {}
 QUANTIZERS: dict[str, type[Quantizer]] = {}
 SPARSIFIERS: dict[str, type[Sparsifier]] = {}
+EXPERT_SCORES: dict[str, type[ExpertScore]] = {}
 #: By what a recipe calls the part that they play.
 ROLES: dict[str, dict[str, Any]] = {
     "prune": PRUNERS,
     "refine": REFINERS,
     "quantize": QUANTIZERS,
     "activations": SPARSIFIERS,
+    "expert_score": EXPERT_SCORES,
 }
 
 _M = TypeVar("_M", bound=type[Any])
@@ -158,9 +172,9 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
     return register
 
 
-#: Register a class as a pruning method, as a refiner of masks, as a quantization method, as a method of activation sparsity.
+#: Register a class as a pruning method, as a refiner of masks, as a quantization method, and so on: see `ROLES`.
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
-sparsifier = _register(SPARSIFIERS)
+sparsifier, expert_score = _register(SPARSIFIERS), _register(EXPERT_SCORES)
 
 
 def import_all(package: str, path: Iterable[str], ending: str = "") -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,18 @@ class Visit:
     inputs: str = "routed"
 
 
+class Watch(Protocol):
+    """Sees what the experts of a module give for one batch."""
+
+    def gave(self, e: int, weight_R: Tensor | None, output_RH: Tensor) -> None:
+        """What an expert gives for the tokens sent to it, and their weights; None: it is scaled by them already."""
+        ...
+
+    def done(self) -> None:
+        """The batch has passed all experts."""
+        ...
+
+
 class Experts(nn.Module):
     """Stands in for an experts module of transformers: children "0" … "E−1", each with the linears of one expert.
 
@@ -153,6 +165,8 @@ class Experts(nn.Module):
             self.add_module(leaf, child)
         self._fused = (fused,)  # whose functions are called, and which is none of this module's children
         self.visit: Visit | None = None
+        #: Watches each batch from its beginning: begun with this module and what goes where.
+        self.watched: Callable[[Experts, Routed | Copied], Watch] | None = None
 
     def _first_rows(self, first: Tensor) -> list[slice]:
         O = first.shape[2] if self.transposed else first.shape[1]
@@ -221,25 +235,35 @@ class Experts(nn.Module):
         routed = Routed(hidden_TH, index_TK, weight_TK, self.count)
         # As transformers' own loop over experts does: in the dtype of the output, expert by expert.
         out_TH = torch.zeros_like(hidden_TH)
+        watch = None if self.watched is None else self.watched(self, routed)
         for e, output_RH in self._outputs(routed):
             token_R, k_R = routed.rows(e)
+            if watch is not None:
+                watch.gave(e, weight_TK[token_R, k_R], output_RH)
             weighted_RH = output_RH * weight_TK[token_R, k_R, None]
             out_TH.index_add_(0, token_R, weighted_RH.to(out_TH.dtype))
+        if watch is not None:
+            watch.done()
         return out_TH
 
     def _run_copied(self, hidden: Tensor) -> Tensor:
         copies_ETH = hidden.view(self.count, -1, hidden.shape[-1])
         routed = Copied(copies_ETH)
         out_ETH = torch.zeros_like(copies_ETH)
+        watch = None if self.watched is None else self.watched(self, routed)
         for e, output_RH in self._outputs(routed):
+            if watch is not None:
+                watch.gave(e, None, output_RH)
             out_ETH[e, routed.rows(e)[0]] = output_RH.to(out_ETH.dtype)
+        if watch is not None:
+            watch.done()
         return out_ETH.view(-1, hidden.shape[-1])
 
     def _outputs(self, routed: Routed | Copied) -> Iterator[tuple[int, Tensor]]:
         """What experts give for the tokens that are sent to them."""
         if self.visit is None:
             for e in routed.hit:
-                yield e, self._last(e, self.inner(e, routed.inputs(e)))
+                yield e, self.output(e, routed.inputs(e))
             return
         scores_TE = scores_of(self.count, routed)
         for begin in range(0, self.count, self.visit.at_once):
@@ -308,6 +332,10 @@ class Experts(nn.Module):
         both = torch.stack([gate, up], -1).flatten(-2) if self.interleaved else torch.cat([gate, up], -1)
         inner = fused._apply_gate(both)
         return inner
+
+    def output(self, e: int, x_TH: Tensor) -> Tensor:
+        """What an expert gives for any tokens."""
+        return self._last(e, self.inner(e, x_TH))
 
     def _last(self, e: int, x_TI: Tensor) -> Tensor:
         output: Tensor = self.linear(e, self.last)(x_TI)

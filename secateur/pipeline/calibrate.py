@@ -42,8 +42,9 @@ class Windows:
 def windows_of(job: Job) -> Windows:
     """The windows of a recipe, in this process."""
     wanted = job.recipe.calibration
-    if job.shared is not None:
-        return Windows(*job.shared.calibration_ids(wanted, job.device, job.say))
+    known = job.shared or job.text
+    if known is not None:
+        return Windows(*known.calibration_ids(wanted, job.device, job.say))
     return Windows(*calibration_ids(job.source, wanted, job.device, job.say))
 
 

@@ -31,6 +31,8 @@ class Job:
         limit: the most memory of the host, in bytes; None: most of what is free.
         progress: told of every step.
         shared: what other runs on the same model have found.
+        text: where windows come from, if `source` is less than the model that is given: from that one.
+        notes: what a user should know of the job itself.
     """
 
     source: Source
@@ -41,6 +43,13 @@ class Job:
     limit: int | None = None
     progress: Callable[[Progress], None] = lambda _: None
     shared: Shared | None = None
+    text: Shared | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> Source:
+        """The model that was given, whole."""
+        return self.source if self.text is None else self.text.source
 
     @property
     def device(self) -> torch.device:

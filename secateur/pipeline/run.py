@@ -121,9 +121,11 @@ def begin(job: Job, partial: Partial, clock: Clock) -> Run:
         if job.plan.needs_fisher and windows is not None:
             file, ids_NS, bos = partial.fisher_file, windows.ids_NS, windows.bos_ids
             if job.shared is not None:
-                file = job.shared.fisher_file(ids_NS, bos, prepared.chosen)
+                file = job.shared.fisher_file(ids_NS, bos, prepared.chosen, job.recipe.to_dict()["experts"])
             fisher = KeptFisher(file, job.ranks)
         recorder = Recorder(prepared, partial, clock, job.progress)
+        for note in job.notes:
+            recorder.note(note)
         team = Team(prepared, job.ranks, clock, fisher)
         return Run(job, prepared, partial, recorder, team, Walker(job, prepared, clock), windows, clock)
 

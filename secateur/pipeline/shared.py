@@ -5,9 +5,10 @@ N: windows, S: tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Shared:
             self._windows[wanted] = calibration_ids(self.source, wanted, device, say)
         return self._windows[wanted]
 
-    def fisher_file(self, ids_NS: Tensor, begin: list[int], names: Iterable[str]) -> Path:
-        """Where the squared gradients of linears on these windows are kept."""
-        key = hash_of_values([hash_of(ids_NS), begin, sorted(names)])
+    def fisher_file(self, ids_NS: Tensor, begin: list[int], names: Iterable[str], experts: Mapping[str, Any]) -> Path:
+        """Where the squared gradients of linears on these windows are kept, of a model with these experts."""
+        key = hash_of_values([hash_of(ids_NS), begin, sorted(names), *([experts] if experts else [])])
         return self.folder / f"fisher-{key[:32]}.safetensors"

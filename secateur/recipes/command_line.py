@@ -19,7 +19,7 @@ def command_of(recipe: Recipe, model: str, device: str = "cpu", trust_remote_cod
 
 def flags_of(recipe: Recipe) -> list[str]:
     """The options that give a recipe, as a command line has them; without what a search chose."""
-    given = differing(replace(recipe, linears={}).to_dict(), Recipe().to_dict())
+    given = differing(replace(recipe, linears={}, experts={}).to_dict(), Recipe().to_dict())
     text = given.pop("calibration", {})
     given |= {"calibration" if name == "source" else name: value for name, value in text.items()}
     for key in OPTIONS_KEY.values():

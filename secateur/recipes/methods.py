@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import secateur.experts
 import secateur.gates
 import secateur.prune
 import secateur.quant  # noqa: F401 - all register what is in them
@@ -18,12 +19,19 @@ from secateur.shares import parse_share
 #: Entry points of this group are modules of other packages, which register methods as ours do.
 GROUP = "secateur.methods"
 #: What a recipe calls the options of the method of each role; and that method in words.
-OPTIONS_KEY = {"prune": "pruning", "refine": "refining", "quantize": "quantization", "activations": "gating"}
+OPTIONS_KEY = {
+    "prune": "pruning",
+    "refine": "refining",
+    "quantize": "quantization",
+    "activations": "gating",
+    "expert_score": "scoring",
+}
 _WORDS = {
     "prune": "pruning method",
     "refine": "refiner",
     "quantize": "quantization method",
     "activations": "method of activation sparsity",
+    "expert_score": "score of experts",
 }
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 

@@ -22,6 +22,7 @@ from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.activation_plan import check_by_inputs, sparsifier_of, unread_of
 from secateur.recipes.built_in import TO_BEGIN_WITH
+from secateur.recipes.dropping import expert_score_of
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
@@ -76,6 +77,7 @@ class Plan:
         match_dense: solve for the dense model's outputs.
         sparsifier: what says which inputs are read for a token, if any does, so that weights are stored by input.
         unread: the share of weights that it leaves unread.
+        expert_score: says which experts stay, where some are dropped.
     """
 
     pruning: Pruning | None
@@ -87,6 +89,7 @@ class Plan:
     match_dense: bool = False
     sparsifier: Sparsifier | None = None
     unread: float = 0.0
+    expert_score: Any = None
 
     @property
     def of_linears(self) -> bool:
@@ -126,6 +129,7 @@ class Plan:
             "refining": self.pruning.refiner if self.pruning is not None else None,
             "quantization": self.quantizer,
             "gating": self.sparsifier,
+            "scoring": self.expert_score,
         }
         found: dict[str, Any] = {key: given_options(method) for key, method in methods.items() if method is not None}
         return found if self.sparsifier is None else {**found, "activation_sparsity": self.unread}
@@ -179,8 +183,8 @@ def plan(recipe: Recipe) -> Plan:
     _check_choices(recipe)
     recipe = placeholder(recipe)
     tables = _tables(recipe)
-    sparsifier = sparsifier_of(recipe)
-    if not recipe.prune and recipe.quantize is None and not tables and sparsifier is None:
+    sparsifier, experts = sparsifier_of(recipe), expert_score_of(recipe)
+    if not recipe.prune and recipe.quantize is None and not tables and sparsifier is None and experts is None:
         raise UsageError(
             f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
             f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
@@ -212,6 +216,7 @@ def plan(recipe: Recipe) -> Plan:
         *(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense),
         sparsifier,
         unread_of(recipe),
+        experts,
     )
     if sparsifier is not None:
         check_by_inputs(pruning, quantizer)

@@ -14,6 +14,7 @@ import yaml
 
 from secateur.core.options import given_options
 from secateur.errors import UsageError
+from secateur.experts.kept_experts import KeptExperts
 from secateur.recipes.methods import OPTIONS_KEY, with_shares
 from secateur.recipes.recipe_text import DuplicateKeyError, dump, parse, read_limited
 from secateur.recipes.recipe_values import SHARES, checked, differing
@@ -134,6 +135,9 @@ class Recipe:
         activation_sparsity: share of the weights that it leaves unread; None: half.
         gating: its options.
         linears: what was chosen for each linear, by name: nothing is searched then.
+        drop_experts: of a mixture of experts, share of the experts of every layer to drop.
+        expert_score: name of the method that says which, or the method itself; `scoring`: the options of it that are given.
+        experts: which experts stay, by the module that they are in: nothing is scored then.
     """
 
     prune: str = ""
@@ -165,6 +169,10 @@ class Recipe:
     activations: str | None = None
     activation_sparsity: float | None = None
     gating: dict[str, Any] = field(default_factory=dict)
+    drop_experts: float | None = None
+    expert_score: str | None = None
+    scoring: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, KeptExperts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for role, key in OPTIONS_KEY.items():
@@ -188,7 +196,8 @@ class Recipe:
         content = dataclasses.asdict(self)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
         linears = {name: _given(choice) for name, choice in self.linears.items()}
-        return {**plain, "linears": linears}
+        experts = {name: kept.to_dict() for name, kept in self.experts.items()}
+        return {**plain, "linears": linears, "experts": experts}
 
     def to_yaml(self) -> str:
         """A recipe file for people, which `read` reads: what differs from the defaults."""
@@ -226,9 +235,14 @@ class Recipe:
         if not isinstance(linears, dict) or not all(isinstance(name, str) for name in linears):
             raise UsageError("'linears' of the recipe must be a mapping of names to what is chosen for each")
         choices = {name: Choice(**checked(Choice, each, f"choice for {name}")) for name, each in linears.items()}
+        experts = content.pop("experts", {})
+        if not isinstance(experts, dict) or not all(isinstance(name, str) for name in experts):
+            raise UsageError("'experts' of the recipe must be a mapping of modules to the experts that stay of each")
+        kept = {name: KeptExperts.from_dict(each, f"choice of experts for {name}") for name, each in experts.items()}
         return cls(
             **content,
             linears=choices,
+            experts=kept,
             calibration=Calibration(**calibration),
         )
 

@@ -10,13 +10,13 @@ from secateur.recipes.methods import OPTIONS_KEY
 from secateur.shares import parse_share
 
 #: Numbers that may also be given as text, such as 50%.
-SHARES = ("sparsity", "activation_sparsity")
+SHARES = ("sparsity", "activation_sparsity", "drop_experts")
 
 
 def differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
-        if key == "linears":
+        if key in ("linears", "experts"):
             found |= {key: value} if value else {}
         elif isinstance(value, dict):
             value = differing(value, defaults.get(key, {}))
@@ -46,7 +46,7 @@ def checked(cls: type, content: Any, what: str) -> dict[str, Any]:
         elif key in OPTIONS_KEY.values():
             if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
                 raise UsageError(f"{key!r} of the {what} must be a mapping of options to values")
-        elif key not in ("calibration", "linears"):
+        elif key not in ("calibration", "linears", "experts"):
             if hints[key] == float | None and type(value) is int:
                 value = float(value)
             if key in SHARES and isinstance(value, str):

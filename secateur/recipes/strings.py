@@ -3,10 +3,12 @@
     recipes = item { "," item }
     item    = part { "+" part } | built-in | file
     part    = method [ ":" amount ] [ "(" option "=" value { "," option "=" value } ")" ]
-    method  = a pruner, a quantizer, what sparsifies activations, or behind a pruner a refiner; one of each at most
+    method  = a pruner, a quantizer, what sparsifies activations, a score of experts, or behind a pruner a refiner; one of each
+              at most
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
             | share                                                        of activation sparsity: what is not read
+            | share | share ".." share [ "/" share ]                       of a score of experts: the share that goes
     share   = digits with a point or without [ "%" ]
     option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
     value   = number [ "%" ] | word
@@ -30,7 +32,7 @@ from typing import Any
 from secateur.core.options import options_of
 from secateur.core.patterns import Unstructured, parse_pattern
 from secateur.core.quantized import BITS
-from secateur.core.registry import PRUNERS, QUANTIZERS, REFINERS, ROLES, SPARSIFIERS
+from secateur.core.registry import EXPERT_SCORES, PRUNERS, QUANTIZERS, REFINERS, ROLES, SPARSIFIERS
 from secateur.errors import UsageError, did_you_mean
 from secateur.recipes.built_in import NAMES, SUFFIXES, built_in
 from secateur.recipes.methods import make
@@ -43,6 +45,7 @@ _CALLED = {
     "refine": "refiner",
     "quantize": "quantizer",
     "activations": "method of activation sparsity",
+    "expert_score": "score of experts",
 }
 # What a part may say about the whole recipe.
 _COMMON = ("format", "dtype", "match_dense", "embeddings", "head")
@@ -80,7 +83,8 @@ def parse_recipes(text: str) -> list[tuple[str, Recipe]]:
             # Not the recipe: it may say what another leaves to the defaults.
             linears = tuple(sorted(recipe.linears.items()))
             goals = (recipe.allocation, recipe.target_size, recipe.max_perplexity_rise, recipe.share_choice)
-            key = (resolved, recipe.targets, recipe.ignore, recipe.calibration, linears, goals)
+            experts = (recipe.drop_experts, tuple(sorted(recipe.experts.items())))
+            key = (resolved, recipe.targets, recipe.ignore, recipe.calibration, linears, goals, experts)
             if key in found:
                 other = found[key][0]
                 raise reader.wrong(
@@ -186,7 +190,7 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
         if role is None:
             if method in NAMES:
                 raise reader.wrong(at, f"the built-in recipe {method!r} stands alone: '+' joins methods")
-            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *SPARSIFIERS, *([] if choices else NAMES)]
+            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *SPARSIFIERS, *EXPERT_SCORES, *([] if choices else NAMES)]
             raise reader.wrong(at, f"{method!r} is not known: {did_you_mean(method, known)}")
         if role in choices:
             raise reader.wrong(at, f"{method!r} is a second {_CALLED[role]}: a recipe has one at most")
@@ -206,6 +210,10 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
             unread = float(_fraction(reader, *_share(reader))) if reader.take(":") else None
             options = _options(reader, method, role, common)
             choices[role] = [{"activations": method, "activation_sparsity": unread, "gating": options}]
+        elif role == "expert_score":
+            dropped = _dropped(reader, method)
+            options = _options(reader, method, role, common)
+            choices[role] = [{"expert_score": method, "scoring": options, "drop_experts": share} for share in dropped]
         else:
             bits = _bits(reader, method)
             options = _options(reader, method, role, common)
@@ -230,13 +238,24 @@ def _pruned(reader: _Reader, method: str) -> list[dict[str, Any]]:
         _, second = reader.need(_DECIMAL, "M of a pattern N:M")
         with reader.pointing(at):
             return [{"pattern": str(parse_pattern(f"{first}:{second}", None))}]
-    shares = [_fraction(reader, at, first)]
-    if reader.take(".."):
-        to, last = _share(reader)
-        by, step = _share(reader) if reader.take("/") else (to, _STEP)
-        shares = _range(reader, at, first, to, last, by, step)
     with reader.pointing(at):
-        return [{"sparsity": Unstructured(float(share)).sparsity} for share in shares]
+        return [{"sparsity": Unstructured(float(share)).sparsity} for share in _shares(reader, at, first)]
+
+
+def _dropped(reader: _Reader, method: str) -> list[float]:
+    """The shares behind the name of a score of experts."""
+    if not reader.take(":"):
+        raise reader.wanted(f"how many experts {method} drops, such as {method}:25% or {method}:0.25..0.5/0.25,")
+    return list(map(float, _shares(reader, *_share(reader))))
+
+
+def _shares(reader: _Reader, at: int, first: str) -> list[Fraction]:
+    """A share, or those of a range that begins with it."""
+    if not reader.take(".."):
+        return [_fraction(reader, at, first)]
+    to, last = _share(reader)
+    by, step = _share(reader) if reader.take("/") else (to, _STEP)
+    return _range(reader, at, first, to, last, by, step)
 
 
 def _share(reader: _Reader) -> tuple[int, str]:
@@ -363,6 +382,10 @@ def _name(recipe: Recipe) -> str:
         parts.append(f"{recipe.prune}:{amount}{_in_brackets(options if recipe.quantize else {**options, **common})}")
     if recipe.refine is not None:
         parts.append(f"{recipe.refine}{_in_brackets(recipe.refining)}")
+    if recipe.drop_experts is not None:
+        share = f"{Decimal(repr(recipe.drop_experts)).normalize():f}"
+        alone = not (recipe.prune or recipe.quantize)
+        parts.append(f"{recipe.expert_score}:{share}{_in_brackets({**recipe.scoring, **(common if alone else {})})}")
     if recipe.quantize is not None:
         options = dict(recipe.quantization)
         bits = options.pop("bits", None)

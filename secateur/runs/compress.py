@@ -35,6 +35,7 @@ from secateur.pipeline.shared import Shared
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
+from secateur.runs.drop_experts import with_fewer_experts
 from secateur.search.goal import Goal, goal_of
 from secateur.search.search import search
 from secateur.unfinished.partial import partial_folder
@@ -107,6 +108,7 @@ def compress(  # noqa: PLR0913 - users name them
         )
         job = Job(source, recipe, resolved, ranks, batch_tokens, limit, progress, shared)
         clock = Clock(ranks.device)
+        job = with_fewer_experts(job, partial.folder, clock)
         if goal is not None:
             job = _searched(job, goal, partial.folder, clock)
         report = _finish(run(job, partial, clock), overwrite, verify, card)
@@ -127,7 +129,7 @@ def _searched(job: Job, goal: Goal, folder: Path, clock: Clock) -> Job:
             device=str(job.device),
             batch_tokens=job.batch_tokens,
             verify=False,
-            shared=job.shared or Shared(job.source, out.parent),
+            shared=job.shared or Shared(job.given, out.parent),
         )
 
     with clock("searching"):

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from secateur.recipes.built_in import as_recipe
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.runs.compress import put_together
+from secateur.runs.drop_experts import provisionally
 from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
@@ -135,8 +136,12 @@ def forecast(  # noqa: PLR0913 - users name them
         source = open_source(model, trust_remote_code, dtype=resolved.dtype)
         _ = source.hashes  # kept with it: the runs below do not take the time again
         opened = time.perf_counter() - began
-        job = Job(source, recipe, resolved, ranks, batch_tokens, limit, say)
-        return _forecast(job, goal, folder, opened)
+        job, scoring = provisionally(Job(source, recipe, resolved, ranks, batch_tokens, limit, say), folder)
+        found = _forecast(job, goal, folder, opened)
+        if scoring:
+            seconds = {**found.seconds, "searching": found.seconds.get("searching", 0.0) + scoring}
+            found = replace(found, seconds=seconds)
+        return found
 
 
 def _forecast(job: Job, goal: Goal | None, folder: Path, opened: float) -> Forecast:
@@ -357,6 +362,8 @@ def _times(prepared: Prepared, numbers: list[int]) -> list[float]:
     """How many times the weights of each of some blocks all the blocks of its kind have."""
 
     def weights(number: int) -> int:
+        if not prepared.chosen:  # blocks are written as they are
+            return sum(parameter.numel() for parameter in prepared.blocks[number].parameters())
         return sum(weight_matrix(linear).numel() for linear in prepared.chosen_in(number).values())
 
     all_of: defaultdict[frozenset[str], int] = defaultdict(int)

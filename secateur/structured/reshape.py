@@ -77,8 +77,10 @@ def with_edits(source: Source, edits: Mapping[str, Any]) -> Source | None:
             return None
         part = content[key]
     part.update(edits)
+    # Infinity, which JSON does not know, is spelled out in files.
+    decoded = getattr(source.config, "_decode_special_floats", deepcopy)
     try:
-        config = type(source.config).from_dict(deepcopy(content))
+        config = type(source.config).from_dict(decoded(deepcopy(content)))
     except Exception:  # whatever a config class checks
         return None
     for key in ("quantization_config", "compression_config"):

@@ -27,7 +27,7 @@ JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"
 # What a run puts into its folder.
 _OWN = re.compile(
-    r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+(-dense)?|fisher\.(safetensors|new)|search(-.*|\.json(\.new)?)|out"
+    r"lock|journal\.json(\.new)?|shard-\d+|hidden-\d+-\d+(-dense)?|fisher\.(safetensors|new)|search(-.*|\.json(\.new)?)|experts(-[0-9a-f]+|\.json.*)|out"
 )
 _BEGIN_AGAIN = "or `overwrite` to begin again"
 

@@ -45,6 +45,7 @@ def test_commands_are_listed_in_the_order_of_work(says):
         "sweep",
         "inspect",
         "probe",
+        "experts",
         "verify",
         "bench",
     ]

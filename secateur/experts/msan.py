@@ -1,0 +1,26 @@
+"""MSAN: the mean squared activation norm, of Liu et al. 2026, arXiv:2606.15716.
+
+E: experts.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.core.registry import expert_score
+from secateur.experts.by_score import ByScore
+from secateur.experts.layer_seen import LayerSeen
+
+
+@expert_score
+@dataclass(frozen=True)
+class MSAN(ByScore):
+    """Keep the experts whose outputs are largest where they are used: the mean of ‖f‖² over their tokens."""
+
+    name: ClassVar[str] = "msan"
+    paper: ClassVar[str] = "Liu et al. 2026, arXiv:2606.15716"
+
+    def scores(self, seen: LayerSeen) -> Tensor:
+        """score_E: see `ByScore`."""
+        return seen.mean(seen.square_E)

@@ -239,7 +239,7 @@ class Experts(nn.Module):
         """What experts give for the tokens that are sent to them."""
         if self.visit is None:
             for e in routed.hit:
-                yield e, self._last(e, self.inner(e, routed.inputs(e)))
+                yield e, self.output(e, routed.inputs(e))
             return
         scores_TE = scores_of(self.count, routed)
         for begin in range(0, self.count, self.visit.at_once):
@@ -308,6 +308,10 @@ class Experts(nn.Module):
         both = torch.stack([gate, up], -1).flatten(-2) if self.interleaved else torch.cat([gate, up], -1)
         inner = fused._apply_gate(both)
         return inner
+
+    def output(self, e: int, x_TI: Tensor) -> Tensor:
+        """What an expert gives for its input."""
+        return self._last(e, self.inner(e, x_TI))
 
     def _last(self, e: int, x_TI: Tensor) -> Tensor:
         output: Tensor = self.linear(e, self.last)(x_TI)

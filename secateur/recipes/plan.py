@@ -16,6 +16,7 @@ from secateur.core.quantized import BITS
 from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, UnitPruner
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
+from secateur.experts.skipping import check_share
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
@@ -73,6 +74,7 @@ class Plan:
         tables: bits of the table of embeddings and of the head, or their grid, by what recipes call them, as far as they are
             quantized.
         match_dense: solve for the dense model's outputs.
+        skips: have the result leave out weak experts, which the calibration text tells.
     """
 
     pruning: Pruning | None
@@ -82,6 +84,7 @@ class Plan:
     dtype: torch.dtype | None
     tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
+    skips: bool = False
 
     @property
     def of_linears(self) -> bool:
@@ -141,8 +144,8 @@ class Plan:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the methods look at what the model makes of any."""
-        return self.level > Level.NONE or self.needs_fisher
+        """Whether anything looks at what the model makes of any."""
+        return self.level > Level.NONE or self.needs_fisher or self.skips
 
     @property
     def needs_fisher(self) -> bool:
@@ -192,9 +195,15 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
-    found = Plan(
-        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense
-    )
+    dense = recipe.format == "dense"
+    if recipe.expert_skip is not None:
+        check_share(recipe.expert_skip)
+        if dense or isinstance(pattern, Structured):
+            raise UsageError(
+                "`expert_skip` stands in the config of packed weights, and these are written dense: leave it out"
+            )
+    skips = recipe.expert_skip is not None
+    found = Plan(pruning, quantizer, layouts[recipe.format], dense, dtype, tables, recipe.match_dense, skips)
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name

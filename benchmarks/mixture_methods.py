@@ -5,11 +5,11 @@
     python -m benchmarks.mixture_methods --model MOE --text TEXT --part skipping
     python -m benchmarks.mixture_methods --model MOE --text TEXT --part ternary
 
-MOE is a folder with weights that mean something; TEXT a file, or a folder of them, of each of which the first 60 % are for
-evaluation. `bits`: at about 2.5 bits a weight, the same for all linears, shared out by measured divergences, and by MC#'s
-programme. `calibration`: GPTQ at 3 bits by routed tokens, by the router's weights, on text of the model's own, balanced or
-not, and with smoothed experts. `skipping`: 4 bits, and shares of weaker experts left out. `ternary`: rows of three values.
-What was measured once is kept in the work folder (--again measures anew).
+MOE is a folder with weights that mean something; TEXT a file, or a folder of them, of each of which the first half (of a
+file alone: 60 %) is for evaluation, in windows of 512 tokens. `bits`: at about 2.5 bits a weight, the same for all linears,
+shared out by measured divergences, and by MC#'s programme. `calibration`: GPTQ at 3 bits by routed tokens, by the router's
+weights, on text of the model's own, balanced or not, and with smoothed experts. `skipping`: 4 bits, and shares of weaker
+experts left out. `ternary`: rows of three values. What was measured once is kept in the work folder (--again measures anew).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from benchmarks.protocol import (
-    EVAL_SEQ_LEN,
     EVAL_WINDOWS,
     SAMPLES,
     SEQ_LEN,
@@ -39,7 +38,6 @@ from benchmarks.protocol import (
 from secateur.calibration.tokens import Named, windows
 from secateur.evaluation.perplexity import measure
 from secateur.experts.smoothing import smooth_experts
-from secateur.model.source import longest_window, open_source
 
 _TWO = "--quantize gptq --bits 2 --group-size 36"  # 2 + 18/36 bits
 _THREE = "--quantize gptq --bits 3 --group-size 32"
@@ -49,7 +47,8 @@ BITS = {
     "by measured divergences, groups of 64": f"{_SHARED} 64",
     "by measured divergences, one choice an expert": f"{_SHARED} 64 --share-choice expert",
     "by measured divergences, one choice a layer": f"{_SHARED} 64 --share-choice layer",
-    "by MC#'s programme, others 4 bits": f"{_SHARED} 64 --allocation mc",
+    "3 bits, by measured divergences, one choice an expert": f"{_SHARED} 64 --share-choice expert".replace("2.5", "3"),
+    "3 bits, by MC#'s programme, others 4 bits": f"{_SHARED} 64 --allocation mc".replace("2.5", "3"),
 }
 CALIBRATION = {
     "routed tokens": _THREE,
@@ -72,7 +71,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--part", choices=("bits", "calibration", "skipping", "ternary"), required=True)
-    parser.add_argument("--windows", type=int, default=EVAL_WINDOWS, help="of evaluation text")
+    parser.add_argument("--windows", type=int, default=2 * EVAL_WINDOWS, help="of evaluation text")
     parser.add_argument("--cases", default="", help="only cases whose name begins so")
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     args = parser.parse_args()
@@ -103,9 +102,9 @@ def _texts(args: Any) -> tuple[list[str], Path]:
     files = sorted(args.text.glob("*.txt")) if args.text.is_dir() else [args.text]
     texts = [file.read_text(encoding="utf-8") for file in files]
     calibration = args.work / f"calibration-{args.text.stem}.txt"
-    share = 12_000_000 // len(texts)
-    calibration.write_text("\n\n".join(text[int(len(text) * 0.6) :][:share] for text in texts), encoding="utf-8")
-    return [text[: int(len(text) * 0.6)] for text in texts], calibration
+    part, most = (0.5 if args.text.is_dir() else 0.6), 12_000_000 // len(texts)
+    calibration.write_text("\n\n".join(text[int(len(text) * part) :][:most] for text in texts), encoding="utf-8")
+    return [text[: int(len(text) * part)] for text in texts], calibration
 
 
 def _measured(args: Any, what: str, perplexity: Any) -> float:
@@ -116,9 +115,8 @@ def _measured(args: Any, what: str, perplexity: Any) -> float:
 def _perplexity(args: Any, folder: Path, texts: list[str], **how: Any) -> float:
     """Over all texts, of each as many windows as the others."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    seq_len = min(EVAL_SEQ_LEN, longest_window(open_source(str(folder)).config) or EVAL_SEQ_LEN)
     count = max(1, args.windows // len(texts))
-    ids = [windows([text], tokenizer, seq_len, count, named=Named("evaluation")) for text in texts]
+    ids = [windows([text], tokenizer, SEQ_LEN, count, named=Named("evaluation")) for text in texts]
     return measure(secateur.load(folder, dtype=torch.float32, **how), torch.cat(ids)).perplexity
 
 

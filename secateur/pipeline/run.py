@@ -109,7 +109,7 @@ def begin(job: Job, partial: Partial, clock: Clock) -> Run:
     """
     with clock("opening"):
         prepared = prepare(job.source, job.recipe, job.plan, job.device)
-        if job.plan.skips and not prepared.experts:
+        if job.plan.expert_skip is not None and not prepared.experts:
             raise UsageError(f"`expert_skip` is for mixtures of experts, and {job.source.name} is none: leave it out")
         if job.ranks.first and not partial.records:
             prepared.check_values(job.progress)

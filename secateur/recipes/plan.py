@@ -74,7 +74,8 @@ class Plan:
         tables: bits of the table of embeddings and of the head, or their grid, by what recipes call them, as far as they are
             quantized.
         match_dense: solve for the dense model's outputs.
-        skips: have the result leave out weak experts, which the calibration text tells.
+        expert_skip: the share of weak experts, which the calibration text tells, that the result leaves out; None: it knows of
+            none.
     """
 
     pruning: Pruning | None
@@ -84,7 +85,7 @@ class Plan:
     dtype: torch.dtype | None
     tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
-    skips: bool = False
+    expert_skip: float | None = None
 
     @property
     def of_linears(self) -> bool:
@@ -145,7 +146,7 @@ class Plan:
     @property
     def needs_text(self) -> bool:
         """Whether anything looks at what the model makes of any."""
-        return self.level > Level.NONE or self.needs_fisher or self.skips
+        return self.level > Level.NONE or self.needs_fisher or self.expert_skip is not None
 
     @property
     def needs_fisher(self) -> bool:
@@ -202,8 +203,8 @@ def plan(recipe: Recipe) -> Plan:
             raise UsageError(
                 "`expert_skip` stands in the config of packed weights, and these are written dense: leave it out"
             )
-    skips = recipe.expert_skip is not None
-    found = Plan(pruning, quantizer, layouts[recipe.format], dense, dtype, tables, recipe.match_dense, skips)
+    layout, skip = layouts[recipe.format], recipe.expert_skip
+    found = Plan(pruning, quantizer, layout, dense, dtype, tables, recipe.match_dense, skip)
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name

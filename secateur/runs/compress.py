@@ -176,7 +176,7 @@ def put_together(run: Run, report: Report, card: bool = True) -> Path:
     if prepared.weights.untied:
         save_untied(folder)
     report.notes = [*report.notes, *source.write_companions(folder)]
-    if run.job.plan.skips:
+    if run.job.plan.expert_skip is not None:
         add_skip(run, folder)
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     manifest = _manifest(run, report)

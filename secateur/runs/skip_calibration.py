@@ -18,7 +18,7 @@ _TOKENS = 2**14
 
 def add_skip(run: Run, folder: Path) -> None:
     """Run the first calibration windows through a checkpoint that is in place, and write to its config what experts weigh."""
-    job, share = run.job, run.job.recipe.expert_skip
+    job, share = run.job, run.job.plan.expert_skip
     assert run.windows is not None
     assert share is not None
     source = open_source(str(folder), job.source.trust_remote_code, codes=True)

@@ -179,6 +179,7 @@ PACKED: dict[str, dict[str, Any]] = {
     "spqr": {"quantize": "spqr", "bits": 3, "group_size": 16, "outlier_share": 0.02},
     "codebook": {"quantize": "squeezellm", "bits": 3},
     "trellis": {"quantize": "trellis", "bits": 3},
+    "ternary-dict": {"quantize": "ternary"},
     "sparse-int": {"prune": "magnitude", "sparsity": 0.5, "quantize": "rtn", "bits": 4, "group_size": 16},
 }
 

@@ -13,6 +13,7 @@ from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.codebook import Table
 from secateur.formats.layouts.nm import NMBits
 from secateur.formats.layouts.packed_int import Uniform
+from secateur.formats.layouts.ternary_dict import TernaryCodes
 from secateur.formats.layouts.trellis_rings import Trellis
 from secateur.formats.layouts.two_level_int import TwoLevel
 from secateur.kernels.bits import bytes_of
@@ -131,3 +132,15 @@ def load_trellis(O, I, bits=3, state_bits=12, ring=None, block=128, whole=False,
     shape = torch.tensor([O, I])
     parts = {"codes": codes, "scale_in": scale_in, "scale_out": scale_out, "shape": shape}
     return Trellis(bits, state_bits, ring, block, FP32).load(parts)
+
+
+def load_ternary(O, I, zeros=0.8, whole=False, seed=0):
+    """A random ternary weight as kernels take it. `whole`: its values are whole numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    other_OI = torch.randint(1, 3, (O, I), generator=draw)
+    symbol_OI = torch.where(torch.rand(O, I, generator=draw) < zeros, 0, other_OI).to(torch.uint8)
+    low_O, high_O = -torch.rand(O, generator=draw).half(), torch.rand(O, generator=draw).half()
+    if whole:
+        low_O, high_O = -torch.ones(O).half(), 2 * torch.ones(O).half()
+    weight = Quantized(TernaryCodes(symbol_OI, low_O, high_O), (O, I), FP32)
+    return layout_for(weight).load(layout_for(weight).pack(weight))

@@ -21,6 +21,7 @@ from secateur.calibration.text import read_text
 from secateur.calibration.text_rows import chat_template
 from secateur.calibration.tokens import Named, bos_ids, check_room, windows
 from secateur.errors import CheckpointError, UsageError
+from secateur.experts.balanced_windows import balanced
 from secateur.folder.manifest import hash_of_values
 from secateur.model.load import load_source
 from secateur.model.source import DEMO, Source, longest_window
@@ -112,6 +113,7 @@ def _kept_file(source: Source, settings: Calibration, device: torch.device) -> P
     drawn = [settings.samples, settings.seq_len, settings.seed, TEXT_TOKENS, BATCH_TEXTS, DRAWN]
     place = [device.type, str(_writing_dtype(source.dtype, device))]
     values = [source.hashes, *drawn, *place, torch.__version__, *(["bos"] if settings.bos else [])]
+    values += ["balance", settings.expert_balance] if settings.expert_balance > 1 else []
     return cache_folder() / f"self-{hash_of_values(values)[:32]}.safetensors"
 
 
@@ -135,12 +137,15 @@ def _self_sampled(
     ids_NS = sample_windows(
         model,
         start,
-        samples,
+        samples * settings.expert_balance,
         seq_len,
         settings.seed,
         lambda done, total: say(f"letting the model write its calibration text: {done} of {total} tokens"),
         settings.bos,
     )
+    if settings.expert_balance > 1:
+        say("choosing windows that even out the experts' use")
+        ids_NS = balanced(model, ids_NS, settings.expert_balance)
     _keep(file, ids_NS, begin)
     return ids_NS, begin
 

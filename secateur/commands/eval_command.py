@@ -62,6 +62,9 @@ class Eval:
     ] = None
     cache: Cache = None
     cache_tokens: CacheTokens = 1024
+    expert_skip: Annotated[
+        str | None, typer.Option(help="Share of weaker experts left out (default: as compressed; 0: none).")
+    ] = None
     batch_tokens: WindowTokens = None
     max_memory: MaxMemory = None
     dtype: Dtype = "float32"
@@ -77,12 +80,14 @@ class Eval:
         check_files({"--json": self.json_file})
         from secateur.evaluation.eval_text import Text
         from secateur.evaluation.quality import Runner, evaluate
+        from secateur.shares import parse_share
 
+        skip = None if self.expert_skip is None else parse_share(self.expert_skip, "`expert_skip`")
         result = evaluate(
             self.model,
             self.reference,
             Text(self.data, self.seq_len, self.windows, self.stride, self.text_field, self.bos is not False),
-            runner=Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory),
+            runner=Runner(self.dtype, self.device, self.batch_tokens, self.trust_remote_code, self.max_memory, skip),
             cache=self.cache,
             cache_tokens=self.cache_tokens or None,
             by_block=self.by_block,

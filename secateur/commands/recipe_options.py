@@ -63,10 +63,11 @@ def _recipe_options() -> dict[str, _Given]:
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
         "match_dense": _Given(bool, "Dense model's outputs as every linear's target.", _TEXT),
-        "allocation": _Given(str, "Sharing of a total: uniform, owl or search.", _SEARCH),
-        "target_size": _Given(str, "Size to reach by search, e.g. 35% or 100MB.", _SEARCH),
+        "allocation": _Given(str, "Sharing of a total: uniform, owl, search or mc.", _SEARCH),
+        "target_size": _Given(str, "Size to reach by search, e.g. 35%, 100MB or 2.5bit.", _SEARCH),
         "max_perplexity_rise": _Given(str, "Largest rise of perplexity in a search, e.g. 3%.", _SEARCH),
         "share_choice": _Given(str, "One choice within each expert, or each layer of experts.", _SEARCH),
+        "expert_skip": _Given(str, "Share of each token's weaker experts left out at run time.", _OUTPUT),
         "targets": _Given(list[str], "Glob of the linears to compress; repeatable.", _OUTPUT),
         "ignore": _Given(list[str], "Glob of the linears to leave alone; repeatable.", _OUTPUT),
         "format": _Given(str, "Layout of the result: auto, dense, bitmap or nm.", _OUTPUT),
@@ -84,6 +85,7 @@ _CALIBRATION = {
     "seed": _Given(int, "Random seed.", _TEXT),
     "expert_tokens": _Given(int, "Tokens that an expert of a mixture sees at least.", _TEXT),
     "expert_inputs": _Given(str, "Tokens of an expert: routed, gate or all.", _TEXT),
+    "expert_balance": _Given(int, "Windows written for each kept, to even out experts' use.", _TEXT),
     "bos": _Given(bool, "BOS at the start of each window, if the tokenizer adds one.", _TEXT),
 }
 _RECIPE = _Given(str, "Built-in recipe, YAML file, or folder.", _METHODS)

@@ -26,10 +26,10 @@ _ROWS = 256
 _M = TypeVar("_M")
 
 
-def damping_option() -> Any:
+def damping_option(default: float = DAMPING) -> Any:
     """λ, which a method adds to the diagonal of the Gram matrix."""
     return option(
-        DAMPING, "Share of the Gram matrix's mean diagonal added to it.", above=0, below=MAX_DAMPING, words=(AUTO,)
+        default, "Share of the Gram matrix's mean diagonal added to it.", above=0, below=MAX_DAMPING, words=(AUTO,)
     )
 
 

@@ -24,6 +24,7 @@ from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
 from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
+from secateur.experts.skipping import check_known, parse_skip, skip_experts
 from secateur.gates.gate import activations, as_if_written, told_of_gates
 from secateur.gates.section import SECTION
 from secateur.memory.room import limit_memory
@@ -110,6 +111,8 @@ class Runner:
         trust_remote_code: whether code that comes with a model may run.
         max_memory: the most memory of the host that may be in use, in bytes or in words such as `4GiB`. With a limit models are
             run block by block, all windows through one before the next is read; None: whole.
+        expert_skip: of mixtures that know which experts are weak, the share that is left out; None: as they were compressed
+            with.
     """
 
     dtype: str = "float32"
@@ -117,6 +120,7 @@ class Runner:
     batch_tokens: int | None = None
     trust_remote_code: bool = False
     max_memory: str | int | None = None
+    expert_skip: float | None = None
 
     def open(self, model: str | PreTrainedModel, tokenizer: Any = None, **options: Any) -> Source:
         """Open whatever `compress` takes as MODEL; `options` are those of `open_model`."""
@@ -128,13 +132,22 @@ class Runner:
         dtype, device = parse_dtype(self.dtype) or source.dtype, open_device(self.device)
         limit = limit_memory(self.max_memory)
         if limit is None or source.loaded is not None:
-            return load_source(source, dtype, device)
+            model = load_source(source, dtype, device)
+            self._skip(model, source)
+            return model
         if source.quantization is not None and SECTION in source.quantization:
             raise UsageError(
                 f"{source.name} leaves inputs unread while it writes, which `max_memory`, running blocks one by one, does not "
                 "show: leave it out"
             )
-        return StreamedModel(BlockStream(source, dtype, device, limit, self.batch_tokens))
+        stream = BlockStream(source, dtype, device, limit, self.batch_tokens)
+        self._skip(stream.model, source)
+        return StreamedModel(stream)
+
+    def _skip(self, model: Any, source: Source) -> None:
+        # A reference that knows nothing of it runs as it is.
+        if self.expert_skip is not None and parse_skip(source.quantization) is not None:
+            skip_experts(model, source.quantization, self.expert_skip)
 
     def keep(
         self,
@@ -145,12 +158,14 @@ class Runner:
         progress: Callable[[int, int], None] | None = None,
     ) -> KeptReference:
         """What a model predicts, from the cache if it is there, see `keep_reference`."""
-        identity = {
+        identity: dict[str, Any] = {
             "model": source.hashes,
             "dtype": self.dtype,
             "device": open_device(self.device).type,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }
+        if self.expert_skip is not None:
+            identity["expert_skip"] = self.expert_skip
         return keep_reference(
             cache,
             identity,
@@ -234,6 +249,7 @@ def evaluate(  # noqa: PLR0913 - users name them
             "`cache` keeps what a model in files predicts, and `reference` is in memory: leave one of them out"
         )
     source = runner.open(model, tokenizer, verify=verify, revision=revision)
+    check_known(source.quantization, runner.expert_skip)
     opened = _Opened.of(runner, source, reference, text, accept)
     kept = opened.keep(cache, cache_tokens, progress)
     loaded, dense = opened.load(dense=kept is None or by_block or bool(tasks))

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from secateur.errors import CheckpointError, UsageError, one_line
+from secateur.experts.skipping import skip_experts
 from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
@@ -89,6 +90,7 @@ def load(  # noqa: PLR0913 - users name them
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: str | int | Mapping[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
+    expert_skip: float | None = None,
 ) -> Any:
     """Load a model that secateur can read, as a transformers model ready to run.
 
@@ -110,6 +112,8 @@ def load(  # noqa: PLR0913 - users name them
             have in use, in bytes or in words such as `4GiB`: what is more is read from the files each time that it is wanted.
             Or by device, `{"cuda": "8GiB", "cpu": "16GiB"}`: of the first, what the model may take there.
         offload_folder: where what goes to disk goes.
+        expert_skip: of a mixture of experts that was compressed with `expert_skip`, the share of each token's experts beside
+            the first that are left out, 0 for none; None: as it was compressed with.
 
     Raises:
         SecateurError: there is no such model or backend, the backend cannot be used here or with these weights, the files are
@@ -129,8 +133,11 @@ def load(  # noqa: PLR0913 - users name them
         raise UsageError("offload_folder is for a device_map: add device_map='auto', or leave it out")
     source = open_source(with_revision(model, revision), trust_remote_code, verify, dtype, codes=backend != "dense")
     if max_memory is not None and placement is None:
-        return load_within(source, dtype or source.dtype, target, max_memory, backend)
-    return load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
+        loaded = load_within(source, dtype or source.dtype, target, max_memory, backend)
+    else:
+        loaded = load_source(source, dtype or source.dtype, target, backend=backend, placement=placement)
+    skip_experts(loaded, source.quantization, expert_skip)
+    return loaded
 
 
 def load_source(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, UsageError
+from secateur.experts.skipping import skip_experts
 from secateur.folder.extents import Extent, OpenFiles, find_extents
 from secateur.formats.layouts.layout import all_finite
 from secateur.kernels.backends import AUTO
@@ -102,6 +103,7 @@ def load_streamed(
     if source.quantization is not None:
         model.hf_quantizer = SecateurQuantizer(SecateurConfig(**source.quantization))
         model.hf_quantizer.put_gates(model, source.weights.stored)
+    skip_experts(model, source.quantization)
     model.get_memory_footprint = partial(memory_footprint, model)
     if streamed:
         attach(model, streamed, loading.files, limits.link)

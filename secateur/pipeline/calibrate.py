@@ -72,7 +72,11 @@ def calibrate(job: Job, prepared: Prepared) -> tuple[Job, Windows | None]:
 def whole_memory(job: Job, prepared: Prepared) -> int:
     """The most memory that the process takes where the model has to be in memory as a whole, in bytes; 0 where it has not."""
     wanted = job.recipe.calibration
-    sampled = job.plan.level > Level.NONE and wanted.source == SELF and not is_kept(job.source, wanted, job.device)
+    sampled = (
+        (job.plan.level > Level.NONE or job.plan.expert_skip is not None)
+        and wanted.source == SELF
+        and not is_kept(job.source, wanted, job.device)
+    )
     if not (sampled or job.plan.needs_fisher):
         return 0
     size = prepared.whole_memory

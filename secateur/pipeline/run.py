@@ -109,6 +109,8 @@ def begin(job: Job, partial: Partial, clock: Clock) -> Run:
     """
     with clock("opening"):
         prepared = prepare(job.source, job.recipe, job.plan, job.device)
+        if job.plan.expert_skip is not None and not prepared.experts:
+            raise UsageError(f"`expert_skip` is for mixtures of experts, and {job.source.name} is none: leave it out")
         if job.ranks.first and not partial.records:
             prepared.check_values(job.progress)
         # With the methods' own defaults filled in, so that the manifest repeats the run in later versions, too.

@@ -24,6 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
+from secateur.experts.skipping import KEY as SKIP
+from secateur.experts.skipping import parse_skip, skip_experts
 from secateur.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
 from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
@@ -90,21 +92,33 @@ def current_backend() -> str:
 
 
 class SecateurConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a secateur folder: a layout version, layouts by patterns of module names, and more."""
+    """The `quantization_config` of a secateur folder: a layout version, layouts by patterns of module names, and what else it
+    may have to say."""
 
     def __init__(
-        self, layout_version: Any = None, modules: Any = None, widths: Any = None, activations: Any = None, **_: Any
+        self,
+        layout_version: Any = None,
+        modules: Any = None,
+        widths: Any = None,
+        activations: Any = None,
+        expert_skip: Any = None,
+        **_: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.layout_version = layout_version
         self.modules = modules
         self.widths = parse_widths({KEY: widths})
         self.activations = parse_section(activations)
+        self.expert_skip = parse_skip({SKIP: expert_skip})
         self.entries = parse_quantization_config({"layout_version": layout_version, "modules": modules})
 
     def to_dict(self) -> dict[str, Any]:
-        section = with_widths(quantization_config(self.modules), self.widths)
-        return section if self.activations is None else {**section, SECTION: self.activations.to_dict()}
+        section = quantization_config(self.modules)
+        if self.activations is not None:
+            section[SECTION] = self.activations.to_dict()
+        if self.expert_skip is not None:
+            section[SKIP] = self.expert_skip
+        return with_widths(section, self.widths)
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -273,6 +287,7 @@ class SecateurQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.get_memory_footprint = partial(memory_footprint, module)
+        skip_experts(model, {SKIP: self.quantization_config.expert_skip})
         return model
 
     def _keep_grids(self, model: Any) -> None:

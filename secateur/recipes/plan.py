@@ -16,6 +16,7 @@ from secateur.core.quantized import BITS
 from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, Sparsifier, UnitPruner
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
+from secateur.experts.skipping import check_share
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
@@ -78,6 +79,8 @@ class Plan:
         sparsifier: what says which inputs are read for a token, if any does, so that weights are stored by input.
         unread: the share of weights that it leaves unread.
         expert_score: says which experts stay, where some are dropped.
+        expert_skip: the share of weak experts, which the calibration text tells, that the result leaves out; None: it knows of
+            none.
     """
 
     pruning: Pruning | None
@@ -90,6 +93,7 @@ class Plan:
     sparsifier: Sparsifier | None = None
     unread: float = 0.0
     expert_score: Any = None
+    expert_skip: float | None = None
 
     @property
     def of_linears(self) -> bool:
@@ -160,8 +164,8 @@ class Plan:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the methods look at what the model makes of any."""
-        return self.level > Level.NONE or self.needs_fisher
+        """Whether anything looks at what the model makes of any."""
+        return self.level > Level.NONE or self.needs_fisher or self.expert_skip is not None
 
     @property
     def needs_fisher(self) -> bool:
@@ -212,11 +216,16 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
+    dense = recipe.format == "dense"
+    if recipe.expert_skip is not None:
+        check_share(recipe.expert_skip)
+        if dense or isinstance(pattern, Structured):
+            raise UsageError(
+                "`expert_skip` stands in the config of packed weights, and these are written dense: leave it out"
+            )
     found = Plan(
-        *(pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense),
-        sparsifier,
-        unread_of(recipe),
-        experts,
+        *(pruning, quantizer, layouts[recipe.format], dense, dtype, tables, recipe.match_dense),
+        *(sparsifier, unread_of(recipe), experts, recipe.expert_skip),
     )
     if sparsifier is not None:
         check_by_inputs(pruning, quantizer)

@@ -40,6 +40,8 @@ class Calibration:
             it next, where it sends fewer; 0: none of them; None: 256, or one for every four inputs.
         expert_inputs: which tokens an expert's statistics are of: `routed` (those that the router sends to it), `gate` (the
             same, each by the weight that the router gives it), or `all`.
+        expert_balance: of a mixture that writes its own text, how many windows it writes for each that is kept: the one that
+            evens out how often its experts are chosen.
         seed: of whatever is drawn.
         text_field: where the text of a JSON line or table row stands.
         bos: whether every window begins with the token that the tokenizer puts before a text, where it puts one; and every
@@ -54,6 +56,7 @@ class Calibration:
     bos: bool = True
     expert_tokens: int | None = None
     expert_inputs: str = "routed"
+    expert_balance: int = 1
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -65,6 +68,10 @@ class Calibration:
                 raise UsageError(f"{name} is {value}: it must be at least {least}")
         if self.expert_tokens is not None and self.expert_tokens < 0:
             raise UsageError(f"`expert_tokens` is {self.expert_tokens}: it must be at least 0")
+        if self.expert_balance < 1:
+            raise UsageError(f"`expert_balance` is {self.expert_balance}: it must be at least 1")
+        if self.expert_balance > 1 and self.source != "self":
+            raise UsageError("`expert_balance` is for text that the model writes: leave it out, or take `source` self")
         if self.expert_inputs not in EXPERT_INPUTS:
             raise UsageError(
                 f"`expert_inputs` {self.expert_inputs!r} is not known: it can be {', '.join(EXPERT_INPUTS)}"
@@ -125,15 +132,18 @@ class Recipe:
         embeddings: bits of the table of embeddings, or the name of a grid of GGUF's, or `UNTOUCHED`; None leaves it as it is,
             unless a search finds bits for it.
         head: the same of the head, where that is another matrix.
-        allocation: how a total is shared between linears: `uniform`, `owl` or `search`.
-        target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model, or
-            bytes in words such as `100MB`.
+        allocation: how a total is shared between linears: `uniform`, `owl` or `search`; or `mc`, by which `target_size` is
+            shared between the experts of a mixture.
+        target_size: of the weight files, for which a search finds sparsities and bits: `0.35x` or `35%` of the dense model,
+            bytes in words such as `100MB`, or `2.5bit` of each weight that bits are found for.
         max_perplexity_rise: the same for the smallest size at which perplexity rises by so much at most: `3%` or `0.03`.
         share_choice: of a mixture of experts, what a search makes one choice for: all linears of an `expert`, or all those of
             the experts of a `layer`; None: each linear has its own.
         activations: name of the method that says which inputs of linears are read for a token, if any.
         activation_sparsity: share of the weights that it leaves unread; None: half.
         gating: its options.
+        expert_skip: of a mixture of experts, the share of each token's experts beside the first that the result leaves out when
+            it runs: those that weigh least by their routers, as they do on the calibration text.
         linears: what was chosen for each linear, by name: nothing is searched then.
         drop_experts: of a mixture of experts, share of the experts of every layer to drop.
         expert_score: name of the method that says which, or the method itself; `scoring`: the options of it that are given.
@@ -163,6 +173,7 @@ class Recipe:
     target_size: str | None = None
     max_perplexity_rise: str | None = None
     share_choice: str | None = None
+    expert_skip: float | None = None
     linears: dict[str, Choice] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)

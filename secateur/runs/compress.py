@@ -36,6 +36,7 @@ from secateur.recipes.built_in import as_recipe
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.runs.drop_experts import with_fewer_experts
+from secateur.runs.skip_calibration import add_skip
 from secateur.search.goal import Goal, goal_of
 from secateur.search.search import search
 from secateur.unfinished.partial import partial_folder
@@ -182,6 +183,8 @@ def put_together(run: Run, report: Report, card: bool = True) -> Path:
     if prepared.weights.untied:
         save_untied(folder)
     report.notes = [*report.notes, *note_zeros(run.recorder.entries), *source.write_companions(folder)]
+    if run.job.plan.expert_skip is not None:
+        add_skip(run, folder)
     report.bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     manifest = _manifest(run, report)
     if card:

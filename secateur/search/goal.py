@@ -27,6 +27,8 @@ class Goal(Protocol):
     Attributes:
         name: what `allocation` is then, or the field of the recipe that asks for it.
         models: that are made and measured on the way, at most.
+
+    An allocation that is one way to reach what another goal is for has `takes`, the name of that goal.
     """
 
     name: ClassVar[str]
@@ -85,7 +87,9 @@ def goal_of(recipe: Recipe) -> Goal | None:
         return GOALS[PER_LAYER if recipe.widths == PER_LAYER else STRUCTURED].of(recipe) if is_open(recipe) else None
     if recipe.activations is not None and recipe.allocation == "search":
         return GOALS[UNREAD].of(recipe) if is_open(recipe) else None
-    name = fields[0] if fields else recipe.allocation
+    # An allocation may be a way of its own to get there.
+    takes = getattr(GOALS.get(recipe.allocation), "takes", None)
+    name = fields[0] if fields and takes != fields[0] else recipe.allocation
     allocations = [
         UNIFORM,
         *(name for name in GOALS if not hasattr(recipe, name) and name not in (STRUCTURED, PER_LAYER, UNREAD)),

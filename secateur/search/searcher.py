@@ -158,7 +158,7 @@ class Searcher:
                 unknown = reached.get(name) == 0
                 costs = [math.nan] * len(changes) if unknown else effects.divergence(name, changes)
                 found[name] = [
-                    Candidate(choice, self._bytes_on_disk(solutions[i]), cost)
+                    Candidate(choice, self.bytes_on_disk(solutions[i]), cost)
                     for choice, solutions, cost in zip(tried, per_choice, costs, strict=True)
                 ]
 
@@ -271,7 +271,13 @@ class Searcher:
             if inputs.file is not None:
                 inputs.file.unlink()
 
-    def _bytes_on_disk(self, solution: Solution) -> int:
+    def bytes_with(self, name: str, choice: Choice) -> int:
+        """Of a linear's tensors on disk, whatever its inputs are."""
+        unknown = InputStats.empty(weight_matrix(self.prepared.linear(name)).shape[1], self.level)
+        return self.bytes_on_disk(self.solve([name], unknown, [choice])[0][0])
+
+    def bytes_on_disk(self, solution: Solution) -> int:
+        """Of a linear's tensors, with their entries in the header of the file."""
         weight = self.prepared.weights.name_to_write(f"{solution.name}.weight")
         return solution.report.bytes + sum(map(entry_bytes, solution.tensors(weight)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.core.registry import QUANTIZERS
 from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
 from secateur.quant.block_grid import OPEN, UNIFORM
@@ -17,6 +18,10 @@ def check_target(recipe: Recipe, name: str) -> None:
         raise UsageError(f"`{name}` is reached by a search: leave `allocation` owl out")
     if recipe.linears:
         return
+    if recipe.quantize in QUANTIZERS and not QUANTIZERS[recipe.quantize].all_bits:
+        raise UsageError(
+            f"`quantize` {recipe.quantize} has no bits to choose among: leave `{name}` out, or quantize by gptq"
+        )
     grid = recipe.quantization.get("grid", UNIFORM)
     for option, value in (
         ("sparsity", recipe.sparsity),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import CheckpointError, UsageError
+from secateur.experts.skipping import skip_experts
 from secateur.folder.extents import OpenFiles
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.formats.layouts.layout import all_finite
@@ -102,6 +103,7 @@ class BlockStream:
         self.name, self.device = source.name, device
         self._limit, self._batch_tokens = limit, batch_tokens
         self.model: Any = build_skeleton(source, dtype).eval()
+        skip_experts(self.model, source.quantization)
         found = find_blocks(self.model).modules
         self.block_names, self.blocks = list(found), list(found.values())
         self._twins = shared_parameters(self.model)

@@ -29,7 +29,8 @@ def expected():
 
 def test_the_fixture_has_every_layout():
     entries = read_json(FOLDER / "config.json")["quantization_config"]["modules"].values()
-    assert {entry["layout"] for entry in entries} == set(LAYOUTS) - {"blocks"}
+    # Of `ternary-dict`, which came later, the worked example of docs/format.md is what has to stay readable.
+    assert {entry["layout"] for entry in entries} == set(LAYOUTS) - {"blocks", "ternary-dict"}
     assert {entry["codes"]["layout"] for entry in entries if "codes" in entry} == {"packed-int", "spqr", "codebook"}
 
 

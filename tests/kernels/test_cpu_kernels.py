@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_weights import load_coded, load_sparse, load_trellis, make
+from random_weights import load_coded, load_sparse, load_ternary, load_trellis, make
 from torch import nn
 
 from secateur import kernels
@@ -261,6 +261,7 @@ def operators():
         load_coded("spqr", 5, 70, scale_bits=6)[0],
         load_coded("codebook", 5, 70, outliers="some")[0],
         load_trellis(16, 70),
+        load_ternary(5, 70),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_backend.torch.ops, "secateur", Recorder())
@@ -289,6 +290,7 @@ class Call(nn.Module):
         lambda: load_sparse(5, 70)[0],
         lambda: load_coded("spqr", 5, 70, outliers="some")[0],
         lambda: load_trellis(16, 70),
+        lambda: load_ternary(5, 70),
     ],
 )
 def test_compile_and_export(load):

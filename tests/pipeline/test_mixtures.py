@@ -28,6 +28,7 @@ WAYS = {
     "spqr": {"quantize": "spqr", "quantization": {"bits": 3, "group_size": 16}},
     "codebook": {"quantize": "squeezellm", "quantization": {"bits": 3}},
     "trellis": {"quantize": "trellis", "quantization": {"bits": 3}},
+    "ternary-dict": {"quantize": "ternary"},
     "sparse-int": {
         "prune": "wanda",
         "sparsity": 0.5,

@@ -55,6 +55,12 @@ def _register_fakes() -> None:
     def fake_columns(x: Tensor, outputs: int, *operands: Any) -> Tensor:
         return fake(x, *operands, outputs=outputs)
 
+    def fake_ternary(x: Tensor, *operands: Any) -> Tensor:
+        return fake(x, *operands, outputs=operands[3].shape[0])
+
+    def fake_decode(features: int, codes: Tensor, offset: Tensor, low: Tensor, *rest: Tensor) -> Tensor:
+        return rest[-1].new_empty(low.shape[0], features)
+
     def fake(x: Tensor, *parts: Any, outputs: Any) -> Tensor:
         # One real tensor among fake ones would otherwise be given memory that nobody fills.
         for part in parts:
@@ -67,6 +73,8 @@ def _register_fakes() -> None:
     torch.library.register_fake("secateur::coded_linear", fake_coded)
     torch.library.register_fake("secateur::trellis_linear", fake_trellis)
     torch.library.register_fake("secateur::columns_linear", fake_columns)
+    torch.library.register_fake("secateur::ternary_linear", fake_ternary)
+    torch.library.register_fake("secateur::ternary_decode", fake_decode)
 
 
 @backend

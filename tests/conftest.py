@@ -180,6 +180,7 @@ PACKED: dict[str, dict[str, Any]] = {
     "codebook": {"quantize": "squeezellm", "bits": 3},
     "trellis": {"quantize": "trellis", "bits": 3},
     "sparse-int": {"prune": "magnitude", "sparsity": 0.5, "quantize": "rtn", "bits": 4, "group_size": 16},
+    "low-rank": {"prune": "magnitude", "pattern": "2:4", "rank": 2},
 }
 
 

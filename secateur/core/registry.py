@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -111,9 +111,29 @@ class Quantizer(Protocol):
         ...
 
 
+class LowRanker(Protocol):
+    """Splits a part of low rank off weights before what is left of them is compressed. Attributes: see `Pruner`.
+
+    Whatever becomes of the rest, the part of low rank is fitted to it afterwards.
+
+    Attributes:
+        needs_pattern: whether the rest has to be pruned.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    level: ClassVar[Level]
+    needs_pattern: ClassVar[bool]
+
+    def split(self, stack: Stack, ranks: Sequence[int], pattern: Pattern | None) -> Tensor:
+        """L `[O, I]`, in which each linear of a stack has its rank at most; `pattern`: what is left is to have."""
+        ...
+
+
 PRUNERS: dict[str, type[Pruner] | type[UnitPruner]] = {}
 REFINERS: dict[str, type[Refiner]] = {}
 QUANTIZERS: dict[str, type[Quantizer]] = {}
+LOW_RANKERS: dict[str, type[LowRanker]] = {}
 #: By what a recipe calls the part that they play.
 ROLES: dict[str, dict[str, Any]] = {"prune": PRUNERS, "refine": REFINERS, "quantize": QUANTIZERS}
 
@@ -128,8 +148,9 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
     return register
 
 
-#: Register a class as a pruning method, as a refiner of masks, as a quantization method.
+#: Register a class as a pruning method, as a refiner of masks, as a quantization method, as one that splits off low rank.
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
+low_ranker = _register(LOW_RANKERS)
 
 
 def import_all(package: str, path: Iterable[str], ending: str = "") -> None:

@@ -7,8 +7,9 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import secateur.lowrank
 import secateur.prune
-import secateur.quant  # noqa: F401 - both register what is in them
+import secateur.quant  # noqa: F401 - all register what is in them
 from secateur.core.options import options_of, types_of
 from secateur.core.registry import ROLES, import_others
 from secateur.errors import UsageError, did_you_mean

@@ -22,6 +22,7 @@ from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
+from secateur.recipes.low_rank import LowRankPart, low_rank_part
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING
@@ -73,6 +74,7 @@ class Plan:
         tables: bits of the table of embeddings and of the head, or their grid, by what recipes call them, as far as they are
             quantized.
         match_dense: solve for the dense model's outputs.
+        low_rank: what is of low rank beside each linear.
     """
 
     pruning: Pruning | None
@@ -82,6 +84,7 @@ class Plan:
     dtype: torch.dtype | None
     tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
+    low_rank: LowRankPart | None = None
 
     @property
     def of_linears(self) -> bool:
@@ -90,7 +93,8 @@ class Plan:
 
     @property
     def level(self) -> Level:
-        return max((part.level for part in (self.pruning, self.quantizer) if part is not None), default=Level.NONE)
+        parts = (self.pruning, self.quantizer, self.low_rank)
+        return max((part.level for part in parts if part is not None), default=Level.NONE)
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
@@ -192,9 +196,9 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
-    found = Plan(
-        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense
-    )
+    beside = low_rank_part(recipe, pattern, pruning is not None or quantizer is not None)
+    dense = recipe.format == "dense"
+    found = Plan(pruning, quantizer, layouts[recipe.format], dense, dtype, tables, recipe.match_dense, beside)
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name

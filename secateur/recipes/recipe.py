@@ -128,6 +128,9 @@ class Recipe:
         share_choice: of a mixture of experts, what a search makes one choice for: all linears of an `expert`, or all those of
             the experts of a `layer`; None: each linear has its own.
         linears: what was chosen for each linear, by name: nothing is searched then.
+        low_rank: share of each linear's weights that two thin factors beside it may have, in 16 bits; None: there are none.
+        rank: the same as the rank of their product.
+        low_rank_method: name of the method that finds them; None: `admm` for what is pruned, else `eora`.
     """
 
     prune: str = ""
@@ -156,6 +159,9 @@ class Recipe:
     linears: dict[str, Choice] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
     refining: dict[str, Any] = field(default_factory=dict)
+    low_rank: float | None = None
+    rank: int | None = None
+    low_rank_method: str | None = None
 
     def __post_init__(self) -> None:
         for role, key in OPTIONS_KEY.items():

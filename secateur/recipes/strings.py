@@ -39,7 +39,7 @@ from secateur.shares import exact_share
 
 _CALLED = {"prune": "pruner", "refine": "refiner", "quantize": "quantizer"}
 # What a part may say about the whole recipe.
-_COMMON = ("format", "dtype", "match_dense", "embeddings", "head")
+_COMMON = ("format", "dtype", "match_dense", "embeddings", "head", "low_rank", "rank", "low_rank_method")
 # What a pruner may say besides.
 _PRUNING = ("reconstruct",)
 _AMOUNTS = ("sparsity", "pattern", "bits")

@@ -42,7 +42,7 @@ from secateur.core.registry import LOW_RANKERS
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
 from secateur.lowrank.fitting import fit_factors
-from secateur.recipes.low_rank import LowRankPart
+from secateur.recipes.low_rank_part import LowRankPart
 from secateur.recipes.methods import make
 
 SHARES = (1 / 32, 1 / 16)  # half a bit and a bit a weight, in factors of 16 bits

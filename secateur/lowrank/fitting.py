@@ -24,10 +24,16 @@ def fit_factors(stack: Stack, found_OI: Tensor, ranks: Sequence[int]) -> list[tu
     Args:
         stack: the dense weights, and inputs at `Level.GRAM`.
         found_OI: Ŵ.
-        ranks: of each linear; 0: it gets none.
+        ranks: of each linear; 0: it gets none, and none gets any where new weights are not finite.
+
+    Raises:
+        ValueError: the statistics are not finite.
     """
+    lost_OI = stack.W_OI - found_OI
+    if not torch.isfinite(lost_OI).all():
+        ranks = [0] * len(ranks)  # whoever packs the weights says which are not
     truncation = Truncation(stack.stats.gram(), stack.rows, ranks)
-    return [_stored(*factors, stack.dtype) for factors in truncation.factors(stack.W_OI - found_OI)]
+    return [_stored(*factors, stack.dtype) for factors in truncation.factors(lost_OI)]
 
 
 def _stored(out_OR: Tensor, in_RI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

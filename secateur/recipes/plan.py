@@ -22,7 +22,7 @@ from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
-from secateur.recipes.low_rank import LowRankPart, low_rank_part
+from secateur.recipes.low_rank_part import LowRankPart, low_rank_part
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING

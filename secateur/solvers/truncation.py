@@ -44,7 +44,7 @@ class Truncation:
         return torch.cat([out_OR @ in_RI for out_OR, in_RI in self.factors(E_OI, steps)])
 
     def factors(self, E_OI: Tensor, steps: int = _STEPS) -> list[tuple[Tensor, Tensor]]:
-        """The same of each linear as two factors, `[O, R]` and `[R, I]`."""
+        """The same of each linear as two factors, `[O, R]` and `[R, I]`. Raises ValueError where values are not finite."""
         return [self._factors(i, E_RI, steps) for i, E_RI in enumerate(E_OI.split(self._rows))]
 
     def _factors(self, i: int, E_OI: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,10 @@ class Truncation:
             basis_OK = torch.linalg.qr(E_OI @ (self._gram_II @ (E_OI.T @ basis_OK)))[0]
         inner_IK = E_OI.T @ basis_OK
         # Within the basis exactly, the leading ones first.
-        _, turn_KK = torch.linalg.eigh((inner_IK.T @ (self._gram_II @ inner_IK)).double())
-        turn_KK = turn_KK.flip(1).to(E_OI.dtype)
+        within_KK = (inner_IK.T @ (self._gram_II @ inner_IK)).cpu().double()
+        if not torch.isfinite(within_KK).all():
+            raise ValueError("no part of low rank is nearest: weights or statistics hold values that are not finite")
+        turn_KK = torch.linalg.eigh(within_KK)[1]
+        turn_KK = turn_KK.flip(1).to(E_OI)
         self._basis[i] = basis_OK @ turn_KK
         return self._basis[i][:, :R].clone(), (inner_IK @ turn_KK[:, :R]).T.contiguous()

@@ -15,7 +15,7 @@ from secateur.core.stats import InputStats, Level
 from secateur.lowrank.admm import ITERATIONS
 from secateur.lowrank.fitting import fit_factors
 from secateur.prune.alps import penalties
-from secateur.recipes.low_rank import LowRankPart
+from secateur.recipes.low_rank_part import LowRankPart
 from secateur.solvers.truncation import Truncation
 
 
@@ -184,3 +184,11 @@ def test_inputs_that_are_not_finite_are_refused():
     x_TI[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         LOW_RANKERS["admm"]().split(Stack.of([W_OI], gather(x_TI)), [2], NM(2, 4))
+    with pytest.raises(ValueError, match="not finite"):
+        fit_factors(Stack.of([W_OI], gather(x_TI)), torch.zeros_like(W_OI), [2])
+
+
+def test_new_weights_that_overflow_are_left_for_whoever_packs_them():
+    W_OI, x_TI = draw(4, 8)
+    ((out_OR, _),) = fit_factors(Stack.of([W_OI], gather(x_TI)), torch.full_like(W_OI, torch.inf), [2])
+    assert not out_OR.numel()

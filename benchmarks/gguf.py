@@ -8,7 +8,7 @@
 
 `quality`: SmolLM2, dithered, its linears on a grid by GPTQ, and by ggml's quantizer with the same calibration tokens as
 importance matrix: in the same pipeline, every tensor of the same type on both sides, so that files are of equal size. `llama`:
-logits and perplexity of an exported file by llama.cpp against ours. `time`: seconds and memory of an export of 1.1 B.
+logits and perplexity of an exported file by llama.cpp against ours. `time`: seconds and memory of an export of 1.2 B.
 
 O: output features, I: input features.
 """
@@ -38,7 +38,7 @@ from benchmarks.protocol import (
     arguments,
     plain_model,
     prepare,
-    random_llama,
+    sharded_llama,
     split_text,
     table,
 )
@@ -59,11 +59,8 @@ from secateur.quant.rtn import RTN
 GRIDS = "q4_0,q4_k,q3_k,q2_k"
 # Logits of so many tokens of each window are compared.
 KEPT = 128
-# TinyLlama's sizes.
-SIZES = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "vocab_size": 32000,
-}  # fmt: skip
+# TinyLlama's sizes, with SmolLM2's vocabulary.
+SIZES = {"hidden": 2048, "inner": 5632, "blocks": 22, "heads": 32, "kv_heads": 4}
 
 LLAMA = """
 import json, math, sys
@@ -202,11 +199,12 @@ def one_linear(args: argparse.Namespace) -> None:
 
 
 def timed(args: argparse.Namespace) -> None:
-    """Seconds and memory of exporting a random Llama of 1.1 B on a grid, with the converter."""
-    folder = args.work / "llama-1.1b"
+    """Seconds and memory of exporting a random Llama of 1.2 B on a grid, with the converter."""
+    folder = args.work / "llama-1.2b"
     if not (folder / "config.json").exists():
-        random_llama(folder, torch.bfloat16, **SIZES)
-    packed = args.work / "llama-1.1b-q4_0"
+        # A converter knows a tokenizer by what it makes of a text.
+        sharded_llama(folder, plain_model(args.work, torch.bfloat16), **SIZES)
+    packed = args.work / "llama-1.2b-q4_0"
     if not (packed / "secateur.json").exists():
         secateur.compress(str(folder), packed, secateur.Recipe(quantize="rtn", quantization={"grid": "q4_0"}))
     command = [
@@ -215,7 +213,7 @@ def timed(args: argparse.Namespace) -> None:
         "secateur",
         "export",
         str(packed),
-        str(args.work / "llama-1.1b.gguf"),
+        str(args.work / "llama-1.2b.gguf"),
         "--to",
         "gguf",
     ]
@@ -238,7 +236,7 @@ def main() -> None:
     parser.add_argument("--llama", help="Python with llama-cpp-python")
     parser.add_argument("--method", default="gptq", help="of the files that llama.cpp is given")
     parser.add_argument("--converter", help="llama.cpp's folder, or its converter")
-    parser.add_argument("--like", help="GGUF file of the model of 1.1 B, in place of the converter")
+    parser.add_argument("--like", help="GGUF file of the model of 1.2 B, in place of the converter")
     args = parser.parse_args()
     prepare(args)
     {"linear": one_linear, "quality": quality, "llama": in_llama, "time": timed}[args.part](args)

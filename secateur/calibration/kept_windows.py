@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.calibration.sampling import BATCH_TEXTS, TEXT_TOKENS, sample_windows
+from secateur.calibration.sampling import BATCH_TEXTS, DRAWN, TEXT_TOKENS, sample_windows
 from secateur.calibration.text import read_text
 from secateur.calibration.text_rows import chat_template
 from secateur.calibration.tokens import Named, bos_ids, check_room, windows
@@ -109,7 +109,7 @@ def _writing_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _kept_file(source: Source, settings: Calibration, device: torch.device) -> Path:
-    drawn = [settings.samples, settings.seq_len, settings.seed, TEXT_TOKENS, BATCH_TEXTS]
+    drawn = [settings.samples, settings.seq_len, settings.seed, TEXT_TOKENS, BATCH_TEXTS, DRAWN]
     place = [device.type, str(_writing_dtype(source.dtype, device))]
     values = [source.hashes, *drawn, *place, torch.__version__, *(["bos"] if settings.bos else [])]
     return cache_folder() / f"self-{hash_of_values(values)[:32]}.safetensors"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur import Calibration, Choice, Recipe, UsageError
+from secateur.evaluation.uncertainty import interval
 from secateur.pipeline.prepared import Prepared
 from secateur.recipes.plan import plan
 from secateur.search import searcher
 from secateur.search.budget import share_sparsity
 from secateur.search.effects import gather_effects
 from secateur.search.goal import goal_of
+from secateur.search.goals import perplexity_rise
 from secateur.search.goals.owl import by_outliers
 from secateur.search.goals.perplexity_rise import next_allowed, parse_rise
 from secateur.search.goals.target_size import parse_target
@@ -267,17 +270,39 @@ def test_a_rise_in_perplexity_is_kept(base, text_file, model_of, tmp_path):
     recipe = Recipe(quantize="gptq", calibration=base.calibration, max_perplexity_rise="2%")
     stages = []
     report = secateur.compress(model, tmp_path / "out", recipe, progress=lambda step: stages.append(step.stage))
-    measured = [float(s.split()[3].rstrip("%")) for s in stages if s.startswith("model ")]
+    measured = [re.match(r"model \d: perplexity (.*)%, at most (.*)%, on", s) for s in stages if s.startswith("model ")]
     assert measured
-    assert min(measured) <= 2
+    assert all(float(found[1]) <= float(found[2]) for found in measured)
+    assert min(float(found[2]) for found in measured) <= 2
     assert report.bytes < report.source_bytes
     hard = replace(recipe, max_perplexity_rise="0.0000001%")
     with pytest.raises(UsageError, match=r"`max_perplexity_rise` 0.0000001% cannot be kept .*: (more is|the least)"):
         secateur.compress(model, tmp_path / "other", hard)
     tokens = len(AutoTokenizer.from_pretrained(model)(text_file.read_text(encoding="utf-8"))["input_ids"])
-    many = replace(recipe, calibration=replace(recipe.calibration, samples=tokens // 32))
+    many = replace(recipe, calibration=replace(recipe.calibration, samples=tokens // 31))
     with pytest.raises(UsageError, match=r"measures on \d+ windows besides those of `samples`: .* gives \d+ tokens"):
         secateur.compress(model, tmp_path / "other", many)
+
+
+@pytest.mark.parametrize(("spread", "windows"), [(0.001, 4), (0.1, 8)])
+def test_a_rise_is_as_much_as_it_may_be(spread, windows, monkeypatch):
+    """The upper end of an interval, on all windows where half of them leave it open whether it is within the limit."""
+    rise_K = torch.tensor([0.01, 0.03] * 4, dtype=torch.float64) + spread * torch.tensor([1.0, -1] * 4)
+    asked = []
+
+    def losses(model, ids_NS, bos):
+        asked.append(len(ids_NS))
+        return 2 + rise_K[ids_NS[:, 0]], torch.full((len(ids_NS),), 15)
+
+    monkeypatch.setattr(perplexity_rise, "_losses", losses)
+    ids_NS = torch.arange(8)[:, None].expand(8, 16)
+    text = perplexity_rise._Text(ids_NS, [], 0.05, torch.full((8,), 2.0, dtype=torch.float64), torch.full((8,), 15))
+    risen, most = text.rise(None)
+    assert sum(asked) == windows
+    assert risen == pytest.approx(0.02)
+    assert most == pytest.approx(interval(15 * rise_K[:windows], [15] * windows)[1])
+    assert most > risen
+    assert replace(text, ids_NS=ids_NS[:1]).rise(None) == pytest.approx((0.01 + spread,) * 2)  # nothing to tell by
 
 
 def test_what_to_allow_next_is_in_proportion_or_between():

@@ -24,7 +24,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.protocol import arguments, machine, table
-from benchmarks.random_packed import BF16, bitmap, codebook, packed_int, sparse_int, spqr, trellis, two_of_four
+from benchmarks.random_packed import (
+    BF16,
+    bitmap,
+    codebook,
+    low_rank,
+    packed_int,
+    sparse_int,
+    spqr,
+    trellis,
+    two_of_four,
+)
 from secateur import kernels
 from secateur.kernels.cpu import cpu_backend
 from secateur.kernels.packed import Packed, map_tensors, nbytes
@@ -45,6 +55,8 @@ CASES: dict[str, tuple[Callable[[int, int], Packed], torch.dtype]] = {
     "bitmap 70 %": (partial(bitmap, density=0.3), BF16),
     "bitmap 70 %, float32 inputs": (partial(bitmap, density=0.3), FP32),
     "nm 2:4": (two_of_four, BF16),
+    "nm 2:4, 3 % of low rank": (partial(low_rank, main=two_of_four, share=1 / 32), BF16),
+    "nm 2:4, 3 % of low rank, float32 inputs": (partial(low_rank, main=two_of_four, share=1 / 32), FP32),
     "packed-int 2 bits, groups of 64": (partial(packed_int, bits=2, group_size=64), BF16),
     "packed-int 3 bits, groups of 64": (partial(packed_int, bits=3, group_size=64), BF16),
     "packed-int 3 bits, groups of 16": (partial(packed_int, bits=3, group_size=16), BF16),

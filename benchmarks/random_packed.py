@@ -8,6 +8,8 @@ N: outliers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,7 +20,8 @@ from secateur.formats.layouts.two_level_int import TwoLevelGrid
 from secateur.kernels.bits import bytes_of
 from secateur.kernels.column_weight import CodedColumns, DenseColumns, SparseColumns
 from secateur.kernels.expand import compress_bitmap, count_rows
-from secateur.kernels.packed import CodedWeight, Grid, SparseRows, SparseWeight, padded
+from secateur.kernels.low_rank_weight import LowRankWeight
+from secateur.kernels.packed import CodedWeight, Grid, Packed, SparseRows, SparseWeight, padded
 from secateur.kernels.trellis_weight import TrellisWeight
 from secateur.solvers.hadamard import block_of
 from secateur.solvers.trellis import STATE_BITS, ring_of
@@ -39,6 +42,12 @@ def bitmap(O: int, I: int, density: float) -> SparseWeight:
     """Pruned, without a pattern."""
     values, bitmask_OB = compress_bitmap(torch.randn(O, I).masked_fill_(torch.rand(O, I) >= density, 0).to(BF16))
     return SparseWeight((O, I), padded(values), bitmask_OB, _starts(count_rows(bitmask_OB, I)))
+
+
+def low_rank(O: int, I: int, main: Callable[[int, int], Packed], share: float) -> LowRankWeight:
+    """Factors beside another weight that have a share of its numbers."""
+    rank = round(share * O * I / (O + I))
+    return LowRankWeight(main(O, I), torch.randn(O, rank).to(BF16), torch.randn(rank, I).to(BF16))
 
 
 def packed_int(O: int, I: int, bits: int, group_size: int, symmetric: bool = False) -> CodedWeight:

@@ -65,11 +65,12 @@ def _row(parameter: Any) -> str:
 def _methods() -> str:
     from dataclasses import fields
 
+    import secateur.recipes.methods  # noqa: F401 - it registers all methods
     from secateur.core.options import options_of
-    from secateur.recipes.methods import ROLES
+    from secateur.core.registry import LOW_RANKERS, ROLES
 
     parts = []
-    for role, methods in ROLES.items():
+    for role, methods in {**ROLES, "low-rank-method": LOW_RANKERS}.items():
         for name, method in sorted(methods.items()):
             paper = f"\n{method.paper}\n" if method.paper else ""
             parts += [f"\n## --{role.replace('_', '-')} {name}\n", f"{(method.__doc__ or '').strip()}\n", paper]

@@ -181,6 +181,7 @@ PACKED: dict[str, dict[str, Any]] = {
     "trellis": {"quantize": "trellis", "bits": 3},
     "ternary-dict": {"quantize": "ternary"},
     "sparse-int": {"prune": "magnitude", "sparsity": 0.5, "quantize": "rtn", "bits": 4, "group_size": 16},
+    "low-rank": {"prune": "magnitude", "pattern": "2:4", "rank": 2},
 }
 
 

@@ -25,6 +25,7 @@ RECIPES = {
     "sparse-int": secateur.Recipe(
         prune="magnitude", sparsity=0.5, quantize="rtn", quantization={"bits": 3, "group_size": 4}
     ),
+    "low-rank": secateur.Recipe(quantize="rtn", quantization={"bits": 3, "group_size": 4}, rank=1),
     "dense": secateur.Recipe(prune="magnitude", sparsity=0.5, format="dense"),
 }
 

@@ -145,10 +145,15 @@ def _coded_tables(skeleton: nn.Module, weights: ModelWeights) -> dict[str, Table
 
 
 def _check_layouts(linears: Mapping[str, Linear], weights: ModelWeights) -> None:
-    """Raise UsageError where linears are stored without their zeros."""
+    """Raise UsageError where linears are stored without their zeros, or with a part of low rank."""
     for module in linears:
         name = f"{module}.weight"
         packed = weights.packed(name) if name in weights else None
+        if packed is not None and packed.layout.name == "low-rank":
+            raise UsageError(
+                f"{module} has a part of low rank (layout 'low-rank'), for which GGUF has no type: `to='dense'` writes any "
+                "model, and llama.cpp's converter takes that"
+            )
         if packed is not None and (not packed.layout.rounded or packed.layout.name == "sparse-int"):
             raise UsageError(
                 f"{module} is stored without its zeros (layout {packed.layout.name!r}), for which GGUF has no type: "

@@ -247,6 +247,8 @@ class _Run:
             # Outliers no longer stand apart, and some values of a grid are zero, which are weights like others.
             found.pop("outliers", None)
             found["sparsity"] = min(found["sparsity"], _number(said.get("sparsity")))
+        if not packed and said.get("layout") == "low-rank":
+            found.pop("sparsity")  # the sum has no zeros
         for key, value in found.items():
             if key not in said and key != "sparsity":
                 continue

@@ -14,13 +14,6 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.terminal.screen import screen, show
 from secateur.terminal.tables import Column, print_table
 
-_ROLE = {
-    "prune": "--prune",
-    "refine": "--refine",
-    "quantize": "--quantize",
-    "activations": "--activations",
-    "expert_score": "--expert-score",
-}
 _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix of the inputs")
 
 
@@ -34,11 +27,12 @@ class Methods:
     debug: Debug = False
 
     def run(self) -> None:
-        from secateur.core.registry import ROLES
-        from secateur.recipes.methods import OPTIONS_KEY  # importing it registers all methods
+        import secateur.recipes.methods  # noqa: F401 - it registers all methods
+        from secateur.core.registry import LOW_RANKERS, ROLES
 
         name = self.name
-        found = {each: (role, ROLES[role][each]) for role in OPTIONS_KEY for each in sorted(ROLES[role])}
+        roles = {**ROLES, "low-rank-method": LOW_RANKERS}
+        found = {each: (role, methods[each]) for role, methods in roles.items() for each in sorted(methods)}
         if name is not None and name not in found:
             raise UsageError(f"method {name!r} is not known: {did_you_mean(name, found)}")
         check_names_no_file(name, self.json_file, found)
@@ -66,7 +60,7 @@ def _about(role: str, method: Any) -> dict[str, Any]:
     if getattr(default, "needs_fisher", False):
         needs += " and squared gradients"
     return {
-        "option": _ROLE[role],
+        "option": f"--{role.replace('_', '-')}",
         "needs": needs,
         "paper": method.paper,
         "about": " ".join((method.__doc__ or "").split()),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.core.options import Option, options_of, types_of
-from secateur.core.registry import ROLES
+from secateur.core.registry import LOW_RANKERS, ROLES
 from secateur.errors import UsageError
 from secateur.recipes.built_in import recipe as find_recipe
 from secateur.recipes.methods import OPTIONS_KEY, options_by_name
@@ -32,12 +32,14 @@ class _Given:
         help: a noun phrase.
         panel: under which heading it stands; None: with the common ones.
         key: of the recipe, or of its calibration, where it has another name there.
+        hidden: left out of the help, for few need it.
     """
 
     type: Any
     help: str
     panel: str | None
     key: str = ""
+    hidden: bool = False
 
 
 def _names(role: str) -> str:
@@ -62,6 +64,11 @@ def _recipe_options() -> dict[str, _Given]:
         "expert_score": _Given(str, f"Score of experts: {_names('expert_score')}.", _DETAIL),
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
+        "low_rank": _Given(str, "Share of weights in thin factors beside each linear: 5%.", _DETAIL),
+        "rank": _Given(int, "Rank of these factors, instead of a share.", _DETAIL),
+        "low_rank_method": _Given(
+            str, f"Method that finds them: {', '.join(sorted(LOW_RANKERS))}.", _DETAIL, hidden=True
+        ),
         "match_dense": _Given(bool, "Dense model's outputs as every linear's target.", _TEXT),
         "allocation": _Given(str, "Sharing of a total: uniform, owl, search or mc.", _SEARCH),
         "target_size": _Given(str, "Size to reach by search, e.g. 35%, 100MB or 2.5bit.", _SEARCH),
@@ -123,7 +130,9 @@ def _of_methods() -> Iterator[Parameter]:
 def parameters() -> list[Parameter]:
     """All options that make a recipe, as a command's signature holds them."""
     every = {"recipe": _RECIPE, **_recipe_options(), **_CALIBRATION}
-    fixed = [_parameter(name, given.type, given.help, given.panel) for name, given in every.items()]
+    fixed = [
+        _parameter(name, given.type, given.help, given.panel, hidden=given.hidden) for name, given in every.items()
+    ]
     return [*fixed, *_of_methods()]
 
 

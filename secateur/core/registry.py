@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -111,6 +111,25 @@ class Quantizer(Protocol):
         ...
 
 
+class LowRanker(Protocol):
+    """Splits a part of low rank off weights before what is left of them is compressed. Attributes: see `Pruner`.
+
+    Whatever becomes of the rest, the part of low rank is fitted to it afterwards.
+
+    Attributes:
+        needs_pattern: whether the rest has to be pruned.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    level: ClassVar[Level]
+    needs_pattern: ClassVar[bool]
+
+    def split(self, stack: Stack, ranks: Sequence[int], pattern: Pattern | None) -> Tensor:
+        """L `[O, I]`, in which each linear of a stack has its rank at most; `pattern`: what is left is to have."""
+        ...
+
+
 class Sparsifier(Protocol):
     """Chooses for a token which inputs of linears are read, and with them which weights. Attributes: see `Pruner`.
 
@@ -152,6 +171,7 @@ REFINERS: dict[str, type[Refiner]] = {}
 QUANTIZERS: dict[str, type[Quantizer]] = {}
 SPARSIFIERS: dict[str, type[Sparsifier]] = {}
 EXPERT_SCORES: dict[str, type[ExpertScore]] = {}
+LOW_RANKERS: dict[str, type[LowRanker]] = {}
 #: By what a recipe calls the part that they play.
 ROLES: dict[str, dict[str, Any]] = {
     "prune": PRUNERS,
@@ -174,7 +194,7 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
 
 #: Register a class as a pruning method, as a refiner of masks, as a quantization method, and so on: see `ROLES`.
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
-sparsifier, expert_score = _register(SPARSIFIERS), _register(EXPERT_SCORES)
+sparsifier, expert_score, low_ranker = _register(SPARSIFIERS), _register(EXPERT_SCORES), _register(LOW_RANKERS)
 
 
 def import_all(package: str, path: Iterable[str], ending: str = "") -> None:

@@ -121,12 +121,19 @@ def choose(weight: Packed, name: str, device: torch.device, dtype: torch.dtype) 
     if name == AUTO:
         ranked = [b for b in BACKENDS.values() if device.type in b.first_on]
         ranked.sort(key=lambda b: -b.first_on[device.type])
-        return next((b for b in ranked if b.why_not(weight, device, dtype) is None), BACKENDS["dense"])
-    chosen = BACKENDS[name]
-    problem = chosen.why_not(weight, device, dtype)
+        fits = next((b for b in ranked if b.why_not(weight.bare, device, dtype) is None), BACKENDS["dense"])
+        found: Backend = weight.beside(fits)
+        return found
+    problem = why_not(name, weight, device, dtype)
     if problem is not None:
         raise UsageError(f"backend {name!r} cannot be used: {problem}")
-    return chosen
+    found = weight.beside(BACKENDS[name])
+    return found
+
+
+def why_not(name: str, weight: Packed, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend of that name cannot compute with a weight: see `Backend.why_not`."""
+    return BACKENDS[name].why_not(weight.bare, device, dtype)
 
 
 def prepare(

@@ -56,6 +56,15 @@ class Packed(ABC):
         return ()
 
     @property
+    def bare(self) -> Packed:
+        """The weight without what is computed beside it: what a backend is chosen by."""
+        return self
+
+    def beside(self, backend: Any) -> Any:
+        """The backend that was chosen by `bare`, as it computes on all of this weight."""
+        return backend
+
+    @property
     def masked(self) -> bool:
         """Whether a mask says which of its weights have a code."""
         return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.folder.extents import Extent, OpenFiles
-from secateur.kernels.backends import AUTO, BACKENDS
+from secateur.kernels.backends import AUTO, why_not
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import PADDING, Packed, map_tensors, tensors_in
 
@@ -120,7 +120,7 @@ def outline(weight: Any, known: dict[int, Part]) -> Outline:
 def take_form_of_files(linear: PackedLinear, weight: Packed, device: torch.device) -> None:
     """Have `auto` take, of the backends for a device, one that computes on a weight as it lies in files."""
     if linear.backend == AUTO:
-        fit = (name for name in _AS_IN_FILES if BACKENDS[name].why_not(weight, device, linear.dtype) is None)
+        fit = (name for name in _AS_IN_FILES if why_not(name, weight, device, linear.dtype) is None)
         linear.backend = next(fit, "torch")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur.core.damping import choose_damping
 from secateur.core.dense_target import towards_dense
+from secateur.core.factors import WithFactors
 from secateur.core.feature_units import Units
 from secateur.core.patterns import Structured
 from secateur.core.pruned import Pruned
@@ -25,6 +26,8 @@ from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError, SecateurError
 from secateur.formats.layouts.choose import layout_by_inputs, layout_for
 from secateur.formats.layouts.layout import Layout, Stored, all_finite, describe_dense, layout_from_config
+from secateur.formats.layouts.low_rank import LowRank
+from secateur.lowrank.fitting import fit_factors
 from secateur.pipeline.outcome import LinearReport, relative_error
 from secateur.prune.reconstruct import reconstruct
 from secateur.prune.refit import refit
@@ -145,6 +148,23 @@ def _solve(
     plan: Plan, problems: Sequence[Problem], stack: Stack, pruned: Pruned | None = None
 ) -> tuple[Iterator[_Result], list[str]]:
     """What becomes of each linear of a stack, made when it is asked for, and what the user should know."""
+    if plan.low_rank is None:
+        return _solve_alone(plan, problems, stack, pruned)
+    pattern = plan.pruning.pattern if plan.pruning is not None else None
+    assert not isinstance(pattern, Structured)
+    ranks = [plan.low_rank.rank_of(O, stack.features) for O in stack.rows]
+    split_OI = plan.low_rank.split(stack, ranks, pattern)
+    found, notes = _solve_alone(plan, problems, replace(stack, W_OI=stack.W_OI - split_OI))
+    del split_OI
+    results = list(found)
+    factors = fit_factors(stack, torch.cat([result.W_OI.float() for result in results]), ranks)
+    return (result.with_factors(*each) for result, each in zip(results, factors, strict=True)), notes
+
+
+def _solve_alone(
+    plan: Plan, problems: Sequence[Problem], stack: Stack, pruned: Pruned | None = None
+) -> tuple[Iterator[_Result], list[str]]:
+    """The same where nothing of low rank is beside it."""
     notes: list[str] = []
     if pruned is None:
         pruned = prune(plan, stack)
@@ -246,9 +266,19 @@ class _Result:
     """What a linear becomes: dense, and what its layout packs, on the CPU; or what is to be told of it where it stays dense."""
 
     W_OI: Tensor
-    packable: Tensor | Quantized
+    packable: Tensor | Quantized | WithFactors
     layout: Layout | None
     told: Stored | None
+
+    def with_factors(self, out_OR: Tensor, in_RI: Tensor) -> _Result:
+        """The same with a part of low rank beside it, where that has any rank."""
+        if not out_OR.numel():
+            return self
+        W_OI = torch.addmm(self.W_OI.float(), out_OR.float(), in_RI.float()).to(self.W_OI.dtype)
+        if self.layout is None:
+            return _Result(W_OI, W_OI.cpu(), None, describe_dense(W_OI))
+        assert not isinstance(self.packable, WithFactors)
+        return _Result(W_OI, WithFactors(self.packable, out_OR.cpu(), in_RI.cpu()), LowRank(self.layout), None)
 
 
 def _pruned(plan: Plan, problem: Problem, W_OI: Tensor) -> _Result:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import CheckpointError, UsageError
 from secateur.formats.layouts.packed_weight import StoredForm
-from secateur.kernels.backends import AUTO, BACKENDS, check_backend, choose
+from secateur.kernels.backends import AUTO, check_backend, choose, why_not
 from secateur.kernels.embedding import PackedEmbedding, pack_embedding
 from secateur.kernels.packed import Packed
 from secateur.plugin.packed_modules import PackedPlainLinear
@@ -54,7 +54,7 @@ def replace_tables(
             raise CheckpointError(
                 f"{name}.weight is {list(weight.shape)} in the file, but {list(module.weight.shape)} in the model"
             )
-        asked = backend if backend == AUTO or BACKENDS[backend].why_not(weight, device, dtype) is None else AUTO
+        asked = backend if backend == AUTO or why_not(backend, weight, device, dtype) is None else AUTO
         if choose(weight, asked, device, dtype).name == "dense":
             continue
         linear = PackedPlainLinear(weight, None, asked, dtype, form)

@@ -4,6 +4,7 @@ arXiv:2406.07831.
 O: output features, R: those of one of several stacked linears, I: input features, P: rows that are computed on together.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,7 +67,7 @@ class ALPS:
         spectrum = stack.once(("eigen", damping), lambda: eigen(stack, damping))
         B_OI = stack.W_OI.masked_fill(stack.dead_I, 0).mul_(spectrum.scale_I)
         start_OI, keep_OI = _split(B_OI, spectrum, pattern, list(stack.rows))
-        H_II, _ = _scaled(stack, spectrum.damping)
+        H_II, _ = scaled(stack, spectrum.damping)
         inverse_II = spectrum.product(1 / spectrum.values_I)
         found_OI = conjugate_gradients(H_II, inverse_II, B_OI, keep_OI, start_OI).div_(spectrum.scale_I)
         notes = (*stack.dead_notes(), *stack.notes(damping, spectrum.damping))
@@ -107,7 +108,7 @@ def eigen(stack: Stack, damping: float) -> Eigen:
         ValueError: the statistics are not finite, or hold no Gram matrix.
     """
     while damping <= MAX_DAMPING:
-        H_II, scale_I = _scaled(stack, damping)
+        H_II, scale_I = scaled(stack, damping)
         if not torch.isfinite(H_II).all():
             break
         values_I, vectors_II = torch.linalg.eigh(H_II)
@@ -118,10 +119,17 @@ def eigen(stack: Stack, damping: float) -> Eigen:
     raise ValueError("the Gram matrix has no eigenvalues with any damping: it holds values that are not finite")
 
 
-def _scaled(stack: Stack, damping: float) -> tuple[Tensor, Tensor]:
+def scaled(stack: Stack, damping: float) -> tuple[Tensor, Tensor]:
+    """The damped Gram matrix with a diagonal of ones, and what each input is divided by for that."""
     H_II = stack.damped_gram(damping)
     scale_I = H_II.diagonal().sqrt()
     return H_II.div_(scale_I).div_(scale_I[:, None]), scale_I
+
+
+def penalties() -> Iterator[float]:
+    """The penalty of each stage."""
+    for stage in range(_STAGES):
+        yield _FIRST_PENALTY * (_LAST_PENALTY / _FIRST_PENALTY) ** (stage / (_STAGES - 1))
 
 
 def _split(B_OI: Tensor, spectrum: Eigen, pattern: Pattern, sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -138,11 +146,10 @@ def _split(B_OI: Tensor, spectrum: Eigen, pattern: Pattern, sizes: list[int]) ->
         B_OI: weights times the norm of their inputs.
     """
     Z_OI = B_OI.clone()
-    keep_OI = _keep(Z_OI, pattern, sizes)
+    keep_OI = keep_largest(Z_OI, pattern, sizes)
     before = 0.0  # no U to begin with
     height = rows_at_a_time(B_OI)
-    for stage in range(_STAGES):
-        penalty = _FIRST_PENALTY * (_LAST_PENALTY / _FIRST_PENALTY) ** (stage / (_STAGES - 1))
+    for penalty in penalties():
         pull_II = spectrum.product(penalty / (spectrum.values_I + penalty))
         for _ in range(_ITERATIONS):
             carried, before = before / penalty, penalty
@@ -151,12 +158,12 @@ def _split(B_OI: Tensor, spectrum: Eigen, pattern: Pattern, sizes: list[int]) ->
                 away_PI = torch.mul(D_PI, 1 + carried).sub_(Z_PI, alpha=carried).sub_(B_PI)
                 Z_PI.mul_(carried).add_(D_PI, alpha=1 - _RELAXATION - carried).add_(B_PI, alpha=_RELAXATION)
                 Z_PI.addmm_(away_PI, pull_II, alpha=_RELAXATION)
-            keep_OI = _keep(Z_OI, pattern, sizes)
+            keep_OI = keep_largest(Z_OI, pattern, sizes)
         del pull_II  # before the next one is there
     return Z_OI.mul_(keep_OI), keep_OI
 
 
-def _keep(Z_OI: Tensor, pattern: Pattern, sizes: list[int]) -> Tensor:
+def keep_largest(Z_OI: Tensor, pattern: Pattern, sizes: list[int]) -> Tensor:
     """The mask of the largest weights, compared within each linear, or within each group of M."""
     if isinstance(pattern, NM):
         return keep_best(Z_OI.abs(), pattern)

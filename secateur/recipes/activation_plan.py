@@ -62,8 +62,12 @@ def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
     return found
 
 
-def check_by_inputs(pruning: Any, quantizer: Quantizer | None) -> None:
+def check_by_inputs(pruning: Any, quantizer: Quantizer | None, low_rank: Any) -> None:
     """Raise UsageError where weights that are quantized, and before that pruned, cannot be stored by input."""
+    if low_rank is not None:
+        raise UsageError(
+            "`activations` stores weights by input, which has no place for low rank beside them: leave one out"
+        )
     if quantizer is None:
         return
     stats = InputStats.isotropic(_TRIED[1], Level.GRAM)

@@ -9,6 +9,7 @@ from typing import Any
 
 import secateur.experts
 import secateur.gates
+import secateur.lowrank
 import secateur.prune
 import secateur.quant  # noqa: F401 - all register what is in them
 from secateur.core.options import options_of, types_of

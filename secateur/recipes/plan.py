@@ -25,6 +25,7 @@ from secateur.recipes.activation_plan import check_by_inputs, sparsifier_of, unr
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.dropping import expert_score_of
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
+from secateur.recipes.low_rank_part import LowRankPart, low_rank_part
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
 from secateur.solvers.inverse_cholesky import DAMPING
@@ -81,6 +82,7 @@ class Plan:
         expert_score: says which experts stay, where some are dropped.
         expert_skip: the share of weak experts, which the calibration text tells, that the result leaves out; None: it knows of
             none.
+        low_rank: what is of low rank beside each linear.
     """
 
     pruning: Pruning | None
@@ -94,6 +96,7 @@ class Plan:
     unread: float = 0.0
     expert_score: Any = None
     expert_skip: float | None = None
+    low_rank: LowRankPart | None = None
 
     @property
     def of_linears(self) -> bool:
@@ -108,7 +111,8 @@ class Plan:
     @property
     def level(self) -> Level:
         least = Level.NONE if self.sparsifier is None else Level.MOMENTS
-        return max([least, *(part.level for part in (self.pruning, self.quantizer) if part is not None)])
+        parts = (self.pruning, self.quantizer, self.low_rank)
+        return max([least, *(part.level for part in parts if part is not None)])
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
@@ -216,6 +220,7 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.format not in layouts:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
+    beside = low_rank_part(recipe, pattern, pruning is not None or quantizer is not None)
     dense = recipe.format == "dense"
     if recipe.expert_skip is not None:
         check_share(recipe.expert_skip)
@@ -225,10 +230,10 @@ def plan(recipe: Recipe) -> Plan:
             )
     found = Plan(
         *(pruning, quantizer, layouts[recipe.format], dense, dtype, tables, recipe.match_dense),
-        *(sparsifier, unread_of(recipe), experts, recipe.expert_skip),
+        *(sparsifier, unread_of(recipe), experts, recipe.expert_skip, beside),
     )
     if sparsifier is not None:
-        check_by_inputs(pruning, quantizer)
+        check_by_inputs(pruning, quantizer, beside)
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name

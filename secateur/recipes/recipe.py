@@ -148,6 +148,9 @@ class Recipe:
         drop_experts: of a mixture of experts, share of the experts of every layer to drop.
         expert_score: name of the method that says which, or the method itself; `scoring`: the options of it that are given.
         experts: which experts stay, by the module that they are in: nothing is scored then.
+        low_rank: share of each linear's weights that two thin factors beside it may have, in 16 bits; None: there are none.
+        rank: the same as the rank of their product.
+        low_rank_method: name of the method that finds them; None: `admm` for what is pruned, else `eora`.
     """
 
     prune: str = ""
@@ -184,6 +187,9 @@ class Recipe:
     expert_score: str | None = None
     scoring: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, KeptExperts] = field(default_factory=dict)
+    low_rank: float | None = None
+    rank: int | None = None
+    low_rank_method: str | None = None
 
     def __post_init__(self) -> None:
         for role, key in OPTIONS_KEY.items():

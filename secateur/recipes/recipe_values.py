@@ -10,7 +10,7 @@ from secateur.recipes.methods import OPTIONS_KEY
 from secateur.shares import parse_share
 
 #: Numbers that may also be given as text, such as 50%.
-SHARES = ("sparsity", "activation_sparsity", "drop_experts", "expert_skip")
+SHARES = ("sparsity", "activation_sparsity", "drop_experts", "expert_skip", "low_rank")
 
 
 def differing(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ _CALLED = {
     "expert_score": "score of experts",
 }
 # What a part may say about the whole recipe.
-_COMMON = ("format", "dtype", "match_dense", "embeddings", "head")
+_COMMON = ("format", "dtype", "match_dense", "embeddings", "head", "low_rank", "rank", "low_rank_method")
 # What a pruner may say besides.
 _PRUNING = ("reconstruct",)
 _AMOUNTS = ("sparsity", "pattern", "bits")

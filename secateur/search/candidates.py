@@ -65,6 +65,7 @@ def bare(recipe: Recipe) -> Recipe:
         match_dense=False,  # candidates are solved on the dense model's inputs
         refine=None,
         refining={},
+        low_rank_method=None if recipe.low_rank is None and recipe.rank is None else "eora",
     )
     if found.quantization.get("grid") == OPEN:
         found = replace(found, quantization={**found.quantization, "grid": STAND_IN})

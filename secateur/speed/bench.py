@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from secateur import kernels
 from secateur.errors import UsageError
 from secateur.formats.layouts.layout import Layout
-from secateur.kernels import AUTO, BACKENDS, Prepared, check_backend, choose, prepare
-from secateur.kernels.backends import KEPT_TOKENS
+from secateur.kernels import AUTO, Prepared, check_backend, choose, prepare
+from secateur.kernels.backends import KEPT_TOKENS, why_not
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import Packed, map_tensors, nbytes
 from secateur.model.in_memory import open_model
@@ -175,7 +175,7 @@ def _group(
             chosen = choose(weight, backend, device, dtype).name
             if backend == AUTO and chosen == "dense" and fallback is None and device.type in _WANTED:
                 wanted = _WANTED[device.type]
-                fallback = f"backend {wanted!r} cannot be used: {BACKENDS[wanted].why_not(weight, device, dtype)}"
+                fallback = f"backend {wanted!r} cannot be used: {why_not(wanted, weight, device, dtype)}"
             key = _Key(json.dumps(layout.to_config()), weight.shape, chosen)
             group = groups.setdefault(key, _Group())
             group.weights.append(weight)

@@ -135,6 +135,9 @@ def test_bad_wishes_are_refused_before_work(packed, made, tmp_path):
     assert "is not of the same model" in fails(like=make_other(tmp_path))
     secateur.compress(str(made["Q8_0"]), tmp_path / "sparse", secateur.Recipe(prune="magnitude", sparsity=0.5))
     assert f"{Q} is stored without its zeros (layout 'bitmap')" in fails(model=tmp_path / "sparse")
+    beside = secateur.Recipe(quantize="rtn", rank=1, calibration=secateur.Calibration(samples=2, seq_len=16))
+    secateur.compress(str(made["Q8_0"]), tmp_path / "beside", beside)
+    assert f"{Q} has a part of low rank (layout 'low-rank')" in fails(model=tmp_path / "beside")
     secateur.compress(str(made["Q8_0"]), tmp_path / "asym", recipe(bits=8, group_size=32))
     assert "has codes that no type of GGUF holds: give `type`" in fails(model=tmp_path / "asym")
     with pytest.raises(UsageError, match="`type` is for GGUF files"):

@@ -15,7 +15,7 @@ ROOMS = [
     ["folder", "memory"],
     ["kernels"],
     ["formats", "foreign"],
-    ["prune", "quant", "mixture", "offload"],
+    ["prune", "quant", "mixture", "offload", "factorize"],
     ["plugin"],
     ["model"],
     ["structured"],

@@ -25,6 +25,8 @@ RECIPES = {
     "sparse-int": secateur.Recipe(
         prune="magnitude", sparsity=0.5, quantize="rtn", quantization={"bits": 3, "group_size": 4}
     ),
+    "sq": secateur.Recipe(quantize="sq", quantization={"bank": 4, "high_share": 0.25}),
+    "dictionary": secateur.Recipe(factorize="cospadi", factorization={"coefficient_bits": 4}),
     "dense": secateur.Recipe(prune="magnitude", sparsity=0.5, format="dense"),
 }
 

@@ -14,7 +14,7 @@ from secateur.errors import UsageError, did_you_mean
 from secateur.terminal.screen import screen, show
 from secateur.terminal.tables import Column, print_table
 
-_ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize"}
+_ROLE = {"prune": "--prune", "refine": "--refine", "quantize": "--quantize", "factorize": "--factorize"}
 _NEEDS = ("nothing but weights", "square sums of the inputs", "the Gram matrix of the inputs")
 
 

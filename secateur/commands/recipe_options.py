@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.core.options import Option, options_of, types_of
-from secateur.core.registry import ROLES
+from secateur.core.registry import FACTORIZERS, ROLES
 from secateur.errors import UsageError
 from secateur.recipes.built_in import recipe as find_recipe
 from secateur.recipes.methods import OPTIONS_KEY, options_by_name
@@ -21,6 +21,8 @@ from secateur.recipes.recipe import Recipe
 # What stands under no heading of its own comes first in the help.
 _METHODS, _TEXT, _SEARCH, _OUTPUT = None, "Calibration", "Search", "Scope, output and memory"
 _DETAIL = "Pruning"
+# Options of methods that stand in the help all the same.
+_SHOWN = ("size",)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def _recipe_options() -> dict[str, _Given]:
         "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
         "embeddings": _Given(str, "Bits of embeddings: 2 to 8, 16 (none), or q6_k.", _METHODS),
         "head": _Given(str, "Bits of a head that is not tied.", _METHODS),
+        "factorize": _Given(str, f"Factorization: {_names('factorize')}.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
         "pattern": _Given(str, "N:M (N of M stay), unstructured, structured.", _DETAIL),
@@ -111,7 +114,9 @@ def _of_methods() -> Iterator[Parameter]:
         ranges = dict.fromkeys(filter(None, (options_of(method)[name].range for method in methods)))
         values = f" ({next(iter(ranges))})" if len(ranges) == 1 else ""
         help = option.help.removesuffix(".") + f"{values}."
-        yield _parameter(name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=True)
+        yield _parameter(
+            name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=name not in _SHOWN
+        )
 
 
 def parameters() -> list[Parameter]:
@@ -146,15 +151,20 @@ def _options_by_method(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
         takers = options_by_name()[name]
         roles = [role for role in OPTIONS_KEY if getattr(recipe, role) in [method.name for method in takers]]
         if not roles:
-            raise UsageError(f"`{name}` is an option of {', '.join(m.name for m in takers)}: {_instead(recipe)}")
+            raise UsageError(
+                f"`{name}` is an option of {', '.join(m.name for m in takers)}: {_instead(recipe, takers)}"
+            )
         for role in roles:
             found[OPTIONS_KEY[role]][name] = _read(ROLES[role][getattr(recipe, role)], name, value)
     return found
 
 
-def _instead(recipe: Recipe) -> str:
+def _instead(recipe: Recipe, takers: list[Any]) -> str:
     named = [getattr(recipe, role) for role in OPTIONS_KEY if getattr(recipe, role)]
-    return f"{' and '.join(named)} would not heed it, leave it out" if named else "name one by `prune` or `quantize`"
+    if named:
+        return f"{' and '.join(named)} would not heed it, leave it out"
+    factorizers = all(method in FACTORIZERS.values() for method in takers)
+    return f"name one by {'`factorize`' if factorizers else '`prune` or `quantize`'}"
 
 
 def _read(method: Any, name: str, value: Any) -> Any:

@@ -111,11 +111,31 @@ class Quantizer(Protocol):
         ...
 
 
+class Factorizer(Protocol):
+    """Makes weights products of two matrices that are smaller together. Attributes: see `Pruner`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def level(self) -> Level: ...
+
+    def factorize(self, stack: Stack) -> list[Quantized]:
+        """The product, by its factors, for each linear of a stack."""
+        ...
+
+
 PRUNERS: dict[str, type[Pruner] | type[UnitPruner]] = {}
 REFINERS: dict[str, type[Refiner]] = {}
 QUANTIZERS: dict[str, type[Quantizer]] = {}
+FACTORIZERS: dict[str, type[Factorizer]] = {}
 #: By what a recipe calls the part that they play.
-ROLES: dict[str, dict[str, Any]] = {"prune": PRUNERS, "refine": REFINERS, "quantize": QUANTIZERS}
+ROLES: dict[str, dict[str, Any]] = {
+    "prune": PRUNERS,
+    "refine": REFINERS,
+    "quantize": QUANTIZERS,
+    "factorize": FACTORIZERS,
+}
 
 _M = TypeVar("_M", bound=type[Any])
 
@@ -128,8 +148,9 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
     return register
 
 
-#: Register a class as a pruning method, as a refiner of masks, as a quantization method.
+#: Register a class as a pruning method, as a refiner of masks, as a quantization method, as one that factorizes.
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
+factorizer = _register(FACTORIZERS)
 
 
 def import_all(package: str, path: Iterable[str], ending: str = "") -> None:

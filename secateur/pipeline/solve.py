@@ -150,11 +150,11 @@ def _solve(
         pruned = prune(plan, stack)
     if pruned is not None:
         notes += pruned.notes
-    if plan.quantizer is None:
+    quantized = _coded(plan, stack, pruned)
+    if quantized is None:
         assert pruned is not None
         pieces = zip(problems, stack.split(pruned.W_OI), strict=True)
         return (_pruned(plan, problem, W_OI) for problem, W_OI in pieces), notes
-    quantized = plan.quantizer.quantize(stack, pruned)
     notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
     return (_quantized(plan, weight) for weight in quantized), notes
 
@@ -177,10 +177,18 @@ def _solve_each(
 def _weights(plan: Plan, stack: Stack) -> Tensor:
     """What a plan makes of a stack, dense, `[O, I]`."""
     pruned = prune(plan, stack)
-    if plan.quantizer is None:
+    quantized = _coded(plan, stack, pruned)
+    if quantized is None:
         assert pruned is not None
         return pruned.W_OI
-    return torch.cat([weight.dequantize().float() for weight in plan.quantizer.quantize(stack, pruned)])
+    return torch.cat([weight.dequantize().float() for weight in quantized])
+
+
+def _coded(plan: Plan, stack: Stack, pruned: Pruned | None) -> list[Quantized] | None:
+    """The linears of a stack in codes, or as products; None where they are pruned alone."""
+    if plan.factorizer is not None:
+        return plan.factorizer.factorize(stack)
+    return None if plan.quantizer is None else plan.quantizer.quantize(stack, pruned)
 
 
 def stacked(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> Stack:

@@ -7,8 +7,9 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import secateur.factorize
 import secateur.prune
-import secateur.quant  # noqa: F401 - both register what is in them
+import secateur.quant  # noqa: F401 - they register what is in them
 from secateur.core.options import options_of, types_of
 from secateur.core.registry import ROLES, import_others
 from secateur.errors import UsageError, did_you_mean
@@ -17,8 +18,13 @@ from secateur.shares import parse_share
 #: Entry points of this group are modules of other packages, which register methods as ours do.
 GROUP = "secateur.methods"
 #: What a recipe calls the options of the method of each role; and that method in words.
-OPTIONS_KEY = {"prune": "pruning", "refine": "refining", "quantize": "quantization"}
-_WORDS = {"prune": "pruning method", "refine": "refiner", "quantize": "quantization method"}
+OPTIONS_KEY = {"prune": "pruning", "refine": "refining", "quantize": "quantization", "factorize": "factorization"}
+_WORDS = {
+    "prune": "pruning method",
+    "refine": "refiner",
+    "quantize": "quantization method",
+    "factorize": "factorization method",
+}
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 

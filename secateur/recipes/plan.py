@@ -13,7 +13,16 @@ from secateur.core.damping import is_open, with_damping
 from secateur.core.options import given_options
 from secateur.core.patterns import NM, Pattern, Structured, Unstructured, parse_pattern
 from secateur.core.quantized import BITS
-from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, UnitPruner
+from secateur.core.registry import (
+    FACTORIZERS,
+    PRUNERS,
+    QUANTIZERS,
+    Factorizer,
+    Pruner,
+    Quantizer,
+    Refiner,
+    UnitPruner,
+)
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
 from secateur.formats.layouts.bitmap import Bitmap
@@ -21,6 +30,7 @@ from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.built_in import TO_BEGIN_WITH
+from secateur.recipes.factorizing import factorizer_of
 from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
 from secateur.recipes.methods import find, make
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
@@ -66,7 +76,8 @@ class Plan:
     """A recipe, checked and resolved against what this version knows.
 
     Attributes:
-        pruning, quantizer: at least one of them.
+        pruning, quantizer: at least one of them, or
+        factorizer: alone.
         layout: of pruned weights that are not quantized; None writes them dense.
         dense: write quantized weights dense.
         dtype: of the weights written; None keeps the source's.
@@ -82,15 +93,17 @@ class Plan:
     dtype: torch.dtype | None
     tables: tuple[tuple[str, int | str], ...] = ()
     match_dense: bool = False
+    factorizer: Factorizer | None = None
 
     @property
     def of_linears(self) -> bool:
         """Whether anything becomes of linears."""
-        return self.pruning is not None or self.quantizer is not None
+        return self.pruning is not None or self.quantizer is not None or self.factorizer is not None
 
     @property
     def level(self) -> Level:
-        return max((part.level for part in (self.pruning, self.quantizer) if part is not None), default=Level.NONE)
+        parts = (self.pruning, self.quantizer, self.factorizer)
+        return max((part.level for part in parts if part is not None), default=Level.NONE)
 
     def of(self, choice: Choice | None) -> Plan:
         """The plan for a linear for which something was chosen, other than to leave it alone; None: for one like all."""
@@ -112,6 +125,7 @@ class Plan:
             "pruning": self.pruning.pruner if self.pruning is not None else None,
             "refining": self.pruning.refiner if self.pruning is not None else None,
             "quantization": self.quantizer,
+            "factorization": self.factorizer,
         }
         return {key: given_options(method) for key, method in methods.items() if method is not None}
 
@@ -124,14 +138,17 @@ class Plan:
     def chooses_damping(self) -> bool:
         """Whether a method leaves its damping to be chosen, as `reconstruct` always does."""
         pruning = self.pruning
-        return is_open(self.quantizer) or (pruning is not None and (pruning.reconstruct or is_open(pruning.pruner)))
+        if is_open(self.quantizer) or is_open(self.factorizer):
+            return True
+        return pruning is not None and (pruning.reconstruct or is_open(pruning.pruner))
 
     def with_damping(self, damping: float) -> Plan:
         """The plan with a damping for the methods that leave it open."""
         pruning = self.pruning
         if pruning is not None:
             pruning = dataclasses.replace(pruning, pruner=with_damping(pruning.pruner, damping), damping=damping)
-        return dataclasses.replace(self, pruning=pruning, quantizer=with_damping(self.quantizer, damping))
+        coders = {name: with_damping(getattr(self, name), damping) for name in ("quantizer", "factorizer")}
+        return dataclasses.replace(self, pruning=pruning, **coders)
 
     @property
     def matrices(self) -> int:
@@ -162,20 +179,24 @@ def plan(recipe: Recipe) -> Plan:
         UsageError: a name is unknown (the nearest one is offered), or options contradict each other.
     """
     _check_choices(recipe)
+    factorizer = factorizer_of(recipe)
     recipe = placeholder(recipe)
     tables = _tables(recipe)
-    if not recipe.prune and recipe.quantize is None and not tables:
+    if not recipe.prune and recipe.quantize is None and factorizer is None and not tables:
         raise UsageError(
-            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
+            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}, "
+            f"`factorize` {', '.join(sorted(FACTORIZERS))}; "
             f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
         )
     pruning = _pruning(recipe)
     quantizer = _quantizer(recipe)
     if tables and recipe.linears and all(choice == Choice() for choice in recipe.linears.values()):
-        pruning = quantizer = None  # as a search may have found
+        pruning = quantizer = factorizer = None  # as a search may have found
     unpruned = getattr(quantizer, "unpruned", None)
     if pruning is not None and unpruned:
         raise UsageError(f"`quantize` {recipe.quantize} does not go with `prune`: {unpruned}")
+    if quantizer is not None and not quantizer.all_bits and (has_target(recipe) or recipe.allocation == "search"):
+        raise UsageError(f"`quantize` {recipe.quantize} has no `bits` for a search to choose: give another method")
     if getattr(quantizer, "grid", None) == OPEN:
         if not has_target(recipe) and not recipe.linears:
             raise UsageError(UNDECIDED)
@@ -193,12 +214,19 @@ def plan(recipe: Recipe) -> Plan:
         raise UsageError("`format` nm needs a `pattern` N:M: an unstructured mask fits bitmap or dense")
     dtype = None if recipe.dtype == "auto" else DTYPES[_known("dtype", recipe.dtype, ["auto", *DTYPES])]
     found = Plan(
-        pruning, quantizer, layouts[recipe.format], recipe.format == "dense", dtype, tables, recipe.match_dense
+        pruning,
+        quantizer,
+        layouts[recipe.format],
+        recipe.format == "dense",
+        dtype,
+        tables,
+        recipe.match_dense,
+        factorizer,
     )
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name
-            for table in (PRUNERS, QUANTIZERS)
+            for table in (PRUNERS, QUANTIZERS, FACTORIZERS)
             for name, method in table.items()
             if getattr(method, "level", None) == Level.GRAM
         )

@@ -3,16 +3,17 @@
     recipes = item { "," item }
     item    = part { "+" part } | built-in | file
     part    = method [ ":" amount ] [ "(" option "=" value { "," option "=" value } ")" ]
-    method  = a pruner, a quantizer, or behind a pruner a refiner; one of each at most
+    method  = a pruner, a quantizer, or behind a pruner a refiner; one of each at most; or a method that factorizes, alone
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
+            | share | share ".." share [ "/" share ]                       of a method that factorizes: size
     share   = digits with a point or without [ "%" ]
     option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
     value   = number [ "%" ] | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 
-White space may stand between any two of these. A pruner needs an amount, a quantizer has a default, and a refiner has none. A
-range stands for several recipes, and two ranges in an item for every pair.
+White space may stand between any two of these. A pruner needs an amount, a quantizer or factorization has a default, and a
+refiner has none. A range stands for several recipes, and two ranges in an item for every pair.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from secateur.core.options import options_of
 from secateur.core.patterns import Unstructured, parse_pattern
 from secateur.core.quantized import BITS
-from secateur.core.registry import PRUNERS, QUANTIZERS, REFINERS, ROLES
+from secateur.core.registry import FACTORIZERS, PRUNERS, QUANTIZERS, REFINERS, ROLES
 from secateur.errors import UsageError, did_you_mean
 from secateur.recipes.built_in import NAMES, SUFFIXES, built_in
 from secateur.recipes.methods import make
@@ -37,12 +38,12 @@ from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.shares import exact_share
 
-_CALLED = {"prune": "pruner", "refine": "refiner", "quantize": "quantizer"}
+_CALLED = {"prune": "pruner", "refine": "refiner", "quantize": "quantizer", "factorize": "factorization"}
 # What a part may say about the whole recipe.
 _COMMON = ("format", "dtype", "match_dense", "embeddings", "head")
 # What a pruner may say besides.
 _PRUNING = ("reconstruct",)
-_AMOUNTS = ("sparsity", "pattern", "bits")
+_AMOUNTS = ("sparsity", "pattern", "bits", "size")
 
 _FILE = re.compile(rf"[^,()=\n]*(?:{'|'.join(map(re.escape, SUFFIXES))})(?=\s*(?:,|\Z))")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -180,7 +181,7 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
         if role is None:
             if method in NAMES:
                 raise reader.wrong(at, f"the built-in recipe {method!r} stands alone: '+' joins methods")
-            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *([] if choices else NAMES)]
+            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *FACTORIZERS, *([] if choices else NAMES)]
             raise reader.wrong(at, f"{method!r} is not known: {did_you_mean(method, known)}")
         if role in choices:
             raise reader.wrong(at, f"{method!r} is a second {_CALLED[role]}: a recipe has one at most")
@@ -196,6 +197,10 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
             if reader.peek(":"):
                 raise reader.wrong(reader.at, f"{method!r} has no amount")
             choices[role] = [{"refine": method, "refining": _options(reader, method, role, common)}]
+        elif role == "factorize":
+            sizes = _sizes(reader, method)
+            options = _options(reader, method, role, common)
+            choices[role] = [{"factorize": method, "factorization": {**size, **options}} for size in sizes]
         else:
             bits = _bits(reader, method)
             options = _options(reader, method, role, common)
@@ -220,13 +225,28 @@ def _pruned(reader: _Reader, method: str) -> list[dict[str, Any]]:
         _, second = reader.need(_DECIMAL, "M of a pattern N:M")
         with reader.pointing(at):
             return [{"pattern": str(parse_pattern(f"{first}:{second}", None))}]
-    shares = [_fraction(reader, at, first)]
+    shares = _shares(reader, at, first)
+    with reader.pointing(at):
+        return [{"sparsity": Unstructured(float(share)).sparsity} for share in shares]
+
+
+def _sizes(reader: _Reader, method: str) -> list[dict[str, Any]]:
+    """The options `size` behind the name of a method that factorizes; of one that has no amount: none."""
+    if not reader.take(":"):
+        return [{}]
+    at, first = _share(reader)
+    shares = _shares(reader, at, first, "size")
+    return [_option(reader, at, "factorize", method, "size", float(share)) for share in shares]
+
+
+def _shares(reader: _Reader, at: int, first: str, what: str = "sparsity") -> list[Fraction]:
+    """A share, the first of which was read already, or those of a range."""
+    shares = [_fraction(reader, at, first, what)]
     if reader.take(".."):
         to, last = _share(reader)
         by, step = _share(reader) if reader.take("/") else (to, _STEP)
         shares = _range(reader, at, first, to, last, by, step)
-    with reader.pointing(at):
-        return [{"sparsity": Unstructured(float(share)).sparsity} for share in shares]
+    return shares
 
 
 def _share(reader: _Reader) -> tuple[int, str]:
@@ -234,9 +254,9 @@ def _share(reader: _Reader) -> tuple[int, str]:
     return at, digits + reader.take("%")
 
 
-def _fraction(reader: _Reader, at: int, share: str) -> Fraction:
+def _fraction(reader: _Reader, at: int, share: str, what: str = "sparsity") -> Fraction:
     with reader.pointing(at):
-        return exact_share(share, "sparsity")
+        return exact_share(share, what)
 
 
 def _range(reader: _Reader, at: int, first: str, to: int, last: str, by: int, step: str) -> list[Fraction]:
@@ -357,6 +377,11 @@ def _name(recipe: Recipe) -> str:
         options = dict(recipe.quantization)
         bits = options.pop("bits", None)
         parts.append(f"{recipe.quantize}{'' if bits is None else f':{bits}'}{_in_brackets({**options, **common})}")
+    if recipe.factorize is not None:
+        options = dict(recipe.factorization)
+        size = options.pop("size", None)
+        amount = "" if size is None else f":{Decimal(repr(size)).normalize():f}"
+        parts.append(f"{recipe.factorize}{amount}{_in_brackets({**options, **common})}")
     return "+".join(parts)
 
 

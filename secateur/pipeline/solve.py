@@ -181,7 +181,7 @@ def _weights(plan: Plan, stack: Stack) -> Tensor:
     if quantized is None:
         assert pruned is not None
         return pruned.W_OI
-    return torch.cat([weight.dequantize().float() for weight in quantized])
+    return torch.cat([weight.dequantize().float() for weight in quantized]).to(stack.W_OI.device)
 
 
 def _coded(plan: Plan, stack: Stack, pruned: Pruned | None) -> list[Quantized] | None:
@@ -290,7 +290,8 @@ def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats
         parts = layout.pack(result.packable)
         told = layout.describe(parts)
         entry = {**layout.to_config(), **({"transposed": True} if problem.transposed else {})}
-    error, kind = relative_error(dense_OI, W_OI.float(), stats)
+    # Factors are packed as they are made, on the CPU.
+    error, kind = relative_error(dense_OI, W_OI.to(dense_OI.device).float(), stats)
     report = LinearReport(
         name=problem.name,
         shape=(W_OI.shape[0], W_OI.shape[1]),

@@ -263,6 +263,10 @@ def _check_choices(recipe: Recipe) -> None:
             raise UsageError(f"bits are chosen for {name}, but no method is given: `quantize` is missing")
         if choice.quantize is not None:
             _check_method(name, choice)
+        elif choice.bits is not None and not find("quantize", recipe.quantize or "").all_bits:
+            raise UsageError(
+                f"bits are chosen for {name}, and `quantize` {recipe.quantize} has no `bits`: leave them out"
+            )
     for grid in dict.fromkeys(choice.grid for choice in recipe.linears.values() if choice.grid is not None):
         make("quantize", recipe.quantize or "", {**recipe.quantization, "grid": grid})
         if grid == OPEN:

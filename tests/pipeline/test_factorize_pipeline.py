@@ -90,6 +90,9 @@ def test_the_command_line(says, model_of, text_file, tmp_path):
     text = ["--calibration", text_file, "--samples", 8, "--seq-len", 24]
     code, _, err = says("compress", model_of("llama", dtype=BF16), tmp_path / "out", *words, *text)
     assert code == 0, err
+    code, out, err = says("plan", model_of("llama", dtype=BF16), *words, *text)
+    assert code == 0, err
+    assert "dictionary" in out + err or "bits" in out + err
     recipe = json.loads((tmp_path / "out" / "secateur.json").read_text())["recipe"]
     assert recipe["factorize"] == "cospadi"
     assert recipe["factorization"]["size"] == 0.6

@@ -19,7 +19,7 @@ from secateur.kernels.backends import linear, prepare
 from secateur.quant.gptq import GPTQ
 from secateur.quant.sq_format import SQFormat, emulated_inputs, static_order
 from secateur.recipes.plan import plan
-from secateur.recipes.recipe import Recipe
+from secateur.recipes.recipe import Choice, Recipe
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -144,6 +144,8 @@ def test_options_that_make_no_sense():
         SQFormat(bank=512)
     with pytest.raises(UsageError, match="`quantize` sq does not go with `prune`"):
         plan(Recipe(quantize="sq", prune="wanda", sparsity=0.5))
+    with pytest.raises(UsageError, match="bits are chosen for x, and `quantize` sq has no `bits`"):
+        plan(Recipe(quantize="sq", linears={"x": Choice(bits=4)}))
     with pytest.raises(UsageError, match="`quantize` sq has no `bits` for a search"):
         plan(Recipe(quantize="sq", target_size="0.4x"))
 

@@ -28,12 +28,14 @@ from benchmarks.random_packed import (
     BF16,
     bitmap,
     codebook,
+    dictionary,
     low_rank,
     packed_int,
     sparse_int,
     spqr,
     trellis,
     two_of_four,
+    two_precisions,
 )
 from secateur import kernels
 from secateur.kernels.cpu import cpu_backend
@@ -69,6 +71,10 @@ CASES: dict[str, tuple[Callable[[int, int], Packed], torch.dtype]] = {
     "trellis 2 bits": (partial(trellis, bits=2), BF16),
     "trellis 3 bits": (partial(trellis, bits=3), BF16),
     "trellis 4 bits": (partial(trellis, bits=4), BF16),
+    "dictionary, 0.7 of 16 bits": (partial(dictionary, size=0.7), BF16),
+    "bitmap of as many bytes as a dictionary": (partial(bitmap, density=0.6375), BF16),
+    "sq 8 and 4 bits, 2 of 64 high": (partial(two_precisions, bits=(8, 4), bank=64, high=2), BF16),
+    "sq 8 and 4 bits, 8 of 64 high": (partial(two_precisions, bits=(8, 4), bank=64, high=8), BF16),
     "sparse-int 50 %, 4 bits": (partial(sparse_int, density=0.5, bits=4, group_size=64), BF16),
 }
 

@@ -19,10 +19,12 @@ from secateur.formats.layouts.packed_int import UniformGrid
 from secateur.formats.layouts.two_level_int import TwoLevelGrid
 from secateur.kernels.bits import bytes_of
 from secateur.kernels.column_weight import CodedColumns, DenseColumns, SparseColumns
-from secateur.kernels.expand import compress_bitmap, count_rows
+from secateur.kernels.expand import compress_bitmap, count_rows, pack_mask
+from secateur.kernels.factored_weight import FactoredWeight, full
 from secateur.kernels.low_rank_weight import LowRankWeight
 from secateur.kernels.packed import CodedWeight, Grid, Packed, SparseRows, SparseWeight, padded
 from secateur.kernels.trellis_weight import TrellisWeight
+from secateur.kernels.two_precisions_weight import TwoPrecisionsWeight
 from secateur.solvers.hadamard import block_of
 from secateur.solvers.trellis import STATE_BITS, ring_of
 
@@ -110,6 +112,29 @@ def columns_int(O: int, I: int, bits: int, group_size: int, symmetric: bool = Fa
     codes, scale = padded(_codes(I * bytes_of(O, bits), 8)), padded((torch.rand(groups) + 0.5).to(FP16))
     zero = None if symmetric else padded(_codes(groups, bits))
     return CodedColumns((O, I), BF16, bits, group_size, codes, scale, zero)
+
+
+def dictionary(O: int, I: int, size: float, ratio: float = 2) -> FactoredWeight:
+    """As many atoms as make the weight so large, of which each output uses some: 16 bits a number, and a mask."""
+    atoms = int(size * 16 * O * I / (16 * I + 16 * O / ratio + O))
+    keep_OK = torch.rand(O, atoms).argsort(1) < int(atoms / ratio)
+    values, bitmask_OB = compress_bitmap(torch.randn(O, atoms).masked_fill_(~keep_OK, 0).to(BF16))
+    coefficients = SparseWeight((O, atoms), padded(values), bitmask_OB, _starts(count_rows(bitmask_OB, atoms)))
+    return FactoredWeight((O, I), BF16, full(torch.randn(atoms, I).to(BF16)), coefficients)
+
+
+def two_precisions(O: int, I: int, bits: tuple[int, int], bank: int, high: int) -> TwoPrecisionsWeight:
+    """In each bank so many weights in high bits, all others in low bits."""
+    mask_OI = torch.rand(O, I // bank, bank).argsort(2).view(O, I) < high
+    low = _coded(O, I, bits[1], _uniform(O * I // bank, bits[1], bank, True))
+    count = I // bank * high
+    start_O1 = torch.arange(O + 1) * bytes_of(count, bits[0])
+    fine = CodedWeight(
+        *((O, I), BF16, bits[0], padded(_codes(int(start_O1[-1]), 8)), start_O1),
+        *(torch.full((O,), count, dtype=torch.int32), torch.arange(O + 1), _uniform(O, bits[0], I, True)),
+        pack_mask(mask_OI),
+    )
+    return TwoPrecisionsWeight((O, I), low, fine)
 
 
 def trellis(O: int, I: int, bits: int, state_bits: int = STATE_BITS, block: int = 128) -> TrellisWeight:

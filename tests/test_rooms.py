@@ -15,7 +15,7 @@ ROOMS = [
     ["folder", "memory"],
     ["kernels"],
     ["formats", "foreign"],
-    ["prune", "quant", "lowrank", "gates", "experts", "mixture", "offload"],
+    ["prune", "quant", "factorize", "lowrank", "gates", "experts", "mixture", "offload"],
     ["plugin"],
     ["model"],
     ["structured"],

@@ -26,6 +26,8 @@ RECIPES = {
         prune="magnitude", sparsity=0.5, quantize="rtn", quantization={"bits": 3, "group_size": 4}
     ),
     "low-rank": secateur.Recipe(quantize="rtn", quantization={"bits": 3, "group_size": 4}, rank=1),
+    "sq": secateur.Recipe(quantize="sq", quantization={"bank": 4, "high_share": 0.25}),
+    "dictionary": secateur.Recipe(factorize="cospadi", factorization={"coefficient_bits": 4}),
     "dense": secateur.Recipe(prune="magnitude", sparsity=0.5, format="dense"),
 }
 

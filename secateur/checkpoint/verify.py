@@ -263,7 +263,7 @@ def _number(value: Any) -> float:
 
 def _quantized(manifest: Mapping[str, Any]) -> bool:
     recipe = manifest.get("recipe")
-    return not isinstance(recipe, dict) or bool(recipe.get("quantize"))
+    return not isinstance(recipe, dict) or bool(recipe.get("quantize") or recipe.get("factorize"))
 
 
 def _ignored(model: nn.Module, name: str) -> bool:

@@ -21,6 +21,10 @@ from secateur.recipes.recipe import Recipe
 # What stands under no heading of its own comes first in the help.
 _METHODS, _TEXT, _SEARCH, _OUTPUT = None, "Calibration", "Search", "Scope, output and memory"
 _DETAIL = "Pruning"
+# Parts that are played by methods whose options no others have.
+_ALONE = ("factorize", "activations", "expert_score")
+# Options of methods that stand in the help all the same.
+_SHOWN = ("size",)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def _recipe_options() -> dict[str, _Given]:
         "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
         "embeddings": _Given(str, "Bits of embeddings: 2 to 8, 16 (none), or q6_k.", _METHODS),
         "head": _Given(str, "Bits of a head that is not tied.", _METHODS),
+        "factorize": _Given(str, f"Factorization: {_names('factorize')}.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
         "activations": _Given(str, f"Weights read for a token by its inputs: {_names('activations')}.", _METHODS),
@@ -124,7 +129,9 @@ def _of_methods() -> Iterator[Parameter]:
         ranges = dict.fromkeys(filter(None, (options_of(method)[name].range for method in methods)))
         values = f" ({next(iter(ranges))})" if len(ranges) == 1 else ""
         help = option.help.removesuffix(".") + f"{values}."
-        yield _parameter(name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=True)
+        yield _parameter(
+            name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=name not in _SHOWN
+        )
 
 
 def parameters() -> list[Parameter]:
@@ -161,19 +168,20 @@ def _options_by_method(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
         takers = options_by_name()[name]
         roles = [role for role in OPTIONS_KEY if getattr(recipe, role) in [method.name for method in takers]]
         if not roles:
-            raise UsageError(f"`{name}` is an option of {', '.join(m.name for m in takers)}: {_instead(recipe)}")
+            raise UsageError(
+                f"`{name}` is an option of {', '.join(m.name for m in takers)}: {_instead(recipe, takers)}"
+            )
         for role in roles:
             found[OPTIONS_KEY[role]][name] = _read(ROLES[role][getattr(recipe, role)], name, value)
     return found
 
 
-def _instead(recipe: Recipe) -> str:
+def _instead(recipe: Recipe, takers: list[Any]) -> str:
     named = [getattr(recipe, role) for role in OPTIONS_KEY if getattr(recipe, role)]
-    return (
-        f"{' and '.join(named)} would not heed it, leave it out"
-        if named
-        else "name one by `prune`, `quantize` or `expert_score`"
-    )
+    if named:
+        return f"{' and '.join(named)} would not heed it, leave it out"
+    alone = [role for role in _ALONE if all(method in ROLES[role].values() for method in takers)]
+    return f"name one by {f'`{alone[0]}`' if alone else '`prune` or `quantize`'}"
 
 
 def _read(method: Any, name: str, value: Any) -> Any:

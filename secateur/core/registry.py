@@ -111,6 +111,20 @@ class Quantizer(Protocol):
         ...
 
 
+class Factorizer(Protocol):
+    """Makes weights products of two matrices that are smaller together. Attributes: see `Pruner`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def level(self) -> Level: ...
+
+    def factorize(self, stack: Stack) -> list[Quantized]:
+        """The product, by its factors, for each linear of a stack."""
+        ...
+
+
 class LowRanker(Protocol):
     """Splits a part of low rank off weights before what is left of them is compressed. Attributes: see `Pruner`.
 
@@ -172,6 +186,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {}
 SPARSIFIERS: dict[str, type[Sparsifier]] = {}
 EXPERT_SCORES: dict[str, type[ExpertScore]] = {}
 LOW_RANKERS: dict[str, type[LowRanker]] = {}
+FACTORIZERS: dict[str, type[Factorizer]] = {}
 #: By what a recipe calls the part that they play.
 ROLES: dict[str, dict[str, Any]] = {
     "prune": PRUNERS,
@@ -179,6 +194,7 @@ ROLES: dict[str, dict[str, Any]] = {
     "quantize": QUANTIZERS,
     "activations": SPARSIFIERS,
     "expert_score": EXPERT_SCORES,
+    "factorize": FACTORIZERS,
 }
 
 _M = TypeVar("_M", bound=type[Any])
@@ -195,6 +211,7 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
 #: Register a class as a pruning method, as a refiner of masks, as a quantization method, and so on: see `ROLES`.
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
 sparsifier, expert_score, low_ranker = _register(SPARSIFIERS), _register(EXPERT_SCORES), _register(LOW_RANKERS)
+factorizer = _register(FACTORIZERS)
 
 
 def import_all(package: str, path: Iterable[str], ending: str = "") -> None:

@@ -55,6 +55,11 @@ class Packed(ABC):
         """What those kernels take between inputs and bias."""
         return ()
 
+    def compiled(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The same as `linear` by the compiled kernels for the CPU, which must be loaded."""
+        found: Tensor = getattr(torch.ops.secateur, f"{self.kernels}_linear")(x_TI, *self.operands(), bias_O)
+        return found
+
     @property
     def bare(self) -> Packed:
         """The weight without what is computed beside it: what a backend is chosen by."""

@@ -170,10 +170,10 @@ def _solve_alone(
         pruned = prune(plan, stack)
     if pruned is not None:
         notes += pruned.notes
-    if plan.quantizer is None:
+    quantized = _coded(plan, stack, pruned)
+    if quantized is None:
         pieces = zip(problems, stack.split(stack.W_OI if pruned is None else pruned.W_OI), strict=True)
         return (_pruned(plan, problem, W_OI) for problem, W_OI in pieces), notes
-    quantized = plan.quantizer.quantize(stack, pruned)
     notes += (note for note in quantized[0].notes if note not in notes)  # both may find the same
     return (_quantized(plan, problem, weight) for problem, weight in zip(problems, quantized, strict=True)), notes
 
@@ -196,10 +196,18 @@ def _solve_each(
 def _weights(plan: Plan, stack: Stack) -> Tensor:
     """What a plan makes of a stack, dense, `[O, I]`."""
     pruned = prune(plan, stack)
-    if plan.quantizer is None:
+    quantized = _coded(plan, stack, pruned)
+    if quantized is None:
         assert pruned is not None
         return pruned.W_OI
-    return torch.cat([weight.dequantize().float() for weight in plan.quantizer.quantize(stack, pruned)])
+    return torch.cat([weight.dequantize().float() for weight in quantized]).to(stack.W_OI.device)
+
+
+def _coded(plan: Plan, stack: Stack, pruned: Pruned | None) -> list[Quantized] | None:
+    """The linears of a stack in codes, or as products; None where they are pruned alone."""
+    if plan.factorizer is not None:
+        return plan.factorizer.factorize(stack)
+    return None if plan.quantizer is None else plan.quantizer.quantize(stack, pruned)
 
 
 def stacked(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> Stack:
@@ -323,7 +331,8 @@ def _pack(problem: Problem, dense_OI: Tensor, result: _Result, stats: InputStats
         parts = layout.pack(result.packable)
         told = layout.describe(parts)
         entry = {**layout.to_config(), **({"transposed": True} if problem.transposed else {})}
-    error, kind = relative_error(dense_OI, W_OI.float(), stats)
+    # Factors are packed as they are made, on the CPU.
+    error, kind = relative_error(dense_OI, W_OI.to(dense_OI.device).float(), stats)
     report = LinearReport(
         name=problem.name,
         shape=(W_OI.shape[0], W_OI.shape[1]),

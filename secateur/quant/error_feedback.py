@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Outliers, Quantized
 from secateur.core.stack import Stack
+from secateur.quant.bank_grid import BankGrid
 from secateur.quant.block_grid import BlockGrid
 from secateur.quant.grid import Fitted, Grid, inverse
 from secateur.quant.groups import fit_groups, stored_rows
@@ -24,11 +25,12 @@ from secateur.solvers.column_sweep import sweep
 
 def carry_error(
     stack: Stack,
-    grid: Grid | TwoLevelGrid | BlockGrid,
+    grid: Grid | TwoLevelGrid | BlockGrid | BankGrid,
     order: str,
     damping: float,
     pruned: Pruned | None,
     threshold: float | None = None,
+    stored_I: Tensor | None = None,
 ) -> list[Quantized]:
     """Round stacked linears on a grid, column by column, the columns still to come making up for the error.
 
@@ -41,18 +43,20 @@ def carry_error(
             kept weights end in another column in every row: with a mask all grids are fitted before.
         damping: λ of `inverse_cholesky`.
         threshold: of SpQR's outliers, relative to each linear; None for no outliers.
+        stored_I: with order `activation`, the input of each column as it is stored, where that is an order of its own.
 
     Raises:
         ValueError: the statistics are not finite.
     """
     W_OI, falling_I = stack.W_OI, stack.falling_I
     keep_OI, guide_OI = (None, W_OI) if pruned is None else (pruned.keep_OI, pruned.W_OI)
-    order_I = None
-    if order == "permuted":
-        order_I = falling_I
+    order_I = falling_I if order == "permuted" else stored_I
+    if order_I is not None:
         W_OI, guide_OI = W_OI[:, order_I], guide_OI[:, order_I]
         keep_OI = None if keep_OI is None else keep_OI[:, order_I]
-    swept_I = falling_I if order == "activation" else torch.arange(stack.features, device=W_OI.device)
+    swept_I = torch.arange(stack.features, device=W_OI.device)
+    if order == "activation":
+        swept_I = falling_I if stored_I is None else stored_I.argsort()[falling_I]
     U_II, used = stack.inverse(damping, falling=order != "natural")
     pivot_I = torch.empty_like(U_II[0]).index_copy_(0, swept_I, U_II.diagonal())
 
@@ -97,7 +101,7 @@ class _Rounding:
 
     def __init__(
         self,
-        grid: Grid | TwoLevelGrid | BlockGrid,
+        grid: Grid | TwoLevelGrid | BlockGrid | BankGrid,
         swept: list[int],
         pivot_I: Tensor,
         keep_OI: Tensor | None,

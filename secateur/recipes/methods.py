@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import secateur.experts
+import secateur.factorize
 import secateur.gates
 import secateur.lowrank
 import secateur.prune
@@ -26,6 +27,7 @@ OPTIONS_KEY = {
     "quantize": "quantization",
     "activations": "gating",
     "expert_score": "scoring",
+    "factorize": "factorization",
 }
 _WORDS = {
     "prune": "pruning method",
@@ -33,6 +35,7 @@ _WORDS = {
     "quantize": "quantization method",
     "activations": "method of activation sparsity",
     "expert_score": "score of experts",
+    "factorize": "factorization method",
 }
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,16 @@ import torch
 
 from secateur.core.damping import is_open, with_damping
 from secateur.core.options import given_options
-from secateur.core.patterns import NM, Pattern, Structured, Unstructured, parse_pattern
+from secateur.core.patterns import NM, Structured, Unstructured
 from secateur.core.quantized import BITS
-from secateur.core.registry import PRUNERS, QUANTIZERS, Pruner, Quantizer, Refiner, Sparsifier, UnitPruner
+from secateur.core.registry import (
+    FACTORIZERS,
+    PRUNERS,
+    QUANTIZERS,
+    Factorizer,
+    Quantizer,
+    Sparsifier,
+)
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
 from secateur.experts.skipping import check_share
@@ -24,45 +31,16 @@ from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.activation_plan import check_by_inputs, sparsifier_of, unread_of
 from secateur.recipes.built_in import TO_BEGIN_WITH
 from secateur.recipes.dropping import expert_score_of
-from secateur.recipes.goals import PER_LAYER, WIDTHS, has_target, placeholder, units_of
+from secateur.recipes.factorizing import factorizer_of
+from secateur.recipes.goals import has_target, placeholder
 from secateur.recipes.low_rank_part import LowRankPart, low_rank_part
 from secateur.recipes.methods import find, make
+from secateur.recipes.pruning_plan import STRUCTURED, Pruning, need_method, pruning_of
 from secateur.recipes.recipe import TABLES, UNTOUCHED, Choice, Recipe
-from secateur.solvers.inverse_cholesky import DAMPING
 
-#: The pattern of whole units.
-STRUCTURED = "structured"
 _SPARSE_FORMATS = ("bitmap", "nm")
 # Options of a quantizer that are chosen for a linear.
 _NAMED = ("bits", "grid")
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What removes weights, and which sets of them may be left.
-
-    Attributes:
-        damping: of `reconstruct`, which is chosen for each linear before it is solved.
-    """
-
-    pruner: Pruner | UnitPruner
-    refiner: Refiner | None
-    pattern: Pattern | Structured
-    reconstruct: bool = False
-    damping: float = DAMPING
-
-    @property
-    def level(self) -> Level:
-        if self.refits:
-            return Level.GRAM
-        if self.reconstruct:
-            return Level.GRAM
-        return max(self.pruner.level, self.refiner.level if self.refiner else Level.NONE)
-
-    @property
-    def refits(self) -> bool:
-        """Whether the units that stay are refitted."""
-        return isinstance(self.pattern, Structured) and self.pattern.refit
 
 
 @dataclass(frozen=True)
@@ -70,7 +48,8 @@ class Plan:
     """A recipe, checked and resolved against what this version knows.
 
     Attributes:
-        pruning, quantizer: at least one of them.
+        pruning, quantizer: at least one of them, or
+        factorizer: alone.
         layout: of pruned weights that are not quantized; None writes them dense.
         dense: write quantized weights dense.
         dtype: of the weights written; None keeps the source's.
@@ -97,6 +76,7 @@ class Plan:
     expert_score: Any = None
     expert_skip: float | None = None
     low_rank: LowRankPart | None = None
+    factorizer: Factorizer | None = None
 
     @property
     def of_linears(self) -> bool:
@@ -106,12 +86,12 @@ class Plan:
     @property
     def changes_weights(self) -> bool:
         """Whether weights of linears become others."""
-        return self.pruning is not None or self.quantizer is not None
+        return any(part is not None for part in (self.pruning, self.quantizer, self.factorizer))
 
     @property
     def level(self) -> Level:
         least = Level.NONE if self.sparsifier is None else Level.MOMENTS
-        parts = (self.pruning, self.quantizer, self.low_rank)
+        parts = (self.pruning, self.quantizer, self.low_rank, self.factorizer)
         return max([least, *(part.level for part in parts if part is not None)])
 
     def of(self, choice: Choice | None) -> Plan:
@@ -138,6 +118,7 @@ class Plan:
             "quantization": self.quantizer,
             "gating": self.sparsifier,
             "scoring": self.expert_score,
+            "factorization": self.factorizer,
         }
         found: dict[str, Any] = {key: given_options(method) for key, method in methods.items() if method is not None}
         return found if self.sparsifier is None else {**found, "activation_sparsity": self.unread}
@@ -151,14 +132,17 @@ class Plan:
     def chooses_damping(self) -> bool:
         """Whether a method leaves its damping to be chosen, as `reconstruct` always does."""
         pruning = self.pruning
-        return is_open(self.quantizer) or (pruning is not None and (pruning.reconstruct or is_open(pruning.pruner)))
+        if is_open(self.quantizer) or is_open(self.factorizer):
+            return True
+        return pruning is not None and (pruning.reconstruct or is_open(pruning.pruner))
 
     def with_damping(self, damping: float) -> Plan:
         """The plan with a damping for the methods that leave it open."""
         pruning = self.pruning
         if pruning is not None:
             pruning = dataclasses.replace(pruning, pruner=with_damping(pruning.pruner, damping), damping=damping)
-        return dataclasses.replace(self, pruning=pruning, quantizer=with_damping(self.quantizer, damping))
+        coders = {name: with_damping(getattr(self, name), damping) for name in ("quantizer", "factorizer")}
+        return dataclasses.replace(self, pruning=pruning, **coders)
 
     @property
     def matrices(self) -> int:
@@ -189,21 +173,26 @@ def plan(recipe: Recipe) -> Plan:
         UsageError: a name is unknown (the nearest one is offered), or options contradict each other.
     """
     _check_choices(recipe)
+    factorizer = factorizer_of(recipe)
     recipe = placeholder(recipe)
     tables = _tables(recipe)
     sparsifier, experts = sparsifier_of(recipe), expert_score_of(recipe)
-    if not recipe.prune and recipe.quantize is None and not tables and sparsifier is None and experts is None:
+    methods = (recipe.prune or None, recipe.quantize, factorizer, tables or None, sparsifier, experts)
+    if all(method is None for method in methods):
         raise UsageError(
-            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}; "
+            f"no method is given: `prune` can be {', '.join(sorted(PRUNERS))}, `quantize` {', '.join(sorted(QUANTIZERS))}, "
+            f"`factorize` {', '.join(sorted(FACTORIZERS))}; "
             f"to begin with: `recipe={TO_BEGIN_WITH!r}`"
         )
-    pruning = _pruning(recipe)
+    pruning = pruning_of(recipe)
     quantizer = _quantizer(recipe)
     if tables and recipe.linears and all(choice == Choice() for choice in recipe.linears.values()):
-        pruning = quantizer = None  # as a search may have found
+        pruning = quantizer = factorizer = None  # as a search may have found
     unpruned = getattr(quantizer, "unpruned", None)
     if pruning is not None and unpruned:
         raise UsageError(f"`quantize` {recipe.quantize} does not go with `prune`: {unpruned}")
+    if quantizer is not None and not quantizer.all_bits and (has_target(recipe) or recipe.allocation == "search"):
+        raise UsageError(f"`quantize` {recipe.quantize} has no `bits` for a search to choose: give another method")
     if getattr(quantizer, "grid", None) == OPEN:
         if not has_target(recipe) and not recipe.linears:
             raise UsageError(UNDECIDED)
@@ -230,14 +219,14 @@ def plan(recipe: Recipe) -> Plan:
             )
     found = Plan(
         *(pruning, quantizer, layouts[recipe.format], dense, dtype, tables, recipe.match_dense),
-        *(sparsifier, unread_of(recipe), experts, recipe.expert_skip, beside),
+        *(sparsifier, unread_of(recipe), experts, recipe.expert_skip, beside, factorizer),
     )
     if sparsifier is not None:
         check_by_inputs(pruning, quantizer, beside)
     if recipe.match_dense and found.level < Level.GRAM:
         able = sorted(
             name
-            for table in (PRUNERS, QUANTIZERS)
+            for table in (PRUNERS, QUANTIZERS, FACTORIZERS)
             for name, method in table.items()
             if getattr(method, "level", None) == Level.GRAM
         )
@@ -274,6 +263,10 @@ def _check_choices(recipe: Recipe) -> None:
             raise UsageError(f"bits are chosen for {name}, but no method is given: `quantize` is missing")
         if choice.quantize is not None:
             _check_method(name, choice)
+        elif choice.bits is not None and not find("quantize", recipe.quantize or "").all_bits:
+            raise UsageError(
+                f"bits are chosen for {name}, and `quantize` {recipe.quantize} has no `bits`: leave them out"
+            )
     for grid in dict.fromkeys(choice.grid for choice in recipe.linears.values() if choice.grid is not None):
         make("quantize", recipe.quantize or "", {**recipe.quantization, "grid": grid})
         if grid == OPEN:
@@ -296,106 +289,9 @@ def _check_method(name: str, choice: Choice) -> None:
         raise UsageError(f"{choice.quantize} and a sparsity are chosen for {name}: {unpruned}")
 
 
-def _pruning(recipe: Recipe) -> Pruning | None:
-    if not recipe.prune:
-        for option, value in (
-            ("sparsity", recipe.sparsity),
-            ("pattern", recipe.pattern),
-            *_structured_only(recipe).items(),
-            ("refine", recipe.refine),
-            ("reconstruct", recipe.reconstruct or None),
-            *recipe.pruning.items(),
-        ):
-            if value is not None:
-                raise UsageError(f"`{option}` says how to prune, but no method is given: `prune` is missing")
-        return None
-    pruner = make("prune", recipe.prune, recipe.pruning)
-    if recipe.refine is None:
-        _need_method(recipe.refining, "refine")
-    refiner = make("refine", recipe.refine, recipe.refining) if recipe.refine is not None else None
-    if recipe.pattern == STRUCTURED:
-        return _structured(recipe, pruner)
-    for option in _structured_only(recipe):
-        raise UsageError(f"`{option}` is for `pattern` structured: add that, or leave it out")
-    if not hasattr(pruner, "prune"):
-        raise UsageError(f"{recipe.prune} removes whole units: add `pattern` structured")
-    return Pruning(pruner, refiner, parse_pattern(recipe.pattern, recipe.sparsity), recipe.reconstruct)
-
-
-def _structured_only(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says that only a structured pattern heeds, by name."""
-    said = {"units": recipe.units, "multiple": recipe.multiple, "widths": recipe.widths}
-    return {
-        name: value for name, value in {**said, "refit": None if recipe.refit else False}.items() if value is not None
-    }
-
-
-def _structured(recipe: Recipe, pruner: Any) -> Pruning:
-    """Raises UsageError where something does not go together with it."""
-    if not hasattr(pruner, "keep_units"):
-        known = ", ".join(sorted(name for name, each in PRUNERS.items() if hasattr(each, "keep_units")))
-        raise UsageError(
-            f"{recipe.prune} compares single weights, and `pattern` structured whole units: `prune` can be {known}"
-        )
-    others = {
-        "refine": recipe.refine,
-        "reconstruct": recipe.reconstruct or None,
-        "match_dense": recipe.match_dense or None,
-        "damping": "auto" if is_open(pruner) else None,
-        "quantize": recipe.quantize,
-        "targets": recipe.targets or None,
-        "ignore": recipe.ignore or None,
-        "target_size": recipe.target_size,
-        "max_perplexity_rise": recipe.max_perplexity_rise,
-        "share_choice": recipe.share_choice,
-    }
-    for name, value in others.items():
-        if value is not None:
-            instead = "compress the result again for that" if name in ("quantize", "target_size") else "leave it out"
-            raise UsageError(f"`{name}` does not go together with `pattern` structured: {instead}")
-    if recipe.format not in ("auto", "dense"):
-        raise UsageError(
-            f"`format` {recipe.format} is for single weights, and a structured result is dense: leave it out"
-        )
-    if recipe.sparsity is None:
-        raise UsageError(
-            "how much to prune is not said: give `sparsity`, the share of the blocks' weights to remove, like 25%"
-        )
-    if recipe.widths not in (None, *WIDTHS):
-        raise UsageError(f"`widths` {recipe.widths!r} is not known: it can be {', '.join(WIDTHS)}")
-    pattern = Structured(recipe.sparsity, units_of(recipe), recipe.multiple, recipe.refit, recipe.widths == PER_LAYER)
-    _check_allocation(recipe)
-    return Pruning(pruner, None, pattern)
-
-
-def _check_allocation(recipe: Recipe) -> None:
-    """Raise UsageError where a structured recipe does not say how what goes is shared."""
-    if recipe.allocation not in ("uniform", "search"):
-        raise UsageError(
-            f"`allocation` {recipe.allocation} is for single weights: `allocation` search shares whole units by what each costs"
-        )
-    if recipe.linears:
-        return
-    if recipe.widths == PER_LAYER and recipe.allocation != "search":
-        raise UsageError(
-            f"`widths` {PER_LAYER} leaves open how wide each block is to be: add `allocation` search, or a recipe whose "
-            "`linears` say so"
-        )
-    if recipe.allocation == "search" and recipe.widths != PER_LAYER and units_of(recipe) == ("neurons",):
-        raise UsageError(
-            f"`allocation` search has nothing to share where all blocks lose as many neurons: add `widths` {PER_LAYER}, or "
-            "give several `units`"
-        )
-
-
 def _quantizer(recipe: Recipe) -> Quantizer | None:
     if recipe.quantize is None:
-        _need_method(recipe.quantization, "quantize")
+        need_method(recipe.quantization, "quantize")
         return None
     found: Quantizer = make("quantize", recipe.quantize, recipe.quantization)
     return found
-
-
-def _need_method(given: Mapping[str, Any], role: str) -> None:
-    if given:
-        raise UsageError(f"`{next(iter(given))}` says how to {role}, but no method is given: `{role}` is missing")

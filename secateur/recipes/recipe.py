@@ -110,9 +110,10 @@ class Recipe:
     """How a model is to be compressed: pruned, quantized, or both.
 
     Attributes:
-        prune: name of the pruning method, or the method itself, such as `SparseGPT(block=64)`; the same goes for `refine` and
-            `quantize`.
-        pruning, refining, quantization: the options of each of them that are given; the others are the method's to choose.
+        prune: name of the pruning method, or the method itself, such as `SparseGPT(block=64)`; the same goes for `refine`,
+            `quantize` and `factorize`.
+        pruning, refining, quantization, factorization: the options of each of them that are given; the others are the method's
+            to choose.
         sparsity: share of weights to remove.
         pattern: `unstructured`, `N:M`, or `structured`: whole units go, and the result is a smaller dense model.
         refine: name of the mask refiner, if any.
@@ -122,6 +123,7 @@ class Recipe:
         dtype: of the weights written: `auto` (the source's), `bfloat16`, `float16`, `float32`.
         calibration: the text.
         quantize: name of the quantization method, if any.
+        factorize: name of the method that makes weights products of two smaller matrices, if any, instead of both others.
         reconstruct: whether the weights that a pruner keeps become the best ones for its mask.
         match_dense: whether the dense model's outputs are the target, so that linears make up for what those before have lost.
         units: of a structured pattern, which kinds may go: some of `neurons` (the default), `heads` and `blocks`, with commas.
@@ -190,6 +192,8 @@ class Recipe:
     low_rank: float | None = None
     rank: int | None = None
     low_rank_method: str | None = None
+    factorize: str | None = None
+    factorization: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for role, key in OPTIONS_KEY.items():

@@ -4,18 +4,19 @@
     item    = part { "+" part } | built-in | file
     part    = method [ ":" amount ] [ "(" option "=" value { "," option "=" value } ")" ]
     method  = a pruner, a quantizer, what sparsifies activations, a score of experts, or behind a pruner a refiner; one of each
-              at most
+              at most; or a method that factorizes, alone
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
             | share                                                        of activation sparsity: what is not read
             | share | share ".." share [ "/" share ]                       of a score of experts: the share that goes
+            | share | share ".." share [ "/" share ]                       of a method that factorizes: size
     share   = digits with a point or without [ "%" ]
     option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
     value   = number [ "%" ] | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 
-White space may stand between any two of these. A pruner needs an amount, a quantizer has a default, and a refiner has none. A
-range stands for several recipes, and two ranges in an item for every pair.
+White space may stand between any two of these. A pruner needs an amount, a quantizer or factorization has a default, and a
+refiner has none. A range stands for several recipes, and two ranges in an item for every pair.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from typing import Any
 from secateur.core.options import options_of
 from secateur.core.patterns import Unstructured, parse_pattern
 from secateur.core.quantized import BITS
-from secateur.core.registry import EXPERT_SCORES, PRUNERS, QUANTIZERS, REFINERS, ROLES, SPARSIFIERS
+from secateur.core.registry import QUANTIZERS, ROLES
 from secateur.errors import UsageError, did_you_mean
 from secateur.recipes.built_in import NAMES, SUFFIXES, built_in
 from secateur.recipes.methods import make
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
+from secateur.recipes.recipe_name import COMMON, PRUNING, name_of
 from secateur.shares import exact_share
 
 _CALLED = {
@@ -46,12 +47,9 @@ _CALLED = {
     "quantize": "quantizer",
     "activations": "method of activation sparsity",
     "expert_score": "score of experts",
+    "factorize": "factorization",
 }
-# What a part may say about the whole recipe.
-_COMMON = ("format", "dtype", "match_dense", "embeddings", "head", "low_rank", "rank", "low_rank_method")
-# What a pruner may say besides.
-_PRUNING = ("reconstruct",)
-_AMOUNTS = ("sparsity", "pattern", "bits")
+_AMOUNTS = ("sparsity", "pattern", "bits", "size")
 
 _FILE = re.compile(rf"[^,()=\n]*(?:{'|'.join(map(re.escape, SUFFIXES))})(?=\s*(?:,|\Z))")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -190,7 +188,7 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
         if role is None:
             if method in NAMES:
                 raise reader.wrong(at, f"the built-in recipe {method!r} stands alone: '+' joins methods")
-            known = [*PRUNERS, *REFINERS, *QUANTIZERS, *SPARSIFIERS, *EXPERT_SCORES, *([] if choices else NAMES)]
+            known = [name for methods in ROLES.values() for name in methods] + ([] if choices else list(NAMES))
             raise reader.wrong(at, f"{method!r} is not known: {did_you_mean(method, known)}")
         if role in choices:
             raise reader.wrong(at, f"{method!r} is a second {_CALLED[role]}: a recipe has one at most")
@@ -214,6 +212,10 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
             dropped = _dropped(reader, method)
             options = _options(reader, method, role, common)
             choices[role] = [{"expert_score": method, "scoring": options, "drop_experts": share} for share in dropped]
+        elif role == "factorize":
+            sizes = _sizes(reader, method)
+            options = _options(reader, method, role, common)
+            choices[role] = [{"factorize": method, "factorization": {**size, **options}} for size in sizes]
         else:
             bits = _bits(reader, method)
             options = _options(reader, method, role, common)
@@ -222,7 +224,7 @@ def _parts(reader: _Reader) -> list[tuple[str, Recipe]]:
     for chosen in itertools.product(*choices.values()):
         content = {key: value for part in chosen for key, value in part.items()}
         recipe = Recipe.from_dict({**content, **common})
-        recipes.append((_name(recipe), recipe))
+        recipes.append((name_of(recipe), recipe))
     return recipes
 
 
@@ -238,8 +240,9 @@ def _pruned(reader: _Reader, method: str) -> list[dict[str, Any]]:
         _, second = reader.need(_DECIMAL, "M of a pattern N:M")
         with reader.pointing(at):
             return [{"pattern": str(parse_pattern(f"{first}:{second}", None))}]
+    shares = _shares(reader, at, first)
     with reader.pointing(at):
-        return [{"sparsity": Unstructured(float(share)).sparsity} for share in _shares(reader, at, first)]
+        return [{"sparsity": Unstructured(float(share)).sparsity} for share in shares]
 
 
 def _dropped(reader: _Reader, method: str) -> list[float]:
@@ -249,13 +252,23 @@ def _dropped(reader: _Reader, method: str) -> list[float]:
     return list(map(float, _shares(reader, *_share(reader))))
 
 
-def _shares(reader: _Reader, at: int, first: str) -> list[Fraction]:
-    """A share, or those of a range that begins with it."""
-    if not reader.take(".."):
-        return [_fraction(reader, at, first)]
-    to, last = _share(reader)
-    by, step = _share(reader) if reader.take("/") else (to, _STEP)
-    return _range(reader, at, first, to, last, by, step)
+def _sizes(reader: _Reader, method: str) -> list[dict[str, Any]]:
+    """The options `size` behind the name of a method that factorizes; of one that has no amount: none."""
+    if not reader.take(":"):
+        return [{}]
+    at, first = _share(reader)
+    shares = _shares(reader, at, first, "size")
+    return [_option(reader, at, "factorize", method, "size", float(share)) for share in shares]
+
+
+def _shares(reader: _Reader, at: int, first: str, what: str = "sparsity") -> list[Fraction]:
+    """A share, the first of which was read already, or those of a range."""
+    shares = [_fraction(reader, at, first, what)]
+    if reader.take(".."):
+        to, last = _share(reader)
+        by, step = _share(reader) if reader.take("/") else (to, _STEP)
+        shares = _range(reader, at, first, to, last, by, step)
+    return shares
 
 
 def _share(reader: _Reader) -> tuple[int, str]:
@@ -263,9 +276,9 @@ def _share(reader: _Reader) -> tuple[int, str]:
     return at, digits + reader.take("%")
 
 
-def _fraction(reader: _Reader, at: int, share: str) -> Fraction:
+def _fraction(reader: _Reader, at: int, share: str, what: str = "sparsity") -> Fraction:
     with reader.pointing(at):
-        return exact_share(share, "sparsity")
+        return exact_share(share, what)
 
 
 def _range(reader: _Reader, at: int, first: str, to: int, last: str, by: int, step: str) -> list[Fraction]:
@@ -332,7 +345,7 @@ def _options(reader: _Reader, method: str, role: str, common: dict[str, Any]) ->
             raise reader.wrong(at, f"{name!r} is given twice")
         reader.need("=", f"'=' and what {name} is to be")
         value_at, text = reader.need(re.compile(f"{_NUMBER.pattern}%?|{_WORD.pattern}"), f"what {name} is to be")
-        if (name in _COMMON and role != "refine") or (role == "prune" and name in _PRUNING):
+        if (name in COMMON and role != "refine") or (role == "prune" and name in PRUNING):
             with reader.pointing(value_at):
                 common[name] = getattr(Recipe.from_dict({name: _value(text)}), name)
         else:
@@ -353,7 +366,7 @@ def _option(
     names = list(options_of(ROLES[role][method]))
     if name not in names:
         known = [n for n in names if n not in _AMOUNTS]
-        known += [*(_COMMON if role != "refine" else ()), *(_PRUNING if role == "prune" else ())]
+        known += [*(COMMON if role != "refine" else ()), *(PRUNING if role == "prune" else ())]
         raise reader.wrong(
             at if name_at is None else name_at,
             f"{name!r} is no option of {method}: {did_you_mean(name, known) if known else 'it has none'}",
@@ -367,38 +380,3 @@ def _value(text: str) -> Any:
     if _NUMBER.fullmatch(text):
         return int(text) if text.lstrip("+-").isdecimal() else float(text)
     return {"true": True, "false": False}.get(text, text)
-
-
-# --- names
-
-
-def _name(recipe: Recipe) -> str:
-    """What gives this recipe alone."""
-    common = {name: getattr(recipe, name) for name in _COMMON if getattr(recipe, name) != getattr(Recipe(), name)}
-    parts = []
-    if recipe.prune:
-        amount = recipe.pattern or f"{Decimal(repr(recipe.sparsity)).normalize():f}"
-        options = {**recipe.pruning, **{name: True for name in _PRUNING if getattr(recipe, name)}}
-        parts.append(f"{recipe.prune}:{amount}{_in_brackets(options if recipe.quantize else {**options, **common})}")
-    if recipe.refine is not None:
-        parts.append(f"{recipe.refine}{_in_brackets(recipe.refining)}")
-    if recipe.drop_experts is not None:
-        share = f"{Decimal(repr(recipe.drop_experts)).normalize():f}"
-        alone = not (recipe.prune or recipe.quantize)
-        parts.append(f"{recipe.expert_score}:{share}{_in_brackets({**recipe.scoring, **(common if alone else {})})}")
-    if recipe.quantize is not None:
-        options = dict(recipe.quantization)
-        bits = options.pop("bits", None)
-        parts.append(f"{recipe.quantize}{'' if bits is None else f':{bits}'}{_in_brackets({**options, **common})}")
-    if recipe.activations is not None:
-        alone = {} if parts else common
-        unread = (
-            "" if recipe.activation_sparsity is None else f":{Decimal(repr(recipe.activation_sparsity)).normalize():f}"
-        )
-        parts.append(f"{recipe.activations}{unread}{_in_brackets({**recipe.gating, **alone})}")
-    return "+".join(parts)
-
-
-def _in_brackets(options: dict[str, Any]) -> str:
-    said = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
-    return f"({','.join(said)})" if said else ""

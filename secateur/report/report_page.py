@@ -28,6 +28,7 @@ _FAMILIES = {
     "prune": "pruned",
     "quantize": "quantized",
     "both": "pruned and quantized",
+    "factorize": "factorized",
     "neither": "no method",
 }
 

@@ -21,6 +21,7 @@ _STYLES = {
     "prune": ("pruned", "#d55e00", "^"),
     "quantize": ("quantized", "#0072b2", "o"),
     "both": ("pruned and quantized", "#009e73", "s"),
+    "factorize": ("factorized", "#cc79a7", "v"),
 }
 # Perplexities further apart than this are drawn on a log scale.
 _WIDE = 4

@@ -20,7 +20,7 @@ class Entry:
     """A line of the report.
 
     Attributes:
-        family: `dense`, `prune`, `quantize`, `both`, or `neither` (which no recipe that works is).
+        family: `dense`, `prune`, `quantize`, `both`, `factorize`, or `neither` (which no recipe that works is).
         point: None for the dense model.
     """
 
@@ -43,8 +43,8 @@ def entries(result: SweepResult) -> list[Entry]:
 
 
 def family(recipe: dict[str, Any]) -> str:
-    """What kind of method a recipe has: `prune`, `quantize`, `both` or `neither`."""
-    given = [key for key in ("prune", "quantize") if recipe.get(key)]
+    """What kind of method a recipe has: `prune`, `quantize`, `both`, `factorize` or `neither`."""
+    given = [key for key in ("prune", "quantize", "factorize") if recipe.get(key)]
     return "both" if len(given) == 2 else given[0] if given else "neither"
 
 

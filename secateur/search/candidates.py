@@ -12,7 +12,8 @@ from secateur.core.registry import QUANTIZERS, Quantizer
 from secateur.quant.block_grid import OPEN, STAND_IN, grids_for
 from secateur.quant.rotated_trellis import RotatedTrellis
 from secateur.recipes.goals import placeholder, with_methods
-from secateur.recipes.plan import STRUCTURED, Plan, plan
+from secateur.recipes.plan import Plan, plan
+from secateur.recipes.pruning_plan import STRUCTURED
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import between
 from secateur.solvers.knapsack import choose

@@ -10,7 +10,7 @@ from secateur.core.registry import import_all, import_others
 from secateur.errors import UsageError, did_you_mean
 from secateur.pipeline.calibrate import Windows
 from secateur.recipes.goals import PER_LAYER, is_open
-from secateur.recipes.plan import STRUCTURED
+from secateur.recipes.pruning_plan import STRUCTURED
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.searcher import Searcher
 

@@ -42,6 +42,8 @@ METHODS = {
     "squeezellm-fisher": ("squeezellm", {"bits": 3}),
     "trellis": ("trellis", {"bits": 3}),
     "trellis-2": ("trellis", {"bits": 2, "states": 256}),
+    "sq": ("sq", {"bank": 16, "high_share": 0.25}),
+    "sq-static": ("sq", {"bank": 12, "high_share": 0.5, "high_bits": 6, "low_bits": 3, "static_mask": True}),
 }
 PRUNINGS = {
     "alone": {},
@@ -56,6 +58,8 @@ CASES += [
     ("llama", BF16, "trellis", "alone"),
     ("gpt2", FP16, "trellis-2", "alone"),
     ("llama", FP32, "trellis-2", "alone"),
+    ("llama", BF16, "sq", "alone"),
+    ("gpt2", FP16, "sq-static", "alone"),
 ]
 CASES += [("llama", FP32, "gptq-permuted", "sparsegpt 50%"), ("llama", FP32, "rtn-rows", "alone")]
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
@@ -376,13 +380,13 @@ def test_inspect_says_what_the_report_says(says, model_of, recipe_of, monkeypatc
         ("--bits 4", "--bits is an option of gptq, rtn, spqr, squeezellm, trellis: name one by --prune or --quantize"),
         ("--bits 4 --prune wanda --sparsity 0.5", "spqr, squeezellm, trellis: wanda would not heed it"),
         ("--quantize rtn --sparsity 0.5", "--sparsity says how to prune, but no method is given: --prune is missing"),
-        ("--quantize rtn --damping 0.1", "tyr, gptq, spqr, trellis: rtn would not heed it"),
+        ("--quantize rtn --damping 0.1", "tyr, gptq, spqr, sq, trellis, cospadi, svd: rtn would not heed it"),
         ("--quantize squeezellm --tile-rows 16", "--tile-rows is an option of spqr: squeezellm would not heed it"),
         ("--quantize rtn --format bitmap", "--format bitmap does not hold quantized weights: give auto or dense"),
         ("--quantize rtn --format nm --prune wanda --pattern 2:4", "--format nm does not hold quantized weights"),
         ("--quantize rtn --format packed-int", "format 'packed-int' is not known"),
         ("--quantize gtpq", "quantization method 'gtpq' is not known: did you mean 'gptq'?"),
-        ("--quantize x", "quantization method 'x' is not known: it can be gptq, rtn, spqr, squeezellm"),
+        ("--quantize x", "quantization method 'x' is not known: it can be gptq, rtn, spqr, sq, squeezellm"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense(options, words, fails, model_of, text_file, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.core.registry import PRUNERS, QUANTIZERS, REFINERS
+from secateur.core.registry import FACTORIZERS, PRUNERS, QUANTIZERS, REFINERS
 from secateur.errors import UsageError
 from secateur.recipes import strings as recipe_spec
 from secateur.recipes.built_in import NAMES, built_in
@@ -159,7 +159,7 @@ def test_a_new_method_needs_no_change(monkeypatch):
 
 
 def test_no_name_means_two_things():
-    every = [*PRUNERS, *REFINERS, *QUANTIZERS, *NAMES]
+    every = [*PRUNERS, *REFINERS, *QUANTIZERS, *FACTORIZERS, *NAMES]
     assert len(every) == len(set(every))
 
 
@@ -290,7 +290,7 @@ def test_an_items_name_is_the_same_recipe(item):
         ("wanda:0.5, ▸wandaa:0.6", "'wandaa' is not known: did you mean 'wanda'?"),
         ("wanda:0.5, ▸spqr-3bits", "'spqr-3bits' is not known: did you mean 'spqr-3bit'?"),
         ("wanda:0.5+▸gtpq", "'gtpq' is not known: did you mean 'gptq'?"),
-        ("▸xyz", "'xyz' is not known: it can be alps, dsnot, flap, gptq, "),
+        ("▸xyz", "'xyz' is not known: it can be alps, cospadi, dsnot, flap, gptq, "),
         ("wanda:0.5+▸3", "a recipe file is wanted here, not '3'"),
         ("wanda:0.5 ▸gptq", "a comma before the next recipe, or '+' before another method, is wanted here, not 'gptq'"),
         ("wanda:0.5▸;rtn", "is wanted here, not ';'"),

@@ -86,7 +86,7 @@ class QuantizedLayout(Layout):
             raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
         parts = {**self.pack_codes(weight.codes, rows), "shape": torch.tensor(weight.shape)}
         if weight.order_I is not None:
-            parts["order"] = weight.order_I.to(_index_dtype(weight.shape[1]))
+            parts["order"] = stored_order(weight.order_I)
         if weight.outliers is not None:
             parts.update(pack_outliers(weight.outliers, weight.shape[1]))
         return parts
@@ -109,7 +109,7 @@ class QuantizedLayout(Layout):
 
     def _read_rest(self, tensors: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor | None, Outliers | None]:
         """The order of the columns, and the outliers."""
-        order_I = _unpack_order(tensors["order"], rows.shape[1]) if "order" in tensors else None
+        order_I = read_order(tensors, rows.shape[1])
         outliers = unpack_outliers(tensors, rows.shape)
         if outliers is not None and not self.has_outliers:
             raise ValueError(f"it has outliers, which layout {self.name!r} does not store")
@@ -243,8 +243,18 @@ def unpack_outliers(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Ou
     return outliers
 
 
-def _unpack_order(order: Tensor, I: int) -> Tensor:
-    """The input feature of each stored column. Raises ValueError unless each of I features is there once."""
+def stored_order(order_I: Tensor) -> Tensor:
+    """The part `order` of columns in an order of their own."""
+    return order_I.to(_index_dtype(len(order_I)))
+
+
+def read_order(tensors: Mapping[str, Tensor], I: int) -> Tensor | None:
+    """The input feature of each stored column, where there is a part `order`. Raises ValueError unless each of I features is
+    there once.
+    """
+    if "order" not in tensors:
+        return None
+    order = tensors["order"]
     if order.dtype not in _INDEX_DTYPES or order.shape != (I,):
         raise ValueError(f"its order has dtype {order.dtype} and shape {list(order.shape)}, not {I} columns")
     order_I = _to_int64(order)

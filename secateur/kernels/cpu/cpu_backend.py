@@ -96,8 +96,7 @@ class Cpu:
         return map_tensors(weight, lambda tensor: tensor.to(device).contiguous())
 
     def linear(self, weight: Any, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        compute = getattr(torch.ops.secateur, f"{weight.kernels}_linear")
-        found: Tensor = compute(x_TI, *weight.operands(), bias_O)
+        found: Tensor = weight.compiled(x_TI, bias_O)
         return found
 
     def linear_kept(self, weight: Any, x_TI: Tensor, kept_TI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ class Triton:
             return f"its kernels run on CUDA devices, not on {device.type}, where backends 'dense' and 'torch' do"
         if dtype not in FLOAT_DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}, which backend 'torch' may"
-        if not weight.kernels:
+        if weight.kernels not in _PREPARED:
             return "it has no kernel for this layout, which backends 'dense' and 'torch' take"
         if weight.masked:
             return "it has no kernel for layout 'sparse-int', which backends 'dense' and 'torch' take"

@@ -289,7 +289,9 @@ function tellPlot(points, limit) {
 }
 
 function addLegend() {
-  const names = { dense: "dense model", prune: "pruned", quantize: "quantized", both: "pruned and quantized" };
+  const names = {
+    dense: "dense model", prune: "pruned", quantize: "quantized", both: "pruned and quantized", factorize: "factorized",
+  };
   const legend = byId("plot-legend");
   for (const [family, name] of Object.entries(names)) {
     if (!data.entries.some((entry) => entry.at && entry.family === family)) continue;

@@ -19,7 +19,8 @@ from secateur.core.patterns import Structured
 from secateur.core.stats import InputStats
 from secateur.errors import UsageError
 from secateur.pipeline.calibrate import Windows
-from secateur.recipes.plan import STRUCTURED, plan
+from secateur.recipes.plan import plan
+from secateur.recipes.pruning_plan import STRUCTURED
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import between
 from secateur.search.goal import goal

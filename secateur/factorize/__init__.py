@@ -1,0 +1,8 @@
+"""Methods that make a weight the product of two matrices which are smaller together.
+
+Each method is a file of this folder and registers itself under the name that the user types.
+"""
+
+from secateur.core.registry import import_all
+
+import_all(__name__, __path__)

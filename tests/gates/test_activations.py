@@ -11,7 +11,7 @@ import secateur
 from secateur.core.histogram import FIRST
 from secateur.errors import UsageError
 from secateur.folder.reader import StoredTensors, weight_files
-from secateur.gates.gate import as_if_written, gates_of
+from secateur.gates.input_gates import as_if_written, gates_of
 from secateur.gates.section import parse_section
 
 LEVELS = (0.25, 0.4, 0.5, 0.65)

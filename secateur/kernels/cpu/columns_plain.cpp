@@ -9,10 +9,10 @@ namespace {
 void add_values(const Columns& w, const KeptInputs& in, int64_t k, int64_t first, int64_t last, float* y, int64_t stride) {
   const int64_t i = in.number[k];
   const float* x = in.x + k * in.T;
-  const uint8_t* mask = w.mask + i * ((w.O + 7) / 8);
-  int64_t v = w.mask ? values_before(w, i, first) : i * w.O + first;
+  const uint8_t* mask = w.mask ? w.mask + i * ((w.O + 7) / 8) : nullptr;
+  int64_t v = mask ? values_before(w, i, first) : i * w.O + first;
   for (int64_t o = first; o < last; o++) {
-    if (w.mask && !bit_at(mask, o)) continue;
+    if (mask && !bit_at(mask, o)) continue;
     const float value = value_at(w.values, v++);
     for (int64_t t = 0; t < in.T; t++) y[t * stride + o] += value * x[t];
   }

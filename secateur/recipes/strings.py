@@ -7,7 +7,8 @@
     amount  = share | share ".." share [ "/" share ] | whole ":" whole     of a pruner: sparsity or N:M; steps are of 0.1
             | whole | whole ".." whole                                     of a quantizer: bits
     share   = digits with a point or without [ "%" ]
-    option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
+    option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings", "head",
+              "low_rank", "rank" or "low_rank_method"
     value   = number [ "%" ] | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 

@@ -11,7 +11,8 @@
             | share | share ".." share [ "/" share ]                       of a score of experts: the share that goes
             | share | share ".." share [ "/" share ]                       of a method that factorizes: size
     share   = digits with a point or without [ "%" ]
-    option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings" or "head"
+    option  = an option of the method, "reconstruct" of a pruner, or "format", "dtype", "match_dense", "embeddings", "head",
+              "low_rank", "rank" or "low_rank_method"
     value   = number [ "%" ] | word
     file    = a path that ends with .yaml, .yml or .json, without any of , ( ) =
 

@@ -144,6 +144,7 @@ def test_bad_wishes_are_refused_before_work(packed, made, tmp_path):
         secateur.export(str(packed), tmp_path / "d", "dense", type="Q4_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "asym",
+        "beside",
         "other.gguf",
         "sparse",
         "text.gguf",

@@ -5,7 +5,7 @@
     python -m benchmarks.factorize --text wiki.test.raw --part inputs
 
 By the protocol on the dithered SmolLM2. `--targets` compresses the linears that it matches and leaves the others dense, for all
-methods alike: the whole model by CoSpaDi takes a quarter of an hour at each size on one core. `--samples` and `--windows`
+methods alike: the whole model takes CoSpaDi long. `--samples` and `--windows`
 calibrate and measure on fewer windows. `inputs` measures what inputs in two precisions cost, which are emulated: quantized, and
 multiplied in float32.
 """

@@ -14,7 +14,7 @@ ROOMS = [
     ["core"],
     ["folder", "memory"],
     ["kernels"],
-    ["formats", "foreign"],
+    ["formats", "composite_layouts", "foreign"],
     ["prune", "quant", "factorize", "lowrank", "gates", "experts", "mixture", "offload"],
     ["plugin"],
     ["model"],
@@ -118,7 +118,13 @@ def test_rooms_stay_small():
 
 
 #: Where classes are defined that say themselves what they do with a weight: nobody else asks which of them one is.
-KINDS = ("secateur.formats.layouts", "secateur.foreign", "secateur.kernels.packed", "secateur.core.quantized")
+KINDS = (
+    "secateur.formats.layouts",
+    "secateur.composite_layouts",
+    "secateur.foreign",
+    "secateur.kernels.packed",
+    "secateur.core.quantized",
+)
 
 
 def test_nobody_asks_of_what_kind_a_weight_is():

@@ -23,8 +23,6 @@ _METHODS, _TEXT, _SEARCH, _OUTPUT = None, "Calibration", "Search", "Scope, outpu
 _DETAIL = "Pruning"
 # Parts that are played by methods whose options no others have.
 _ALONE = ("factorize", "activations", "expert_score")
-# Options of methods that stand in the help all the same.
-_SHOWN = ("size",)
 
 
 @dataclass(frozen=True)
@@ -53,23 +51,23 @@ def _names(role: str) -> str:
 def _recipe_options() -> dict[str, _Given]:
     return {
         "quantize": _Given(str, f"Quantization method: {_names('quantize')}.", _METHODS),
-        "embeddings": _Given(str, "Bits of embeddings: 2 to 8, 16 (none), or q6_k.", _METHODS),
+        "embeddings": _Given(str, "Bits of embeddings: 2 to 8, 16, or q6_k.", _METHODS),
         "head": _Given(str, "Bits of a head that is not tied.", _METHODS),
         "factorize": _Given(str, f"Factorization: {_names('factorize')}.", _METHODS),
         "prune": _Given(str, f"Pruning method: {_names('prune')}.", _METHODS),
         "sparsity": _Given(str, "Fraction of weights to remove: 50% or 0.5.", _METHODS),
-        "activations": _Given(str, f"Weights read for a token by its inputs: {_names('activations')}.", _METHODS),
-        "activation_sparsity": _Given(str, "Fraction of weights not read then (default: 50%).", _METHODS),
+        "activations": _Given(str, f"Unread inputs: {_names('activations')}.", _METHODS),
+        "activation_sparsity": _Given(str, "Fraction of weights unread (default: 50%).", _METHODS),
         "pattern": _Given(str, "N:M (N of M stay), unstructured, structured.", _DETAIL),
         "units": _Given(str, "Structured: some of neurons,heads,blocks.", _DETAIL),
         "multiple": _Given(int, "Structured: divisor of the neurons left.", _DETAIL),
-        "refit": _Given(bool, "Structured: new weights that make up for what goes.", _DETAIL),
+        "refit": _Given(bool, "Structured: weights that make up for what goes.", _DETAIL),
         "widths": _Given(str, "Structured: uniform or per-layer.", _DETAIL),
         "drop_experts": _Given(str, "Fraction of experts to drop in each layer.", _DETAIL),
-        "expert_score": _Given(str, f"Score of experts: {_names('expert_score')}.", _DETAIL),
+        "expert_score": _Given(str, "Score of experts, e.g. gate, reap or naee.", _DETAIL),
         "refine": _Given(str, f"Method that improves the mask: {_names('refine')}.", _DETAIL),
         "reconstruct": _Given(bool, "Best values for the kept weights.", _DETAIL),
-        "low_rank": _Given(str, "Share of weights in thin factors beside each linear: 5%.", _DETAIL),
+        "low_rank": _Given(str, "Share of weights in thin factors beside, e.g. 5%.", _DETAIL),
         "rank": _Given(int, "Rank of these factors, instead of a share.", _DETAIL),
         "low_rank_method": _Given(
             str, f"Method that finds them: {', '.join(sorted(LOW_RANKERS))}.", _DETAIL, hidden=True
@@ -79,11 +77,11 @@ def _recipe_options() -> dict[str, _Given]:
         "target_size": _Given(str, "Size to reach by search, e.g. 35%, 100MB or 2.5bit.", _SEARCH),
         "max_perplexity_rise": _Given(str, "Largest rise of perplexity in a search, e.g. 3%.", _SEARCH),
         "share_choice": _Given(str, "One choice within each expert, or each layer of experts.", _SEARCH),
-        "expert_skip": _Given(str, "Share of each token's weaker experts left out at run time.", _OUTPUT),
+        "expert_skip": _Given(str, "Share of weaker experts left out at run time.", _OUTPUT),
         "targets": _Given(list[str], "Glob of the linears to compress; repeatable.", _OUTPUT),
         "ignore": _Given(list[str], "Glob of the linears to leave alone; repeatable.", _OUTPUT),
         "format": _Given(str, "Layout of the result: auto, dense, bitmap or nm.", _OUTPUT),
-        "dtype": _Given(str, "Precision of the result: auto, bfloat16, float16, float32.", _OUTPUT),
+        "dtype": _Given(str, "Precision: auto, bfloat16, float16, float32.", _OUTPUT),
     }
 
 
@@ -95,10 +93,10 @@ _CALIBRATION = {
     "samples": _Given(int, "Number of calibration windows.", _TEXT),
     "seq_len": _Given(int, "Tokens in a window.", _TEXT),
     "seed": _Given(int, "Random seed.", _TEXT),
-    "expert_tokens": _Given(int, "Tokens that an expert of a mixture sees at least.", _TEXT),
+    "expert_tokens": _Given(int, "Tokens that each expert sees at least.", _TEXT),
     "expert_inputs": _Given(str, "Tokens of an expert: routed, gate or all.", _TEXT),
-    "expert_balance": _Given(int, "Windows written for each kept, to even out experts' use.", _TEXT),
-    "bos": _Given(bool, "BOS at the start of each window, if the tokenizer adds one.", _TEXT),
+    "expert_balance": _Given(int, "Windows written for each kept, for even use.", _TEXT),
+    "bos": _Given(bool, "BOS of the tokenizer at the start of windows.", _TEXT),
 }
 _RECIPE = _Given(str, "Built-in recipe, YAML file, or folder.", _METHODS)
 
@@ -129,9 +127,7 @@ def _of_methods() -> Iterator[Parameter]:
         ranges = dict.fromkeys(filter(None, (options_of(method)[name].range for method in methods)))
         values = f" ({next(iter(ranges))})" if len(ranges) == 1 else ""
         help = option.help.removesuffix(".") + f"{values}."
-        yield _parameter(
-            name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=name not in _SHOWN
-        )
+        yield _parameter(name, _type_of(methods[0], name, option), help, None, option.opposite, hidden=True)
 
 
 def parameters() -> list[Parameter]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.composite_layouts.dictionary import Factor, Factors, Plain
 from secateur.core.options import option
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
@@ -20,7 +21,6 @@ from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
-from secateur.formats.layouts.dictionary import Factor, Factors, Plain
 from secateur.quant.rtn import RTN
 from secateur.quant.storage import storage_dtype
 

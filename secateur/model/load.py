@@ -30,7 +30,8 @@ from secateur.model.weights import ModelWeights, materialise, tie
 from secateur.offload.link import link_to
 from secateur.plugin.expert_modules import fuse_again
 from secateur.plugin.offloaded import may_offload
-from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer, current_backend
+from secateur.plugin.quantization_config import SecateurConfig
+from secateur.plugin.quantizer import SecateurQuantizer, current_backend
 from secateur.plugin.quantizer import backend as for_backend
 
 _LOG = logging.getLogger(__name__)

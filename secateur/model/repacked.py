@@ -13,7 +13,8 @@ from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight,
 from secateur.kernels.packed import Packed
 from secateur.plugin.names import stored_as
 from secateur.plugin.packed_modules import packed_linears
-from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer
+from secateur.plugin.quantization_config import SecateurConfig
+from secateur.plugin.quantizer import SecateurQuantizer
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from secateur.offload.streamer import StreamedBlock, attach
 from secateur.offload.table_in_file import TableInFile
 from secateur.offload.taken_out import Part, take_form_of_files, take_out
 from secateur.plugin.packed_modules import memory_footprint, packed_linears, replace_linears
-from secateur.plugin.quantizer import SecateurConfig, SecateurQuantizer
+from secateur.plugin.quantization_config import SecateurConfig
+from secateur.plugin.quantizer import SecateurQuantizer
 
 # Tokens whose keys and values have a place, where nobody says how many.
 _CACHED_TOKENS = 2048

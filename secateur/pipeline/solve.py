@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from secateur.composite_layouts.low_rank import LowRank
 from secateur.core.damping import choose_damping
 from secateur.core.dense_target import towards_dense
 from secateur.core.factors import WithFactors
@@ -26,7 +27,6 @@ from secateur.core.stats import InputStats, Level
 from secateur.errors import RepeatedError, SecateurError
 from secateur.formats.layouts.choose import layout_by_inputs, layout_for
 from secateur.formats.layouts.layout import Layout, Stored, all_finite, describe_dense, layout_from_config
-from secateur.formats.layouts.low_rank import LowRank
 from secateur.lowrank.fitting import fit_factors
 from secateur.pipeline.outcome import LinearReport, relative_error
 from secateur.prune.reconstruct import reconstruct

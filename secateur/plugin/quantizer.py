@@ -21,11 +21,10 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.errors import CheckpointError
 from secateur.experts.skipping import KEY as SKIP
-from secateur.experts.skipping import parse_skip, skip_experts
+from secateur.experts.skipping import skip_experts
 from secateur.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
 from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
@@ -36,11 +35,10 @@ from secateur.formats.stored_weights import (
     parse_quantization_config,
     quantization_config,
 )
-from secateur.gates.section import SECTION, parse_section
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
-from secateur.plugin.block_widths import KEY, fit_blocks, parse_widths, with_widths
+from secateur.plugin.block_widths import fit_blocks
 from secateur.plugin.expanding import expanding, expands
 from secateur.plugin.expert_modules import (
     check_names_sort,
@@ -67,6 +65,7 @@ from secateur.plugin.packed_modules import (
     show_sizes,
 )
 from secateur.plugin.packed_tables import refuse_to_resize, replace_tables, tie_again, unpack_tables
+from secateur.plugin.quantization_config import SecateurConfig
 
 _backend: ContextVar[str] = ContextVar("secateur_backend", default=AUTO)
 
@@ -89,39 +88,6 @@ def backend(name: str) -> Iterator[None]:
 def current_backend() -> str:
     """The backend that `backend` says, or `auto`."""
     return _backend.get()
-
-
-class SecateurConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a secateur folder: a layout version, layouts by patterns of module names, and what else it
-    may have to say."""
-
-    def __init__(
-        self,
-        layout_version: Any = None,
-        modules: Any = None,
-        widths: Any = None,
-        activations: Any = None,
-        expert_skip: Any = None,
-        **_: Any,
-    ) -> None:
-        self.quant_method = QUANT_METHOD
-        self.layout_version = layout_version
-        self.modules = modules
-        self.widths = parse_widths({KEY: widths})
-        self.activations = parse_section(activations)
-        self.expert_skip = parse_skip({SKIP: expert_skip})
-        self.entries = parse_quantization_config({"layout_version": layout_version, "modules": modules})
-
-    def to_dict(self) -> dict[str, Any]:
-        section = quantization_config(self.modules)
-        if self.activations is not None:
-            section[SECTION] = self.activations.to_dict()
-        if self.expert_skip is not None:
-            section[SKIP] = self.expert_skip
-        return with_widths(section, self.widths)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
 
 
 class SecateurQuantizer(HfQuantizer):

@@ -19,7 +19,7 @@ from secateur.evaluation.quality import Runner, evaluate
 from secateur.experts.skipping import QUANTILES, beta_of, modules_of, parse_skip, quantiles_on, ratios, skip_experts
 from secateur.experts.skipping import without_weak as without
 from secateur.mixture.unfuse import fused_in, unfuse
-from secateur.plugin.quantizer import SecateurConfig
+from secateur.plugin.quantization_config import SecateurConfig
 from secateur.recipes.plan import plan
 
 IDS_NS = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(3))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from secateur.composite_layouts.dictionary import Dictionary, Factor, Factors, Plain
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
@@ -15,7 +16,6 @@ from secateur.errors import CheckpointError
 from secateur.formats.layouts import layout_from_config
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
-from secateur.formats.layouts.dictionary import Dictionary, Factor, Factors, Plain
 from secateur.formats.layouts.packed_weight import StoredForm
 from secateur.kernels.backends import linear, prepare
 from secateur.quant.rtn import RTN

@@ -290,7 +290,7 @@ def test_an_items_name_is_the_same_recipe(item):
         ("wanda:0.5, ▸wandaa:0.6", "'wandaa' is not known: did you mean 'wanda'?"),
         ("wanda:0.5, ▸spqr-3bits", "'spqr-3bits' is not known: did you mean 'spqr-3bit'?"),
         ("wanda:0.5+▸gtpq", "'gtpq' is not known: did you mean 'gptq'?"),
-        ("▸xyz", "'xyz' is not known: it can be alps, cospadi, dsnot, flap, gptq, "),
+        ("▸xyz", "'xyz' is not known: it can be alps, coreinfer, cospadi, dern, "),
         ("wanda:0.5+▸3", "a recipe file is wanted here, not '3'"),
         ("wanda:0.5 ▸gptq", "a comma before the next recipe, or '+' before another method, is wanted here, not 'gptq'"),
         ("wanda:0.5▸;rtn", "is wanted here, not ';'"),

@@ -63,7 +63,7 @@ def test_queries_keys_and_values(kinds, T, dtype):
 @pytest.mark.parametrize(("T", "dtype"), [(1, FP32), (1, BF16), (3, FP16), (8, FP32)])
 def test_what_comes_after_attention(kinds, T, dtype):
     prepared, dense = ready(kinds, [(H, 32), (M, H), (M, H), (H, M)])
-    a, x, norm_H = torch.randn(T, 32).to(dtype), torch.randn(T, H).to(dtype), torch.rand(H).to(dtype)
+    a, x, norm_H = torch.randn(T, 32).to(dtype), torch.randn(T, H).to(dtype), (torch.rand(H) / 16).to(dtype)
     found = after_attention(a, x, norm_H, EPS, Weights.of(prepared))
     o, gate, up, down = dense
     y = x.double() + a.double() @ o.T

@@ -60,13 +60,7 @@ void multiply(const Block& b) {
     for (int64_t row = 0; row < b.rows; row += 16) part<16, 1>(b, row, group);
 }
 
-inline __m256i nearest(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
-}
+#include "nearest_bf16.inl"
 
 void finish(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, uint16_t* out, int64_t O) {
   const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -76,7 +70,7 @@ void finish(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, cons
     const __m512 added = bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps();
     for (int64_t t = 0; t < tokens; t++) {
       const __m512 sums = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, y + r * y_stride + t, 4);
-      _mm256_mask_storeu_epi16(out + t * O + r, some, nearest(_mm512_add_ps(sums, added)));
+      _mm256_mask_storeu_epi16(out + t * O + r, some, nearest_bf16(_mm512_add_ps(sums, added)));
     }
   }
 }

@@ -17,18 +17,39 @@
 namespace secateur {
 namespace {
 
-void lay(const uint16_t* x, int64_t tokens, int64_t I, int64_t depth, uint16_t* to) {
-  const __mmask16 some = __mmask16((1u << tokens) - 1);
-  const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i at = _mm512_mullo_epi32(place, _mm512_set1_epi32(int(2 * I)));
-  int64_t i = 0;
-  for (; i + 2 <= I; i += 2, to += 2 * GROUP)
-    _mm512_storeu_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, x + i, 1));
-  for (; i < depth; i += 2, to += 2 * GROUP)
-    for (int64_t t = 0; t < GROUP; t++) {
-      to[2 * t] = i < I && t < tokens ? x[t * I + i] : uint16_t(0);
-      to[2 * t + 1] = 0;
+// 16 rows of 16 doublewords become columns.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  // Of rows i to i + 3, column c of each four columns.
+  for (int i = 0; i < 16; i += 4)
+    for (int c = 0; c < 4; c += 2) {
+      u[i + c] = _mm512_unpacklo_epi64(t[i + c / 2], t[i + c / 2 + 2]);
+      u[i + c + 1] = _mm512_unpackhi_epi64(t[i + c / 2], t[i + c / 2 + 2]);
     }
+  constexpr int even = 0x88, odd = 0xdd;
+  for (int c = 0; c < 4; c++) {
+    const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], even), b = _mm512_shuffle_i32x4(u[c], u[4 + c], odd);
+    const __m512i d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], even), e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], odd);
+    r[c] = _mm512_shuffle_i32x4(a, d, even);
+    r[4 + c] = _mm512_shuffle_i32x4(b, e, even);
+    r[8 + c] = _mm512_shuffle_i32x4(a, d, odd);
+    r[12 + c] = _mm512_shuffle_i32x4(b, e, odd);
+  }
+}
+
+void lay(const uint16_t* x, int64_t tokens, int64_t I, int64_t depth, uint16_t* to) {
+  for (int64_t i = 0; i < depth; i += STEP, to += STEP * GROUP) {
+    const __mmask32 some = I - i >= STEP ? ~__mmask32(0) : (__mmask32(1) << (I - i)) - 1;
+    __m512i pairs[16];
+    for (int64_t t = 0; t < GROUP; t++)
+      pairs[t] = t < tokens ? _mm512_maskz_loadu_epi16(some, x + t * I + i) : _mm512_setzero_si512();
+    transpose(pairs);
+    for (int64_t k = 0; k < 16; k++) _mm512_storeu_si512(to + 2 * k * GROUP, pairs[k]);
+  }
 }
 
 // R rows and G groups.
@@ -63,14 +84,16 @@ void multiply(const Block& b) {
 #include "nearest_bf16.inl"
 
 void finish(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, uint16_t* out, int64_t O) {
-  const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i at = _mm512_mullo_epi32(place, _mm512_set1_epi32(int(y_stride)));
   for (int64_t r = 0; r < rows; r += 16) {
     const __mmask16 some = rows - r >= 16 ? __mmask16(0xffff) : __mmask16((1u << (rows - r)) - 1);
     const __m512 added = bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps();
-    for (int64_t t = 0; t < tokens; t++) {
-      const __m512 sums = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, y + r * y_stride + t, 4);
-      _mm256_mask_storeu_epi16(out + t * O + r, some, nearest_bf16(_mm512_add_ps(sums, added)));
+    for (int64_t t0 = 0; t0 < tokens; t0 += GROUP) {
+      __m512i sums[16];
+      for (int64_t j = 0; j < 16; j++)
+        sums[j] = r + j < rows ? _mm512_loadu_si512(y + (r + j) * y_stride + t0) : _mm512_setzero_si512();
+      transpose(sums);
+      for (int64_t t = t0; t < tokens && t < t0 + GROUP; t++)
+        _mm256_mask_storeu_epi16(out + t * O + r, some, nearest_bf16(_mm512_add_ps(_mm512_castsi512_ps(sums[t - t0]), added)));
     }
   }
 }

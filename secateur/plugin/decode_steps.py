@@ -80,7 +80,9 @@ class _Step:
                 return False
         return all(linear.prepared is prepared for linear, prepared in self.prepared)
 
-    def __call__(self, layer: Any, x_B1H: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+    def __call__(
+        self, layer: Any, x_B1H: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any
+    ) -> Tensor:
         attention, first, second = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
         B, D = len(x_B1H), attention.head_dim
         y = attention_inputs(x_B1H, first.weight, first.variance_epsilon, turn, self.inputs)
@@ -101,7 +103,9 @@ class DecodingLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         turn, cache = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
-        possible = not args and turn is not None and type(cache) is DynamicCache and self._may_step(hidden_states, kwargs)
+        possible = (
+            not args and turn is not None and type(cache) is DynamicCache and self._may_step(hidden_states, kwargs)
+        )
         step = self._step() if possible else None
         if step is None:
             return super().forward(hidden_states, *args, **kwargs)

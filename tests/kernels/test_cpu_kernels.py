@@ -248,7 +248,10 @@ def test_many_tokens(products, O, I, T):
     for weight, W_OI in (
         load_sparse(O, I, 0.5, BF16),
         load_sparse(O, I, 0.5, FP16),
-        *(load_coded("packed-int", O, I, bits, group_size=size) for bits, size in ((1, 8), (3, 64), (4, 64), (5, 16), (7, 32))),
+        *(
+            load_coded("packed-int", O, I, bits, group_size=size)
+            for bits, size in ((1, 8), (3, 64), (4, 64), (5, 16), (7, 32))
+        ),
         load_coded("packed-int", O, I, 4, group_size=5),
         load_coded("packed-int", O, I, 4, group_size=16, order=True, symmetric=True),
         load_coded("spqr", O, I, 4, group_size=32),

@@ -38,7 +38,9 @@ class Weights:
             bits = group_size = tile_rows = 0
             tensors = weight.operands()
             if kernels == "coded":
-                bits, codes, start, count, group_start, group_size, scale, zero, pair, second, tile_rows, *rest = tensors
+                bits, codes, start, count, group_start, group_size, scale, zero, pair, second, tile_rows, *rest = (
+                    tensors
+                )
                 tensors = (codes, start, count, group_start, scale, zero, pair, second, *rest)
             present = sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None)
             forms += (bits, group_size, tile_rows, present, each.shape[1])

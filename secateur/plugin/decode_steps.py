@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +102,10 @@ class DecodingLayer(nn.Module):
     original: type[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        turn, cache = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
-        possible = (
-            not args and turn is not None and type(cache) is DynamicCache and self._may_step(hidden_states, kwargs)
-        )
-        step = self._step() if possible else None
+        turn: Any = kwargs.get("position_embeddings")
+        cache = kwargs.get("past_key_values")
+        possible = not args and turn is not None and type(cache) is DynamicCache
+        step = self._step() if possible and self._may_step(hidden_states, kwargs) else None
         if step is None:
             return super().forward(hidden_states, *args, **kwargs)
         if len(turn[0]) != len(hidden_states):
@@ -132,9 +131,11 @@ class DecodingLayer(nn.Module):
 
     def _step(self) -> _Step | None:
         """The layer's step, made anew where the layer has changed; None where it has none."""
-        old = self.__dict__.get("_decoding")
-        if old is _NONE or (old is not None and old.holds()):
-            return None if old is _NONE else old
+        old: Any = self.__dict__.get("_decoding")
+        if old is _NONE:
+            return None
+        if old is not None and old.holds():
+            return cast(_Step, old)
         step = _Step.of(self)
         if step is not None and not step.holds():
             return None  # for as long as somebody looks

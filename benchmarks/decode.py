@@ -65,7 +65,15 @@ how, folder = sys.argv[1:3]
 process = psutil.Process()
 before = process.memory_full_info().uss
 started = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(folder) if how == "transformers" else secateur.load(folder, how)
+if how == "transformers":
+    model = AutoModelForCausalLM.from_pretrained(folder)
+else:
+    model = secateur.load(folder, how.removesuffix(", plain layers"))
+if how.endswith("plain layers"):
+    from secateur.plugin.decode_steps import DecodingLayer
+    for layer in model.modules():
+        if isinstance(layer, DecodingLayer):
+            layer.__class__ = layer.original
 ids = torch.arange(3, 11)[None]
 clock = Clock()
 with torch.inference_mode():
@@ -204,6 +212,7 @@ def main() -> None:
                 jobs["dense, transformers"] = (sys.executable, code, ("transformers", str(folder)))
             else:
                 jobs[f"{form}, packed"] = (sys.executable, code, ("auto", str(folder)))
+                jobs[f"{form}, packed, plain layers"] = (sys.executable, code, ("auto, plain layers", str(folder)))
                 jobs[f"{form}, unpacked"] = (sys.executable, code, ("dense", str(folder)))
         if name != "mixture":
             folder = random_trellis(source, args.work / f"{name}-trellis")

@@ -39,6 +39,7 @@ from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
 from secateur.mixture.unfuse import experts_in
 from secateur.plugin.block_widths import fit_blocks
+from secateur.plugin.decode_steps import decode_in_steps
 from secateur.plugin.expanding import expanding, expands
 from secateur.plugin.expert_modules import (
     check_names_sort,
@@ -248,6 +249,7 @@ class SecateurQuantizer(HfQuantizer):
             self._offloaded.stream(model, partial(self._linear, model))
             self._offloaded = None
         place_linears(model)
+        decode_in_steps(model)
         refuse_to_resize(model)
         self._keep_grids(model)
         for module in model.modules():

@@ -229,6 +229,50 @@ def test_what_is_not_finite_reaches_its_token_only(value, T):
             assert torch.equal(y[others], clean[others])
 
 
+@pytest.fixture(params=("amx", "avx512bf16", "torch"))
+def products(request):
+    """One after the other, what many tokens may be multiplied by."""
+    use, before = torch.ops.secateur.use_products, torch.ops.secateur.products()
+    if not use(request.param):
+        pytest.skip(f"this processor does not run {request.param}")
+    shown = {"amx": "AMX", "avx512bf16": "AVX-512 BF16", "torch": "torch"}
+    assert torch.ops.secateur.products() == shown[request.param]
+    yield request.param
+    use(next(name for name in shown if shown[name] == before))
+
+
+@pytest.mark.parametrize("T", [9, 16, 33, 530])
+@pytest.mark.parametrize(("O", "I"), [(1, 31), (16, 64), (70, 700)])
+def test_many_tokens(products, O, I, T):
+    bias_O = bias_of(O, BF16, T != 16)
+    for weight, W_OI in (
+        load_sparse(O, I, 0.5, BF16),
+        load_sparse(O, I, 0.5, FP16),
+        *(
+            load_coded("packed-int", O, I, bits, group_size=size)
+            for bits, size in ((1, 8), (3, 64), (4, 64), (5, 16), (7, 32))
+        ),
+        load_coded("packed-int", O, I, 4, group_size=5),
+        load_coded("packed-int", O, I, 4, group_size=16, order=True, symmetric=True),
+        load_coded("spqr", O, I, 4, group_size=32),
+        load_coded("spqr", O, I, 3, group_size=16, outliers="some"),
+        load_coded("codebook", O, I, 3),
+    ):
+        check(weight, W_OI, inputs(T, I, BF16, O), bias_O)
+
+
+def test_more_columns_than_are_multiplied_at_a_time(products):
+    weight, W_OI = load_coded("packed-int", 3, 9000, 4, group_size=64)
+    check(weight, W_OI, inputs(9, 9000, BF16, 0))
+    check(weight, W_OI, inputs(300, 9000, BF16, 1))
+
+
+def test_products_that_there_are_not():
+    before = torch.ops.secateur.products()
+    assert not torch.ops.secateur.use_products("abacus")
+    assert torch.ops.secateur.products() == before
+
+
 @every_set
 @pytest.mark.parametrize("T", [0, 1, 9])
 def test_inputs_and_bias_of_any_strides(T):

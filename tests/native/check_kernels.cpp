@@ -4,6 +4,7 @@
 // usage: check_kernels [unpadded]    "unpadded" leaves out what has to follow values and codes: that must be found.
 
 #include "check_columns.h"
+#include "products.h"
 #include "random_memory.h"
 
 using namespace secateur;
@@ -30,6 +31,21 @@ void compare_row(const float* row, const float* want, int64_t I, float tolerance
     if (!(std::fabs(row[i] - want[i]) <= tolerance)) fail("row", kernels, number);
 }
 
+// Columns of rows as bfloat16, by a kernel that gives some of them, are those of float32 rows, rounded.
+template <class Unpack>
+void compare_bf16(const std::vector<std::vector<float>>& rows, int64_t I, const Unpack& unpack, const Kernels& kernels, int64_t number) {
+  const int64_t O = int64_t(rows.size()), end = (I + 31) / 32 * 32, step = one_of<int64_t>({64, 128, 1024});
+  for (int64_t k0 = 0; k0 < end; k0 += step) {
+    const int64_t k1 = std::min(k0 + step, end), stride = k1 - k0 + 32;
+    Memory memory;
+    uint16_t* const to = memory.exactly(std::vector<uint16_t>(O * stride));
+    unpack(k0, k1, to, stride);
+    for (int64_t r = 0; r < O; r++)
+      for (int64_t k = k0; k < k1; k++)
+        if (to[r * stride + k - k0] != (k < I ? to_bf16(rows[r][k]) : 0)) fail("bfloat16 row", kernels, number);
+  }
+}
+
 int64_t random_columns() { return one_of<int64_t>({1, 7, 8, 9, 31, 33, 63, 64, 65, 100, 128, 200, 333}); }
 
 void check_sparse(const std::vector<const Kernels*>& all, int64_t number) {
@@ -53,6 +69,13 @@ void check_sparse(const std::vector<const Kernels*>& all, int64_t number) {
       kernels->sparse_row(w, r, row);
       compare_row(row, want_row, I, 0, *kernels, number);
     }
+    if (!kernels->sparse_bf16 || w.values.dtype != Float::bf16) continue;
+    std::vector<std::vector<float>> rows(O, std::vector<float>(round_up(I)));
+    for (int64_t r = 0; r < O; r++) plain_kernels.sparse_row(w, r, rows[r].data());
+    std::vector<int64_t> at(O);
+    compare_bf16(rows, I, [&](int64_t k0, int64_t k1, uint16_t* to, int64_t stride) {
+      kernels->sparse_bf16(w, 0, O, k0, k1, at.data(), to, stride);
+    }, *kernels, number);
   }
 }
 
@@ -126,7 +149,49 @@ void check_coded(const std::vector<const Kernels*>& all, int64_t number) {
       kernels->coded_row(w, r, row, memory.floats(scratch));
       compare_row(row, want_row, I, 1e-5f * largest, *kernels, number);
     }
+    if (!kernels->coded_bf16 || !kernels->coded_bf16_takes(w)) continue;
+    std::vector<std::vector<float>> rows(O, std::vector<float>(round_up(I)));
+    for (int64_t r = 0; r < O; r++) kernels->coded_row(w, r, rows[r].data(), memory.floats(scratch));
+    compare_bf16(rows, I, [&](int64_t k0, int64_t k1, uint16_t* to, int64_t stride) {
+      kernels->coded_bf16(w, 0, O, k0, k1, to, stride, memory.floats(scratch));
+    }, *kernels, number);
   }
+}
+
+// Many tokens: laid out, multiplied in two pieces of columns, and turned back.
+void check_products(const Products& products, int64_t number) {
+  Memory memory;
+  const int64_t O = 1 + below(ROWS_AT_ONCE), I = random_columns(), T = 1 + below(100), groups = (T + GROUP - 1) / GROUP;
+  const int64_t depth = (I + STEP - 1) / STEP * STEP, rows = (O + GROUP - 1) / GROUP * GROUP, stride = depth + APART;
+  const int64_t columns = STEP * (1 + below(depth / STEP)), y_stride = groups * GROUP + below(2) * GROUP;
+  const uint16_t* const x = static_cast<const uint16_t*>(memory.values(T * I, Float::bf16, true).data);
+  std::vector<uint16_t> w(rows * stride);
+  for (int64_t r = 0; r < O; r++)
+    for (int64_t i = 0; i < I; i++) w[r * stride + i] = to_bf16(float(int(below(512)) - 256) / 64);
+  const uint16_t* const weights = memory.exactly(w);
+  uint16_t* const laid = memory.exactly(std::vector<uint16_t>(groups * GROUP * depth));
+  for (int64_t g = 0; g < groups; g++)
+    products.lay(x + g * GROUP * I, std::min(GROUP, T - g * GROUP), I, depth, laid + g * GROUP * depth);
+  float* const y = memory.floats(rows * y_stride);
+  for (int64_t k0 = 0; k0 < depth; k0 += columns)
+    products.multiply({weights + k0, stride, rows, laid + k0 * GROUP, GROUP * depth, groups, std::min(columns, depth - k0), y, y_stride, k0 > 0});
+  const float* const bias = chance(0.5) ? static_cast<const float*>(memory.values(O, Float::f32, true).data) : nullptr;
+  uint16_t* const out = memory.exactly(std::vector<uint16_t>(T * O));
+  products.finish(y, y_stride, O, T, bias, out, O);
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t r = 0; r < O; r++) {
+      double sum = bias ? bias[r] : 0, size = std::fabs(sum);
+      for (int64_t i = 0; i < I; i++) {
+        const double product = double(from_bits(uint32_t(x[t * I + i]) << 16)) * from_bits(uint32_t(w[r * stride + i]) << 16);
+        sum += product;
+        size += std::fabs(product);
+      }
+      const double got = from_bits(uint32_t(out[t * O + r]) << 16);
+      if (!(std::fabs(got - sum) <= std::fabs(sum) / 256 + 1e-5 * size)) {
+        std::printf("products of %s are wrong at %ld\n", products.name, long(number));
+        std::exit(1);
+      }
+    }
 }
 
 // Their codes need no padding: whatever is read is inside.
@@ -197,6 +262,8 @@ int main(int count, char** arguments) {
     check_coded(all, number);
     if (number % 4 == 0) check_trellis(all, number);
     check_columns(all, number);
+    for (const Products* products : {bf16_products(), amx_products()})
+      if (products && number % 8 == 0) check_products(*products, number);
   }
   std::printf("all agree\n");
 }

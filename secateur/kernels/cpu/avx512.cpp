@@ -466,23 +466,19 @@ void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, fl
   }
 }
 
+#include "bf16_rows.inl"
+
 void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512 value = _mm512_loadu_ps(from + i);
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i all = _mm512_mask_mov_epi32(nearest, nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(all));
-  }
+  for (int64_t i = 0; i < n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), nearest_bf16(_mm512_loadu_ps(from + i)));
 }
 
 // --- weights by input feature
 
 #include "columns_avx512.inl"
 
-const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi, &column_kernels};
+const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi, &column_kernels,
+                         sparse_bf16, coded_bf16_takes, coded_bf16};
 
 }  // namespace
 }  // namespace secateur

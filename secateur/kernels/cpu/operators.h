@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -101,6 +102,23 @@ inline float sum_of(const float* x, int64_t i, int64_t end) {
   for (; i < end; i++) total[0] += x[i];
   for (int j = 1; j < 8; j++) total[0] += total[j];
   return total[0];
+}
+
+// The inputs with columns in stored order, in a dtype in which torch multiplies fast.
+inline Tensor in_order(const Tensor& x, const int32_t* order, ScalarType dtype) {
+  if (!order) return as_dtype(x, dtype);
+  const int64_t T = x.size(0), I = x.size(1);
+  Tensor found = empty(T, I, dtype);
+  with_values(x, [&](const auto* values) {
+    using X = std::decay_t<decltype(*values)>;
+    using To = std::conditional_t<std::is_same_v<X, torch::headeronly::Half>, float, X>;
+    To* const to = static_cast<To*>(found.data_ptr());
+    torch::stable::parallel_for(0, T, std::max<int64_t>(1, WEIGHTS_PER_THREAD / std::max<int64_t>(I, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++)
+        for (int64_t i = 0; i < I; i++) to[t * I + i] = To(values[t * I + order[i]]);
+    });
+  });
+  return found;
 }
 
 inline int64_t grain(int64_t I) { return std::max<int64_t>(1, WEIGHTS_PER_THREAD / std::max<int64_t>(I, 1)); }

@@ -2,10 +2,12 @@
 //
 // O: output features, I: input features, T: tokens, G: groups of a row.
 
+#include <cmath>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "by_blocks.h"
 #include "operators.h"
 
 namespace secateur {
@@ -29,6 +31,23 @@ bool use(const std::string& name) {
 }
 
 std::string using_now() { return in_use()->name; }
+
+const Products*& products_in_use() {
+  static const Products* products = amx_products() ? amx_products() : bf16_products();
+  return products;
+}
+
+// "amx", "avx512bf16" or "torch", which multiplies tiles of unpacked rows everywhere; false as above.
+bool use_products(const std::string& name) {
+  const Products* products = name == "amx" ? amx_products() : name == "avx512bf16" ? bf16_products() : nullptr;
+  if (products || name == "torch") products_in_use() = products;
+  return products || name == "torch";
+}
+
+std::string products_now() { return multiplying() ? multiplying()->name : "torch"; }
+
+// Whether the products that are in use can be had of these inputs and these kernels.
+bool has_products(const Tensor& x) { return multiplying() && x.scalar_type() == ScalarType::BFloat16 && chosen()->coded_bf16; }
 
 template <class T>
 const T* optional_data(Maybe t, ScalarType dtype, int64_t at_least, const char* name) {
@@ -87,23 +106,6 @@ Tensor finish(const Tensor& y, Maybe bias, ScalarType dtype) {
   return as_dtype(y, dtype);
 }
 
-// The inputs with columns in stored order, in a dtype in which torch multiplies fast.
-Tensor in_order(const Tensor& x, const int32_t* order, ScalarType dtype) {
-  if (!order) return as_dtype(x, dtype);
-  const int64_t T = x.size(0), I = x.size(1);
-  Tensor found = empty(T, I, dtype);
-  with_values(x, [&](const auto* values) {
-    using X = std::decay_t<decltype(*values)>;
-    using To = std::conditional_t<std::is_same_v<X, torch::headeronly::Half>, float, X>;
-    To* const to = static_cast<To*>(found.data_ptr());
-    torch::stable::parallel_for(0, T, std::max<int64_t>(1, WEIGHTS_PER_THREAD / std::max<int64_t>(I, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++)
-        for (int64_t i = 0; i < I; i++) to[t * I + i] = To(values[t * I + order[i]]);
-    });
-  });
-  return found;
-}
-
 // x Wᵀ by unpacking tiles of rows; `row(r, w, scratch)` unpacks one in float32, columns in stored order.
 template <class Row>
 Tensor by_tiles(const Tensor& x, Maybe order, Maybe bias, int64_t O, int64_t floats, const Row& row) {
@@ -144,10 +146,8 @@ Tensor by_tiles(const Tensor& x, Maybe order, Maybe bias, int64_t O, int64_t flo
   return as_dtype(y, x.scalar_type());
 }
 
-Tensor sparse_linear(const Tensor& x_any, const Tensor& values, const Tensor& mask, const Tensor& start, Maybe bias) {
-  check_input(x_any);
-  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
-  const int64_t T = x.size(0), I = x.size(1), O = start.numel() - 1;
+Sparse checked_sparse(int64_t I, const Tensor& values, const Tensor& mask, const Tensor& start) {
+  const int64_t O = start.numel() - 1;
   Sparse w;
   w.I = I;
   check(start, ScalarType::Long, 1, "start");
@@ -155,7 +155,20 @@ Tensor sparse_linear(const Tensor& x_any, const Tensor& values, const Tensor& ma
   check(mask, ScalarType::Byte, O * ((I + 7) / 8), "the bit mask");
   w.mask = data<uint8_t>(mask);
   w.values = floats_of(values, w.start[O] + WIDTH / values.element_size(), "values");
+  return w;
+}
+
+Tensor sparse_linear(const Tensor& x_any, const Tensor& values, const Tensor& mask, const Tensor& start, Maybe bias) {
+  check_input(x_any);
+  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
+  const int64_t T = x.size(0), I = x.size(1), O = start.numel() - 1;
+  const Sparse w = checked_sparse(I, values, mask, start);
   const Kernels& kernels = *chosen();
+  if (T >= FROM_TOKENS && has_products(x) && w.values.dtype == Float::bf16) {
+    return by_blocks(x, nullptr, bias, O, 0, [&](int64_t first, int64_t last, int64_t k0, int64_t k1, int64_t* at, uint16_t* to, int64_t stride, float*) {
+      kernels.sparse_bf16(w, first, last, k0, k1, at, to, stride);
+    });
+  }
   if (T >= FROM_TOKENS) {
     return by_tiles(x, std::nullopt, bias, O, 0, [&](int64_t r, float* row, float*) { kernels.sparse_row(w, r, row); });
   }
@@ -166,12 +179,10 @@ Tensor sparse_linear(const Tensor& x_any, const Tensor& values, const Tensor& ma
   return finish(y, bias, x.scalar_type());
 }
 
-Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, const Tensor& start, Maybe count, Maybe group_start,
+Coded checked_coded(int64_t I, int64_t bits, const Tensor& codes, const Tensor& start, Maybe count, Maybe group_start,
                     int64_t group_size, Maybe scale, Maybe zero, Maybe pair, Maybe second, int64_t tile_rows, Maybe table,
-                    Maybe mask, Maybe order, Maybe outlier_start, Maybe outlier_column, Maybe outlier_value, Maybe bias) {
-  check_input(x_any);
-  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
-  const int64_t T = x.size(0), I = x.size(1), O = start.numel() - 1;
+                    Maybe mask, Maybe order, Maybe outlier_start, Maybe outlier_column, Maybe outlier_value) {
+  const int64_t O = start.numel() - 1;
   STD_TORCH_CHECK(bits >= 1 && bits <= 8, "secateur: codes have 1 to 8 bits, not ", bits);
   STD_TORCH_CHECK(int(scale.has_value()) + int(pair.has_value() && second.has_value()) + int(table.has_value()) == 1,
               "secateur: codes have one grid");
@@ -220,8 +231,25 @@ Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, cons
     w.outlier_column = optional_data<int32_t>(outlier_column, ScalarType::Int, w.outlier_start[O], "outlier_column");
     w.outlier_value = floats_of(*outlier_value, w.outlier_start[O], "outlier_value");
   }
+  return w;
+}
+
+Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, const Tensor& start, Maybe count, Maybe group_start,
+                    int64_t group_size, Maybe scale, Maybe zero, Maybe pair, Maybe second, int64_t tile_rows, Maybe table,
+                    Maybe mask, Maybe order, Maybe outlier_start, Maybe outlier_column, Maybe outlier_value, Maybe bias) {
+  check_input(x_any);
+  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
+  const int64_t T = x.size(0), I = x.size(1), O = start.numel() - 1;
+  const Coded w = checked_coded(I, bits, codes, start, count, group_start, group_size, scale, zero, pair, second, tile_rows, table,
+                                mask, order, outlier_start, outlier_column, outlier_value);
   const Kernels& kernels = *chosen();
   const int64_t scratch = scratch_floats(I, w.G);
+  if (T >= FROM_TOKENS && has_products(x) && kernels.coded_bf16_takes(w)) {
+    return by_blocks(x, order ? data<int32_t>(*order) : nullptr, bias, O, scratch,
+                     [&](int64_t first, int64_t last, int64_t k0, int64_t k1, int64_t*, uint16_t* to, int64_t stride, float* spare) {
+                       kernels.coded_bf16(w, first, last, k0, k1, to, stride, spare);
+                     });
+  }
   if (T >= FROM_TOKENS) {
     return by_tiles(x, order, bias, O, scratch, [&](int64_t r, float* row, float* spare) { kernels.coded_row(w, r, row, spare); });
   }
@@ -235,9 +263,12 @@ Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, cons
   return finish(y, bias, x.scalar_type());
 }
 
+#include "step.inl"
+
 }  // namespace
 
 const Kernels* chosen() { return in_use(); }
+const Products* multiplying() { return products_in_use(); }
 
 STABLE_TORCH_LIBRARY(secateur, m) {
   m.def("sparse_linear(Tensor x, Tensor values, Tensor mask, Tensor start, Tensor? bias) -> Tensor");
@@ -245,18 +276,28 @@ STABLE_TORCH_LIBRARY(secateur, m) {
       "coded_linear(Tensor x, int bits, Tensor codes, Tensor start, Tensor? count, Tensor? group_start, int group_size, "
       "Tensor? scale, Tensor? zero, Tensor? pair, Tensor? second, int tile_rows, Tensor? table, Tensor? mask, Tensor? order, "
       "Tensor? outlier_start, Tensor? outlier_column, Tensor? outlier_value, Tensor? bias) -> Tensor");
+  m.def(
+      "attention_inputs(Tensor x, Tensor norm, float eps, Tensor cos, Tensor sin, Tensor[] parts, int[] forms) -> Tensor");
+  m.def(
+      "after_attention(Tensor a, Tensor x, Tensor norm, float eps, Tensor[] parts, int[] forms) -> Tensor");
   m.def("use_instructions(str name) -> bool");
   m.def("instructions() -> str");
+  m.def("use_products(str name) -> bool");
+  m.def("products() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("coded_linear", TORCH_BOX(&coded_linear));
+  m.impl("attention_inputs", TORCH_BOX(&attention_inputs));
+  m.impl("after_attention", TORCH_BOX(&after_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secateur, CompositeExplicitAutograd, m) {
   m.impl("use_instructions", TORCH_BOX(&use));
   m.impl("instructions", TORCH_BOX(&using_now));
+  m.impl("use_products", TORCH_BOX(&use_products));
+  m.impl("products", TORCH_BOX(&products_now));
 }
 
 }  // namespace secateur

@@ -87,6 +87,13 @@ struct Kernels {
   void (*to_bf16)(const float* from, uint16_t* to, int64_t n);
   const TrellisKernels* trellis;
   const ColumnKernels* columns;
+  // Columns from k0, a multiple of 64, to before k1, a multiple of 32, of the rows from `first` to before `last`, as bfloat16, each
+  // `stride` values after the one before, which is 32 more than columns at least; with zeros after the last column. Null where
+  // there are no such kernels. Values are bfloat16 themselves; `at` is where the row's next ones begin, and is kept from call to call.
+  void (*sparse_bf16)(const Sparse&, int64_t first, int64_t last, int64_t k0, int64_t k1, int64_t* at, uint16_t* to, int64_t stride) = nullptr;
+  // `coded_bf16` is for those weights alone that `coded_bf16_takes`.
+  bool (*coded_bf16_takes)(const Coded&) = nullptr;
+  void (*coded_bf16)(const Coded&, int64_t first, int64_t last, int64_t k0, int64_t k1, uint16_t* to, int64_t stride, float* scratch) = nullptr;
 };
 
 extern const Kernels plain_kernels;

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.gate.tolerances import Tolerances
     from secateur.evaluation.quality import Evaluation, Runner, evaluate
     from secateur.folder.manifest import Problem
-    from secateur.gates.gate import activations
+    from secateur.gates.running import activations
     from secateur.model.load import load
     from secateur.pipeline.outcome import Progress, Report
     from secateur.plugin.quantizer import backend
@@ -93,7 +93,7 @@ _HOMES = {
     "evaluation.gate.tolerances": ["Tolerances"],
     "evaluation.quality": ["Evaluation", "Runner", "evaluate"],
     "folder.manifest": ["Problem"],
-    "gates.gate": ["activations"],
+    "gates.running": ["activations"],
     "model.load": ["load"],
     "plugin.quantizer": ["backend"],
     "pipeline.outcome": ["Progress", "Report"],

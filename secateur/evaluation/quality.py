@@ -24,7 +24,7 @@ from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
 from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
-from secateur.gates.gate import activations, as_if_written, told_of_gates
+from secateur.gates.running import activations, as_if_written, told_of_gates
 from secateur.gates.section import SECTION
 from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_model

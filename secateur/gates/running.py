@@ -130,7 +130,7 @@ class Gate:
         """After a linear: with what stands for the inputs that were not read."""
         if self._gates.last is None or self._gates.last[0] is not self:
             return None
-        _, x, kept = self._gates.last
+        x, kept = self._gates.last[1:]
         rest = x.masked_fill(kept, 0)
         return out + linear(linear(rest, module.get_buffer(RIGHT)), module.get_buffer(LEFT)).to(out.dtype)
 

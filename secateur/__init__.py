@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.quality import Evaluation, Runner, evaluate
     from secateur.experts.use_of_experts import ExpertUse
     from secateur.folder.manifest import Problem
-    from secateur.gates.input_gates import activations
+    from secateur.gates.running import activations
     from secateur.model.load import load
     from secateur.pipeline.outcome import Progress, Report
     from secateur.plugin.quantizer import backend
@@ -98,7 +98,7 @@ _HOMES = {
     "evaluation.gate.tolerances": ["Tolerances"],
     "evaluation.quality": ["Evaluation", "Runner", "evaluate"],
     "folder.manifest": ["Problem"],
-    "gates.input_gates": ["activations"],
+    "gates.running": ["activations"],
     "model.load": ["load"],
     "plugin.quantizer": ["backend"],
     "pipeline.outcome": ["Progress", "Report"],

@@ -31,12 +31,14 @@ from secateur.folder.reader import (
 from secateur.formats.layouts.layout import Stored, describe_dense
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.formats.stored_weights import find_entry, is_pattern, parse_quantization_config
+from secateur.gates.section import SECTION, parse_section
 from secateur.mixture.experts import Piece
 from secateur.model.limits import check_config
 from secateur.model.located import conflicts, locate, part_of
 from secateur.model.source import Source, open_folder, open_tokenizer
 from secateur.model.structure import LINEARS, build_skeleton, is_transposed, weight_matrix
 from secateur.model.vocabulary import find_tables
+from secateur.plugin.gated import put_in_place
 
 CONFIG_NAME = "config.json"
 
@@ -202,6 +204,7 @@ class _Run:
         if source.quantization is None:
             return
         entries = parse_quantization_config(source.quantization)
+        self._try(CONFIG_NAME, lambda: _check_gates(source, model, names))
         packed = source.weights.packed
         exact = set()
         unnamed = set(filter(is_pattern, entries))
@@ -255,6 +258,13 @@ class _Run:
             same = said.get(key) == value or abs(_number(said.get(key)) - _number(value)) < 1e-9
             if not same:
                 self._say(name, f"has {key} {value} by its tensors, but {said.get(key)!r} in {MANIFEST_NAME}")
+
+
+def _check_gates(source: Source, model: nn.Module, names: Mapping[str, str]) -> None:
+    """Raise CheckpointError where what the config says of activation sparsity does not fit the model or its tensors."""
+    section = parse_section((source.quantization or {}).get(SECTION))
+    if section is not None:
+        put_in_place(model, section, source.weights.stored, lambda weight: [names[weight]] if weight in names else [])
 
 
 def _number(value: Any) -> float:

@@ -25,7 +25,7 @@ from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_refer
 from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
 from secateur.experts.skipping import check_known, parse_skip, skip_experts
-from secateur.gates.input_gates import activations, as_if_written, told_of_gates
+from secateur.gates.running import activations, as_if_written, told_of_gates
 from secateur.gates.section import SECTION
 from secateur.memory.room import limit_memory
 from secateur.model.in_memory import open_model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError
-from secateur.gates.input_gates import Gate, Gates, gates_of, put_gates
+from secateur.gates.running import Gate, Gates, gates_of, put_gates
 from secateur.gates.section import LEFT, RIGHT, SCALE, Section
 from secateur.plugin.names import block_of, spellings
 

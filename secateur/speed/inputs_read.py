@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.gates.input_gates import gates_of
+from secateur.gates.running import gates_of
 from secateur.gates.section import SECTION, parse_section
 from secateur.model.source import Source
 

@@ -11,7 +11,7 @@ import secateur
 from secateur.core.histogram import FIRST
 from secateur.errors import UsageError
 from secateur.folder.reader import StoredTensors, weight_files
-from secateur.gates.input_gates import as_if_written, gates_of
+from secateur.gates.running import as_if_written, gates_of
 from secateur.gates.section import parse_section
 
 LEVELS = (0.25, 0.4, 0.5, 0.65)
@@ -161,11 +161,11 @@ def test_what_several_texts_read_is_what_any_of_them_does(gated, monkeypatch):
 
 
 def test_a_mask_is_made_once_for_each_input(gated, monkeypatch):
-    from secateur.gates import gate
+    from secateur.gates import running
 
     model, made = secateur.load(gated("teal")), []
-    plain = gate.scores
-    monkeypatch.setattr(gate, "scores", lambda *args: made.append(0) or plain(*args))
+    plain = running.scores
+    monkeypatch.setattr(running, "scores", lambda *args: made.append(0) or plain(*args))
     ids = prompt_of(12)
     written(model, ids, 11)
     assert len(made) == 2 * 4  # q/k/v, o, gate/up and down of two blocks

@@ -20,7 +20,7 @@ def return_freed() -> None:
 
 def trim() -> None:
     """Have the C library give back at once what it keeps of freed memory, which else goes on growing for many blocks."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -380,7 +380,7 @@ def test_inspect_says_what_the_report_says(says, model_of, recipe_of, monkeypatc
         ("--bits 4", "--bits is an option of gptq, rtn, spqr, squeezellm, trellis: name one by --prune or --quantize"),
         ("--bits 4 --prune wanda --sparsity 0.5", "spqr, squeezellm, trellis: wanda would not heed it"),
         ("--quantize rtn --sparsity 0.5", "--sparsity says how to prune, but no method is given: --prune is missing"),
-        ("--quantize rtn --damping 0.1", "tyr, gptq, spqr, sq, trellis, cospadi, svd: rtn would not heed it"),
+        ("--quantize rtn --damping 0.1", "tyr, gptq, spqr, sq, ternary, trellis, cospadi, svd: rtn would not heed it"),
         ("--quantize squeezellm --tile-rows 16", "--tile-rows is an option of spqr: squeezellm would not heed it"),
         ("--quantize rtn --format bitmap", "--format bitmap does not hold quantized weights: give auto or dense"),
         ("--quantize rtn --format nm --prune wanda --pattern 2:4", "--format nm does not hold quantized weights"),

@@ -474,7 +474,7 @@ def test_a_recipe_survives_yaml_and_json(recipe, tmp_path):
         ("sparcity: 0.5", "recipe.yaml: the recipe has an unknown key 'sparcity': did you mean 'sparsity'?"),
         (
             "nonsense: 0.5",
-            "recipe.yaml: the recipe has an unknown key 'nonsense': it can be activation_sparsity, activations, allocation, ",
+            "recipe.yaml: the recipe has an unknown key 'nonsense': it can be activation_sparsity, activations, ",
         ),
         ("{quantize: rtn, quantization: {bitz: 3}}", "recipe.yaml: `bitz` is not an option of rtn, which has --bits, "),
         ("sparsity: half", "'sparsity' of the recipe: 'half' is not a share: write it like 50% or 0.5"),

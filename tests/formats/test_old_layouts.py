@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("dense_backend")
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "layout_v1"
 BLOCKS = FOLDER.with_name("blocks_v1.safetensors")
-#: Layouts that came later, without such a folder: `blocks` has a file of its own, of the others docs/format.md says how they lie.
+#: Layouts that came later: `blocks` has a file of its own, of the others docs/format.md says how they lie.
 SINCE = {"blocks", "ternary-dict", "columns", "columns-bitmap", "columns-int", "low-rank", "dictionary", "sq"}
 
 

@@ -21,8 +21,8 @@ def project():
 
 def test_extras_are_called_after_what_they_are_for(project):
     extras = project["optional-dependencies"]
-    assert {"hub", "plots", "sweep", "tasks", "all"} <= extras.keys()
-    assert extras["all"] == ["secateur[hub,plots,sweep,tasks]"]
+    assert {"experts", "hub", "plots", "sweep", "tasks", "all"} <= extras.keys()
+    assert extras["all"] == ["secateur[hub,plots,sweep,experts,tasks]"]
     assert all(extras[old] == [f"secateur[{new}]"] for old, new in ALIASES.items())
 
 

@@ -309,7 +309,7 @@ def test_json(folder, says, tmp_path):
         assert total.keys() == {"tokens", "seconds", "dense_seconds", "speed_up"}
         for case in found["cases"]:
             assert case.keys() == {
-                "layout", "shape", "linears", "backend", "tokens", "seconds", "dense_seconds", "bytes", "dense_bytes",
+                "layout", "shape", "linears", "backend", "tokens", "seconds", "dense_seconds", "bytes", "dense_bytes", "kept",
                 "cached", "bandwidth", "utilization", "speed_up",
             }  # fmt: skip
             assert case["layout"]["bits"] == BITS

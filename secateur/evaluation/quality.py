@@ -24,10 +24,10 @@ from secateur.evaluation.perplexity import CutText, Quality, measure
 from secateur.evaluation.reference import KEPT_TOKENS, KeptReference, keep_reference
 from secateur.evaluation.streamed import StreamedModel
 from secateur.evaluation.tasks.tasks import TaskScore, check_tasks, run_tasks
-from secateur.experts.skipping import check_known, parse_skip, skip_experts
 from secateur.gates.running import activations, as_if_written, told_of_gates
 from secateur.gates.section import SECTION
 from secateur.memory.room import limit_memory
+from secateur.mixture.skipping import check_known, parse_skip, skip_experts
 from secateur.model.in_memory import open_model
 from secateur.model.load import load_source, open_device, parse_dtype
 from secateur.model.located import conflicts, stored_names

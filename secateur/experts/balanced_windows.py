@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.experts.skipping import modules_of
 from secateur.mixture.expert_rows import chosen_by
 from secateur.mixture.experts import DOWN, Experts
+from secateur.mixture.skipping import modules_of
 
 
 @torch.no_grad()

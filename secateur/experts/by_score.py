@@ -5,6 +5,7 @@ E: experts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from secateur.experts.layer_seen import LayerSeen
 _QUANTILE, _OF_GREATEST, _OF_MEDIAN, _FIRST = 0.995, 0.1, 10.0, 0.75
 
 
-class ByScore:
+class ByScore(ABC):
     """A method that gives each expert a score, by which those of a layer are kept.
 
     Attributes:
@@ -34,12 +35,12 @@ class ByScore:
     of_task: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most lack nothing
         """Raise UsageError where it lacks something."""
 
+    @abstractmethod
     def scores(self, seen: LayerSeen) -> Tensor:
         """What each expert of a layer is worth, `[E]`."""
-        raise NotImplementedError
 
     def choose(self, seen: LayerSeen, count: int, held: Collection[int] = ()) -> KeptExperts:
         """Which experts of a layer stay: so many, as many in each of the router's groups; `held`: those that do in any case."""

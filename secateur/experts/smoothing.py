@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.experts.skipping import modules_of
 from secateur.mixture.expert_rows import Routed
 from secateur.mixture.experts import DOWN, GATE_UP, UP
+from secateur.mixture.skipping import modules_of
 
 #: a: how much of the difference between inputs goes to weights.
 ALPHA = 0.5

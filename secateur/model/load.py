@@ -13,12 +13,12 @@ import torch
 from transformers import GenerationConfig
 
 from secateur.errors import CheckpointError, UsageError, one_line
-from secateur.experts.skipping import skip_experts
 from secateur.formats.layouts.layout import DTYPES
 from secateur.formats.layouts.packed_weight import DecodedAhead
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.memory.free_memory import free_memory
 from secateur.memory.room import limit_memory
+from secateur.mixture.skipping import skip_experts
 from secateur.mixture.unfuse import experts_in
 from secateur.model.dispatch import Placement, dispatch
 from secateur.model.repacked import place_repacked, repacked

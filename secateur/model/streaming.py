@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, UsageError
-from secateur.experts.skipping import skip_experts
 from secateur.folder.extents import Extent, OpenFiles, find_extents
 from secateur.formats.layouts.layout import all_finite
 from secateur.kernels.backends import AUTO
+from secateur.mixture.skipping import skip_experts
 from secateur.model.source import Source
 from secateur.model.stream_room import Limits, Sizes, cache_bytes, room_here, room_there
 from secateur.model.structure import build_skeleton, find_blocks, parameters_outside, shared_parameters

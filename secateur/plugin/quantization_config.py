@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.experts.skipping import KEY as SKIP
-from secateur.experts.skipping import parse_skip
 from secateur.formats.stored_weights import QUANT_METHOD, parse_quantization_config, quantization_config
 from secateur.gates.section import SECTION, parse_section
+from secateur.mixture.skipping import KEY as SKIP
+from secateur.mixture.skipping import parse_skip
 from secateur.plugin.block_widths import KEY, parse_widths, with_widths
 
 

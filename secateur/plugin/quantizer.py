@@ -23,8 +23,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from secateur.errors import CheckpointError
-from secateur.experts.skipping import KEY as SKIP
-from secateur.experts.skipping import skip_experts
 from secateur.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
 from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
@@ -37,6 +35,8 @@ from secateur.formats.stored_weights import (
 )
 from secateur.kernels.backends import AUTO, check_backend
 from secateur.mixture.experts import Experts, Piece, module_of
+from secateur.mixture.skipping import KEY as SKIP
+from secateur.mixture.skipping import skip_experts
 from secateur.mixture.unfuse import experts_in
 from secateur.plugin.block_widths import fit_blocks
 from secateur.plugin.decode_steps import decode_in_steps

@@ -23,10 +23,10 @@ from secateur.core.registry import (
 )
 from secateur.core.stats import Level
 from secateur.errors import UsageError, did_you_mean
-from secateur.experts.skipping import check_share
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.layout import DTYPES, Layout
 from secateur.formats.layouts.nm import NMBits
+from secateur.mixture.skipping import check_share
 from secateur.quant.block_grid import OPEN, STAND_IN, TYPE_GRIDS, UNDECIDED
 from secateur.recipes.activation_plan import check_by_inputs, sparsifier_of, unread_of
 from secateur.recipes.built_in import TO_BEGIN_WITH

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.experts.skipping import KEY, quantiles_on, section_of
 from secateur.folder.reader import read_json
 from secateur.folder.writer import write_json
 from secateur.kernels.backends import AUTO
+from secateur.mixture.skipping import KEY, quantiles_on, section_of
 from secateur.model.load import load_source, load_within
 from secateur.model.source import open_source
 from secateur.pipeline.run import Run

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import CheckpointError, UsageError
-from secateur.experts.skipping import skip_experts
 from secateur.folder.extents import OpenFiles
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.formats.layouts.layout import all_finite
 from secateur.memory.footprint import Footprint, Polynomial, Settings
 from secateur.memory.live_bytes import PROBES, LiveBytes
+from secateur.mixture.skipping import skip_experts
 from secateur.model.source import Source
 from secateur.model.structure import build_skeleton, find_blocks, parameters_outside, shared_parameters
 from secateur.model.weights import ModelWeights, materialise, release, tie

@@ -14,8 +14,8 @@ import secateur
 from secateur.calibration.kept_windows import calibration_ids
 from secateur.errors import UsageError
 from secateur.experts.balanced_windows import _even, balanced
-from secateur.experts.skipping import modules_of
 from secateur.experts.smoothing import smooth_experts
+from secateur.mixture.skipping import modules_of
 from secateur.model.source import open_source
 
 IDS_NS = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(3))

@@ -16,8 +16,8 @@ import secateur
 from secateur.errors import CheckpointError, UsageError
 from secateur.evaluation.eval_text import Text
 from secateur.evaluation.quality import Runner, evaluate
-from secateur.experts.skipping import QUANTILES, beta_of, modules_of, parse_skip, quantiles_on, ratios, skip_experts
-from secateur.experts.skipping import without_weak as without
+from secateur.mixture.skipping import QUANTILES, beta_of, modules_of, parse_skip, quantiles_on, ratios, skip_experts
+from secateur.mixture.skipping import without_weak as without
 from secateur.mixture.unfuse import fused_in, unfuse
 from secateur.plugin.quantization_config import SecateurConfig
 from secateur.recipes.plan import plan

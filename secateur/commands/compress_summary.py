@@ -56,8 +56,9 @@ def _print_figures(report: Any) -> None:
     if report.structure is not None:
         rows += [[_STRUCTURE[what], f"{was:,}", f"{now:,}"] for what, (was, now) in report.structure.items()]
     else:
-        whole = [f"{8 * size / parameters:.2f}" for size in (report.source_bytes, report.bytes)]
-        rows.append(["bits per weight, whole model", *whole])
+        # Where experts went, the source had more weights than are counted here.
+        before = "" if report.recipe.get("drop_experts") else f"{8 * report.source_bytes / parameters:.2f}"
+        rows.append(["bits per weight, whole model", before, f"{8 * report.bytes / parameters:.2f}"])
         if linears:
             rows.append([f"bits per weight, {len(linears)} compressed linears", "", f"{report.bits:.2f}"])
     rows += [[f"bits per weight, {table.name}", "", f"{table.bits:.2f}"] for table in report.tables]
@@ -67,7 +68,8 @@ def _print_figures(report: Any) -> None:
         level = report.recipe["activation_sparsity"]
         rows.append([f"weights not read for a token, {report.recipe['activations']}", "", f"{level:.0%}"])
     rows += [["perplexity", "", "not measured"], None]
-    for linear in sorted([*linears, *report.tables], key=lambda each: -each.error)[:_WORST]:
+    worst = sorted([*linears, *report.tables], key=lambda each: -each.error)[:_WORST]
+    for linear in (each for each in worst if each.error > 0):
         rows.append([f"error, {linear.name}", "", f"{linear.error:.2e}"])
     rows += [None, ["time", "", duration(report.seconds)], ["peak memory", "", size(report.peak_bytes)]]
     columns = [Column("", right=False), Column("before"), Column("after")]

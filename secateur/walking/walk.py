@@ -29,6 +29,7 @@ from secateur.unfinished.hidden import HiddenStates
 from secateur.walking.capture import BlockCall, Stage
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn
+from secateur.walking.forward import forward
 from secateur.walking.gathering import Gathering
 from secateur.walking.twin import Twin
 
@@ -62,6 +63,7 @@ class Passage:
         outputs: takes the block's outputs; None where nobody reads them.
         ranks: the processes that have a part of the batches each.
         clock: measures the phases.
+        dtype: the model's own.
         first: the number of the first window, among those of all processes.
     """
 
@@ -71,13 +73,14 @@ class Passage:
     outputs: HiddenStates | None
     ranks: Ranks
     clock: Clock
+    dtype: torch.dtype
     first: int = 0
 
     def run(self) -> None:
         """Run all batches through the block as it is."""
         assert self.outputs is not None
         for i, call in enumerate(self.calls):
-            with self.clock("forward"):
+            with forward(self.clock, self.dtype):
                 self.outputs.append(call.run(self.block, self.hiddens.take(i)))
 
 
@@ -172,7 +175,7 @@ def walk(passage: Passage, target: Target, way: Way, beside: Beside | None = Non
             each.stage = len(target.stages)
             for i in range(len(passage.calls) if out is not None else 0):
                 assert out is not None
-                with passage.clock("forward"):
+                with forward(passage.clock, passage.dtype):
                     out.append(each.end(i))
 
 
@@ -323,7 +326,7 @@ class _Batches:
         return greenlet.greenlet(run)
 
     def _go_on(self, batch: greenlet.greenlet) -> Any:
-        with self._passage.clock("forward"):
+        with forward(self._passage.clock, self._passage.dtype):
             return batch.switch()
 
 

@@ -25,6 +25,7 @@ from secateur.unfinished.kept_inputs import file_beside
 from secateur.walking.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
+from secateur.walking.forward import forward
 from secateur.walking.placing import keep_mapped, keep_rows, move_buffers, only_in_head, read_shared
 from secateur.walking.twin import Twin
 from secateur.walking.walk import Beside, Gathered, Passage, Solve, Target, Way, in_batches, walk
@@ -119,7 +120,7 @@ class Walker:
         stats = InputStats.empty(linear.get_parameter("weight").shape[1], Level.GRAM, device)
         first = 0
         for i in range(len(journey.hiddens)):
-            with self.clock("forward"):
+            with forward(self.clock, self.prepared.source.dtype):
                 hidden = journey.hiddens.take(i)
                 ids_NS = journey.ids_NS[first : first + len(hidden)].to(device)
                 x = journey.catcher.before_head(model, linear, ids_NS, hidden)
@@ -269,11 +270,12 @@ class Journey:
         if self.beside is not None:
             (self.beside.hiddens,) = dense
 
-    def passage(self, number: int, outputs: HiddenStates | None) -> Passage:
-        """Of one block, which is in place."""
-        calls = [batch[number] for batch in self.calls]
-        block = self.walker.prepared.blocks[number]
-        return Passage(block, calls, self.hiddens, outputs, self.walker.ranks, self.walker.clock, self.first)
+    def passage(self, number: int, outputs: HiddenStates | None, body: nn.Module | None = None) -> Passage:
+        """Of one block, which is in place, or of a body that holds all."""
+        module = self.walker.prepared.blocks[number] if body is None else body
+        walker, calls = self.walker, [batch[number] for batch in self.calls]
+        dtype = walker.prepared.source.dtype
+        return Passage(module, calls, self.hiddens, outputs, walker.ranks, walker.clock, dtype, self.first)
 
     def pass_unsolved(self, number: int) -> None:
         """Run the inputs of a block that is in place through it; what comes out is the next one's."""
@@ -384,8 +386,7 @@ class Journey:
         halves = self.walker.prepared.plan.needs_halves
         sizes = self.walker.prepared.sizes
         target = Target(stages, linears, again, level, solve_next, experts, halves, sizes)
-        calls = [batch[0] for batch in self.calls]
-        passage = Passage(body, calls, self.hiddens, None, self.walker.ranks, self.walker.clock, self.first)
+        passage = self.passage(0, None, body)
         beside = None
         if self.beside is not None and self.twin is not None:
             beside = self._beside(replace(passage, hiddens=self.beside.hiddens), self.twin, whole=True)

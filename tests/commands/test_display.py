@@ -194,3 +194,16 @@ def test_notes_of_one_kind_are_one():
 def test_figures():
     assert [clock(s) for s in (0.4, 59.6, 75, 3729)] == ["0:00", "1:00", "1:15", "1:02:09"]
     assert [size(n) for n in (999, 1500, 2.5e6, 3e9)] == ["999 B", "1.5 kB", "2.5 MB", "3.00 GB"]
+
+
+def test_what_is_not_known_is_not_in_the_summary(told):
+    """Weights that experts took along are in no count; weights that are as they were have no error."""
+    text = told(False)
+    compress_summary.tell_summary(report(recipe={"drop_experts": 0.5}), "demo", False, False)
+    table = " ".join(re.sub("[│┃]", " ", text.getvalue()).split())
+    assert "bits per weight, whole model 1.00" in table
+    assert re.findall(r"error, (\S+)", table) == [f"model.layers.0.l{i}" for i in (4, 3, 2)]
+    text = told(False)
+    unchanged = Report(Path("out"), [linear("model.layers.0.l0", 0.0), linear("model.layers.0.l1", 1e-3)], [], {})
+    compress_summary.tell_summary(unchanged, "demo", False, False)
+    assert re.findall(r"error, (\S+)", text.getvalue()) == ["model.layers.0.l1"]

@@ -31,7 +31,7 @@ def main() -> None:
         ids = tokenizer(file.read())["input_ids"]
     rows = [ids[i * SEQ_LEN : (i + 1) * SEQ_LEN] for i in range(SAMPLES)]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * SEQ_LEN] * SAMPLES})
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     recipe = _gptq(int(pattern), group) if method == "gptq" else _pruning(method, pattern)
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=SEQ_LEN, num_calibration_samples=SAMPLES)
     model.save_pretrained(out)

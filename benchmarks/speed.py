@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import statistics
 
+import torch
+
 from benchmarks.protocol import (
     arguments,
     compress,
@@ -38,16 +40,18 @@ def main() -> None:
     parser.add_argument("--peer", required=True, help="Python of an environment with llmcompressor 0.14.0.1")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", default="wanda 0.5,sparsegpt 0.5,gptq 4 bits", help="comma-separated")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model, for both")
     args = parser.parse_args()
     if args.text is None:
         parser.error("--text is needed")
     prepare(args)
-    evaluation, calibration = split_text(args.text, args.work, plain_model(args.work))
-    print(f"{machine()}; median of {args.rounds} rounds\n")
+    dtype = getattr(torch, args.dtype)
+    evaluation, calibration = split_text(args.text, args.work, plain_model(args.work, dtype))
+    print(f"{machine()}; model in {args.dtype}; median of {args.rounds} rounds\n")
     rows = []
     for case in args.cases.split(","):
         told, options, goal = CASES[case]
-        model = plain_model(args.work, dithered=told[0] == "gptq")
+        model = plain_model(args.work, dtype, dithered=told[0] == "gptq")
         theirs, ours, peaks = [], [], []
         for _ in range(args.rounds):
             peer = run_peer(args, told, model, calibration, args.work / "peer")

@@ -62,7 +62,8 @@ def measured(args: Any) -> dict[str, Any]:
     model = plain_model(args.work, torch.bfloat16, dithered=True)
     evaluation, calibration = split_text(args.text, args.work, model)
     out, windows = args.work / "frontier", FEW_WINDOWS if args.few else EVAL_WINDOWS
-    shutil.rmtree(out, ignore_errors=True)
+    if not args.resume:
+        shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "secateur", "sweep", str(model), "--out", str(out), "--keep-models", "--resume"]
     command += ["--recipes", FEW_RECIPES if args.few else RECIPES, "--data", str(evaluation)]
     command += ["--seq-len", str(EVAL_SEQ_LEN), "--windows", str(windows), "--calibration", str(calibration)]
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--few", action="store_true", help="three recipes and few windows; the pictures go to the work folder"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with a sweep that was interrupted")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if not args.draw and args.text is None:

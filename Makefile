@@ -20,8 +20,11 @@ $(READY): pyproject.toml setup.py constraints.txt secateur/kernels/_expand.c sec
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $(READY)
 
+# What is compiled to bytecode is kept, whatever the environment says: tests and the demo start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh demo.sh
+	$(BIN)/python demo.py
 
 # A process for each core, of one thread each: what is tested is small, and threads would wait for each other. Tests of a file share
 # their fixtures, and so their process; which file comes when, tests/conftest.py says.

@@ -13,6 +13,7 @@ from zlib import crc32
 
 import hypothesis
 import pytest
+import random_examples
 import smollm2
 import torch
 import transformers
@@ -195,9 +196,12 @@ hypothesis.settings.register_profile("secateur", deadline=None, suppress_health_
 hypothesis.settings.load_profile("secateur")
 
 
-def pytest_configure() -> None:
-    """One thread per operation: more only get in each other's way at these sizes."""
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread per operation: more only get in each other's way at these sizes. And no test is cut off from power."""
     torch.set_num_threads(1)
+    if not config.option.markexpr:
+        random_examples.share = 1
+    os.fsync = lambda handle: None  # what is written to a disk to be there after that takes a fifth of a small run
 
 
 def pytest_collection_finish() -> None:
@@ -227,6 +231,13 @@ def dense_backend() -> Iterator[None]:
     """Weights are unpacked as models are loaded: for tests that look at them."""
     with secateur.backend("dense"):
         yield
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `bench` goes over is a few megabytes, not what the cache of the machine would ask for."""
+    for module in ("bench", "timing"):
+        monkeypatch.setattr(f"secateur.speed.{module}.cache_bytes", lambda device: 2**18)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from secateur.pipeline.recorder import Recorder
 from secateur.unfinished import kept_inputs
 
 torch.set_num_threads(1)
+os.fsync = lambda handle: None  # it is processes that die here, and not the machine
 
 # A process that hangs says where, and ends; none takes a tenth of this.
 HANGS_AFTER_S = 180

@@ -38,13 +38,14 @@ RECIPES = {
     "wanda+dsnot": R(prune="wanda", sparsity=0.5, refine="dsnot", calibration=_MORE),
     "rtn": R(quantize="rtn", quantization={"bits": 4}),
     "gptq": R(quantize="gptq", quantization={"bits": 4, "group_size": 128}, calibration=_FEW),
+    "gptq-some": R(quantize="gptq", quantization={"bits": 4, "group_size": 128}, calibration=_FEW, targets=SOME),
     "spqr": R(quantize="spqr", quantization={"outlier_threshold": 0.5}, calibration=_FEW),
     "spqr-some": R(quantize="spqr", quantization={"outlier_threshold": 0.5}, calibration=_FEW, targets=SOME),
     "squeezellm": R(quantize="squeezellm", quantization={"sensitivity": "hessian"}, calibration=_FEW),
     "sparsegpt+gptq": R(prune="sparsegpt", pattern="2:4", quantize="gptq", quantization={"bits": 8}, calibration=_FEW),
 }
-#: Minutes each, on a thread.
-SLOW = {"magnitude", "sparsegpt", "alps", "wanda+dsnot", "rtn", "spqr", "spqr-some", "squeezellm", "sparsegpt+gptq"}
+#: All but one that prunes and one that quantizes: up to minutes each, on a thread.
+SLOW = RECIPES.keys() - {"wanda", "gptq-some"}
 
 Shared = Callable[[str, Callable[[Path], object]], Path]
 Compressed = Callable[[str], tuple[Path, secateur.Report]]

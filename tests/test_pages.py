@@ -46,7 +46,7 @@ def test_the_readme_is_short_and_its_figures_are_the_benchmarks():
     assert [figure for figure in figures - {"4"} if not re.search(rf"\b{re.escape(figure)}\b", measured)] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md", "docs/tutorial.md", "demo.sh"])
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md", "docs/tutorial.md", "demo.py"])
 def test_options_on_the_pages_are_those_of_the_commands(page):
     """What help and parser know: a renamed option would leave the pages behind."""
     from secateur.commands.command import build
@@ -69,6 +69,7 @@ def test_every_variable_that_is_read_stands_on_the_page():
     assert sorted(name for name in names - {""} if f"`{name}`" not in page) == []
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="the site needs mkdocs-material")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]

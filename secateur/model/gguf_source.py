@@ -5,11 +5,14 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -50,7 +53,7 @@ def read_gguf(
     # What quantized weights stand for is a model in bfloat16, as such models were trained in.
     stored = matrix_dtype(file) or torch.bfloat16
     try:
-        with redirect_stderr(StringIO()):  # a progress bar that has no switch
+        with redirect_stderr(StringIO()), read_quickly():  # a progress bar that has no switch
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=dtype or stored, **_dequantized()
             )
@@ -67,6 +70,31 @@ def read_gguf(
     section = quantization_config(entries)
     held = LoadedTensors(tensors)
     return config, DecodedWeights(held, packed_weights(held, parse_quantization_config(section))), stored, section
+
+
+@contextmanager
+def read_quickly() -> Iterator[None]:
+    """Let the package gguf parse a file, and list an architecture's names, once: transformers asks for both again and again.
+
+    It takes a slice for each token of the vocabulary, several, and those of a `memmap` cost most of the time.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self.plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self.plain = mapped.view(np.ndarray)
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _dequantized() -> dict[str, Any]:

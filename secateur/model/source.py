@@ -40,7 +40,7 @@ from secateur.formats.stored_weights import (
 )
 from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
-from secateur.model.gguf_source import read_gguf
+from secateur.model.gguf_source import read_gguf, read_quickly
 from secateur.model.limits import check_config
 from secateur.plugin.block_widths import BlockWidths, parse_widths, with_widths
 
@@ -99,10 +99,11 @@ class Source:
 
     @cached_property
     def _tokenizer(self) -> Any:  # out of a GGUF file it takes seconds
-        where = {"gguf_file": self.files[0].name} if self.folder is None else {}
-        return open_tokenizer(
-            self.name, self.folder or self.files[0].parent, self.trust_remote_code, self.from_hub, **where
-        )
+        if self.folder is not None:
+            return open_tokenizer(self.name, self.folder, self.trust_remote_code, self.from_hub)
+        file = self.files[0]
+        with read_quickly():
+            return open_tokenizer(self.name, file.parent, self.trust_remote_code, self.from_hub, gguf_file=file.name)
 
     @property
     def hub_name(self) -> str | None:

@@ -67,6 +67,7 @@ def test_eval_refuses_what_cannot_be(says, folder, model_of, text_file):
     assert "`max_memory`" in err or "--max-memory" in err
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_bench_counts_what_is_read(folder, model_of):
     import secateur
 

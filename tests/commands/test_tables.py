@@ -188,10 +188,9 @@ def test_sweep(says, model_of, text_file, tmp_path):
     assert all(heading in stdout for heading in ("bits per weight", "agreement", "seconds"))
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_bench(says, packed, monkeypatch):
     monkeypatch.setattr(bench_file, "bench", partial(bench_file.bench, seconds=0.01))
-    for module in ("bench", "timing"):  # of megabytes, not of what the cache of the machine would ask for
-        monkeypatch.setattr(f"secateur.speed.{module}.cache_bytes", lambda device: 2**18)
     code, stdout, _ = says("bench", packed)
     assert code == 0
     (heading, *_) = [line for line in stdout.splitlines() if line.lstrip().startswith("shape")]

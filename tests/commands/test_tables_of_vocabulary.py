@@ -21,6 +21,7 @@ def run(says, model_of, text_file, tmp_path):
     return compress
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_embeddings_and_head_alone(run, says, tmp_path):
     code, _, err = run("llama", "--embeddings", 8, "--head", 4)
     assert code == 0
@@ -33,7 +34,7 @@ def test_embeddings_and_head_alone(run, says, tmp_path):
     code, out, _ = says("inspect", tmp_path / "out", "--json")
     assert [table["layout"] for table in json.loads(out)["tables"]] == ["packed-int", "packed-int"]
     assert says("verify", tmp_path / "out")[0] == 0
-    [case] = bench(str(tmp_path / "out"), seconds=0.05).cases  # rows of embeddings are looked up
+    [case] = bench(str(tmp_path / "out"), seconds=0.01).cases  # rows of embeddings are looked up
     assert case.linears == 1
 
 

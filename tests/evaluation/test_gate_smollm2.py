@@ -98,6 +98,7 @@ def test_permuted_rows_of_one_linear(linear, check_planted):
     assert check_planted("wanda", rows_off_by_one(linear)).verdict == "failed"
 
 
+@pytest.mark.slow
 def test_scales_cut_off_to_two_bits(check_planted):
     """Toward zero, where bfloat16 has seven."""
 

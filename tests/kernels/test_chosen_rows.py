@@ -5,14 +5,15 @@ O: output features, I: input features.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import load_coded, load_sparse
 
 from secateur.kernels.chosen_rows import chosen_rows
 
 
-@settings(max_examples=100, deadline=None)
+@tries(100)
 @given(
     kind=st.sampled_from(["packed-int", "packed-int", "packed-int", "spqr", "codebook"]),
     O=st.integers(1, 9),

@@ -7,8 +7,9 @@ O: output features, I: input features, T: tokens.
 import pytest
 import torch
 from column_weights import BF16, FP16, FP32, close, inputs, load
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 from torch import nn
 
 from secateur.formats.layouts.choose import layout_by_inputs
@@ -49,7 +50,7 @@ def of_kind(kind, O, I, dtype=BF16, **options):
 
 
 @every_set
-@settings(max_examples=250, deadline=None)
+@tries(250)
 @given(
     kind=st.sampled_from(KINDS),
     O=OUTPUTS,
@@ -77,7 +78,7 @@ def test_some_inputs(O, I, T, share, x_dtype, biased, seed, **options):
 
 
 @every_set
-@settings(max_examples=120, deadline=None)
+@tries(120)
 @given(
     kind=st.sampled_from(KINDS),
     O=OUTPUTS,

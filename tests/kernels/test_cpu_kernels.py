@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import load_coded, load_sparse, load_ternary, load_trellis, make
 from torch import nn
 
@@ -115,7 +116,7 @@ def bias_of(O, dtype, wanted):
 
 
 @every_set
-@settings(max_examples=120, deadline=None)
+@tries(120)
 @given(
     densities=st.lists(st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.8, 1.0]), min_size=1, max_size=9),
     I=COLUMNS,
@@ -143,7 +144,7 @@ def test_patterns(pattern, T):
 
 
 @every_set
-@settings(max_examples=250, deadline=None)
+@tries(250)
 @given(
     kind=st.sampled_from(["packed-int", "spqr", "codebook"]),
     O=st.integers(1, 9),
@@ -456,7 +457,7 @@ def change(tensor, how, at, value):
 
 
 @every_set
-@settings(max_examples=400, deadline=None)
+@tries(400)
 @given(
     stored=st.sampled_from(STORED),
     part=st.integers(0, 20),

@@ -11,8 +11,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.kernels import expand as kernels
 from secateur.kernels.expand import (
@@ -76,7 +77,7 @@ def check_round_trip(W_OI: torch.Tensor) -> None:
     assert same(expand_bitmap_torch(values, bitmask_OB, W_OI.shape[1]), clean_OI)
 
 
-@settings(max_examples=120, deadline=None)
+@tries(120)
 @given(
     rows=st.integers(0, 20),
     columns=st.integers(0, 70) | st.sampled_from([127, 128, 255, 256]),

@@ -131,7 +131,7 @@ def test_gradient_checkpointing(packed_of, reentrant):
 
 
 @has_cpu
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiled(packed_of, compiler):
     model = AutoModelForCausalLM.from_pretrained(packed_of("qwen2", "spqr"))
     wanted = gradients(model)

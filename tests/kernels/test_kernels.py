@@ -5,8 +5,9 @@ O: output features, I: input features, T: tokens.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import load_coded, load_sparse
 
 from secateur import kernels
@@ -16,7 +17,7 @@ KINDS = ["packed-int", "spqr", "codebook"]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(
     kind=st.sampled_from(KINDS),
     O=st.integers(1, 9),

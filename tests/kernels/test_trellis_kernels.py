@@ -5,8 +5,9 @@ O: output features, I: input features, T: tokens, R: outputs of a ring, K: bits 
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import load_trellis
 
 from secateur.kernels import linear, prepare
@@ -93,7 +94,7 @@ def bias_of(O, dtype, wanted):
 
 
 @every_set
-@settings(max_examples=100, deadline=None)
+@tries(100)
 @given(
     rings=st.integers(1, 3),
     ring=st.sampled_from([1, 3, 5, 8, 15, 16, 17, 32, 48, 64, 80, 112, 240, 256]),

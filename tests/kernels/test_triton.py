@@ -4,15 +4,14 @@ O: output features, I: input features, T: tokens, M: what a grid spans.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import processes
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import load_coded, load_sparse
 
 from secateur.errors import UsageError
@@ -71,7 +70,7 @@ def inputs(T, I, dtype=FP32, seed=0):
     return torch.randn(T, I, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     O=st.integers(1, 9),
     I=st.sampled_from([1, 7, 8, 63, 255, 256, 257, 600]),
@@ -104,15 +103,15 @@ def test_patterns(pattern, T):
 @pytest.mark.parametrize("T", [1, 3, 257])
 def test_long_rows_are_split_and_added_up(T):
     """Longer than a tile of any size, in rows that do not fill one."""
-    bias_O = inputs(1, 35)[0]
-    check(load_sparse(35, 2600, dtype=BF16)[0], inputs(T, 2600, BF16), bias_O.bfloat16())
+    bias_O = inputs(1, 19)[0]
+    check(load_sparse(19, 2600, dtype=BF16)[0], inputs(T, 2600, BF16), bias_O.bfloat16())
     check(
-        load_coded("spqr", 35, 2600, bits=3, group_size=16, tile_rows=16, outliers="some")[0], inputs(T, 2600), bias_O
+        load_coded("spqr", 19, 2600, bits=3, group_size=16, tile_rows=16, outliers="some")[0], inputs(T, 2600), bias_O
     )
 
 
 # Triton's interpreter takes a fifth of a second for each.
-@settings(max_examples=50, deadline=None)
+@tries(50)
 @given(
     kind=st.sampled_from(["packed-int", "spqr", "spqr", "codebook"]),
     O=st.integers(1, 40),
@@ -262,4 +261,5 @@ def test_the_kernels_compile(tmp_path):
     """For an H100, which need not be there: the interpreter takes much that the compiler does not."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET")
-    subprocess.run([sys.executable, "-c", _COMPILE], check=True, env=env)
+    done = processes.script(_COMPILE, env=env)
+    assert done.returncode == 0, done.stderr

@@ -50,6 +50,13 @@ PRUNINGS = {
     **{f"{method} {share}": {"prune": method, **({"sparsity": 0.5} if share == "50%" else {"pattern": "2:4"})}
        for method in ("magnitude", "wanda", "sparsegpt") for share in ("50%", "2:4")},
 }  # fmt: skip
+# With each method, what is tried by default: every way to prune with two of them.
+USUAL = {
+    "rtn": ("alone", "magnitude 50%", "sparsegpt 2:4", "wanda 50%"),
+    "gptq": ("alone", "magnitude 2:4", "sparsegpt 50%", "wanda 2:4"),
+    "spqr": ("alone", "magnitude 50%", "sparsegpt 2:4", "wanda 50%"),
+    "squeezellm": ("alone", "magnitude 2:4", "sparsegpt 50%", "wanda 2:4"),
+}
 # Llama in bfloat16 with everything; GPT-2, whose Conv1D are transposed and which has biases, in float16 with a part of it.
 CASES = [("llama", BF16, method, pruning) for method in ("rtn", "gptq", "spqr", "squeezellm") for pruning in PRUNINGS]
 CASES += [("gpt2", FP16, m, "alone") for m in ("rtn-rows", "spqr-share", "squeezellm")]
@@ -62,7 +69,12 @@ CASES += [
     ("gpt2", FP16, "sq-static", "alone"),
 ]
 CASES += [("llama", FP32, "gptq-permuted", "sparsegpt 50%"), ("llama", FP32, "rtn-rows", "alone")]
-EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+SELDOM = [case for case in CASES if case[1] is BF16 and case[3] not in USUAL.get(case[2], ("alone",))]
+EACH = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in SELDOM)) for case in CASES],
+    ids=lambda case: "-".join(map(str, case)).replace("torch.", ""),
+)
 SOME_CASES = [
     ("llama", BF16, "rtn", "alone"),
     ("llama", BF16, "spqr", "wanda 50%"),
@@ -255,12 +267,11 @@ def test_save_pretrained_writes_the_same_parts(case, compressed, tmp_path):
 @SOME
 def test_a_quantized_folder_is_compressed_like_the_dense_one(case, compressed, recipe_of, tmp_path):
     made = compressed(*case)
-    for method, pruning in (("gptq", "magnitude 2:4"), ("squeezellm-fisher", "alone")):
-        recipe = recipe_of(method, pruning, ignore=("*.1.*",))
-        for name in ("packed", "dense"):
-            secateur.compress(str(getattr(made, name)), tmp_path / name, recipe, overwrite=True)
-        same_bytes(stored(tmp_path / "packed"), stored(tmp_path / "dense"))
-        assert config_of(tmp_path / "packed") == config_of(tmp_path / "dense")
+    again = ("gptq", "magnitude 2:4") if SOME_CASES.index(case) % 2 else ("squeezellm-fisher", "alone")
+    for name in ("packed", "dense"):
+        secateur.compress(str(getattr(made, name)), tmp_path / name, recipe_of(*again, ignore=("*.1.*",)))
+    same_bytes(stored(tmp_path / "packed"), stored(tmp_path / "dense"))
+    assert config_of(tmp_path / "packed") == config_of(tmp_path / "dense")
     secateur.compress(str(made.packed), tmp_path / "pruned", Recipe("magnitude", 0.75))
     assert {linear.layout for linear in inspect(open_source(str(tmp_path / "pruned"))).linears} == {"bitmap"}
 
@@ -328,7 +339,7 @@ def fails(says, tmp_path):
 
 @pytest.mark.parametrize("method", ["rtn-rows", "gptq-permuted", "spqr-natural", "squeezellm-fisher"])
 def test_a_run_is_repeated_to_the_byte(method, model_of, recipe_of, says, text_file, tmp_path):
-    """By the same recipe from Python, YAML, the manifest, and options."""
+    """By the same recipe from Python, YAML, the manifest, and options; of all methods but one, files are read and no more."""
     recipe = recipe_of(method, "wanda 50%", ignore=("*.o_proj",))
     outs = [tmp_path / name for name in ("python", "yaml", "manifest", "options")]
     secateur.compress(str(model_of("llama")), outs[0], recipe)
@@ -345,7 +356,7 @@ def test_a_run_is_repeated_to_the_byte(method, model_of, recipe_of, says, text_f
     for name, value in recipe.quantization.items():
         options += ["--symmetric"] if value is True else [f"--{name.replace('_', '-')}", value]
     recipes = (["--recipe", tmp_path / "recipe.yaml"], ["--recipe", outs[0] / "secateur.json"], options)
-    for out, given in zip(outs[1:], recipes, strict=True):
+    for out, given in list(zip(outs[1:], recipes, strict=True))[0 if method == "rtn-rows" else 2 :]:
         assert says("compress", model_of("llama"), out, *given, "--quiet") == (0, "", "")
         assert files(out) == files(outs[0])
 

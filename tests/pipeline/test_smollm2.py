@@ -68,6 +68,7 @@ def test_the_files_are_no_larger_than_they_must_be(wanda):
     assert report.bytes == (out / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_it_loads_and_still_predicts_english(wanda, shared):
     """Whatever its baseline says: a model that has lost its English is in the tens of thousands."""
     found = evaluate(str(wanda[0]), str(smollm2.dense(shared)), Text("docs", 256, 2))
@@ -111,7 +112,15 @@ def methods(*names):
 
 PRUNED = ("magnitude", "wanda", "sparsegpt", "wanda+dsnot", "alps")
 # How many bits the linears may take.
-QUANTIZED = {"rtn": 4.32, "gptq": 4.2, "spqr": 3.9, "spqr-some": 3.9, "squeezellm": 4.7, "sparsegpt+gptq": 5.3}
+QUANTIZED = {
+    "rtn": 4.32,
+    "gptq": 4.2,
+    "gptq-some": 4.2,
+    "spqr": 3.9,
+    "spqr-some": 3.9,
+    "squeezellm": 4.7,
+    "sparsegpt+gptq": 5.3,
+}
 
 
 @pytest.mark.parametrize("method", methods(*PRUNED))
@@ -123,7 +132,7 @@ def test_it_is_pruned_as_well_as_before(method, compressed, as_good_as_before):
 def test_it_is_quantized_loads_and_predicts_as_well_as_before(method, compressed, as_good_as_before):
     out, report = compressed(method)
     bits = QUANTIZED[method]
-    share = len(SOME) / 30 if method == "spqr-some" else 1
+    share = len(SOME) / 30 if method.endswith("-some") else 1
     assert len(report.linears) == share * LINEARS
     assert bits - 0.3 < report.bits < bits
     linears = sum(linear.bytes for linear in report.linears)
@@ -146,12 +155,16 @@ LIMITS = {
 def test_baselines_are_not_of_something_broken():
     """Such a baseline would let it pass for ever. Known are these limits, and which method is better than which."""
     assert (
-        {file.stem for file in BASELINES.iterdir()} == set(RECIPES) == {*LIMITS, "spqr-some"} == {*PRUNED, *QUANTIZED}
+        {file.stem for file in BASELINES.iterdir()}
+        == set(RECIPES)
+        == {*LIMITS, "gptq-some", "spqr-some"}
+        == {*PRUNED, *QUANTIZED}
     )
     kept = {method: Baseline.read(BASELINES / f"{method}.json") for method in RECIPES}
     found = {method: baseline.content["metrics"]["perplexity"]["value"] for method, baseline in kept.items()}
-    # Of some blocks alone, nothing is lost that could be told from chance.
+    # Of some blocks alone, nothing is lost that could be told from chance, or less than of all.
     assert found.pop("spqr-some") == pytest.approx(DENSE, rel=0.01)
+    assert DENSE < found.pop("gptq-some") < found["gptq"]
     assert all(DENSE < value < LIMITS[method] * DENSE for method, value in found.items()), found
     assert found["alps"] < found["sparsegpt"] < found["wanda+dsnot"] < found["wanda"] < found["magnitude"]
     assert max(found["gptq"], found["spqr"], found["squeezellm"]) < found["rtn"]

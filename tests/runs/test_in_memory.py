@@ -75,6 +75,7 @@ def test_a_run_on_an_object_goes_on_where_it_was(model, tokenizer, tmp_path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_cache")
 def test_a_packed_object_is_measured_as_it_is(folder, tokenizer, text, tmp_path):
     secateur.compress(folder, tmp_path / "out", RTN)
     packed = secateur.load(tmp_path / "out", dtype=torch.float32)

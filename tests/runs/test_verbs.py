@@ -6,6 +6,7 @@ import secateur
 from secateur import UsageError
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_from_a_model_to_figures_in_python(model_of, text_file, tmp_path):
     model, out = str(model_of("llama")), tmp_path / "out"
     text = secateur.Text(str(text_file), seq_len=32, windows=8)

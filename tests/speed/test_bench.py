@@ -43,13 +43,7 @@ RECIPES = {
 }
 has_cpu = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 quick = partial(bench, seconds=0.01)
-
-
-@pytest.fixture(autouse=True)
-def small_cache(monkeypatch):
-    """Weights that are gone over are a few megabytes, not what the cache of the machine would ask for."""
-    for module in ("bench", "timing"):
-        monkeypatch.setattr(f"secateur.speed.{module}.cache_bytes", lambda device: 2**18)
+pytestmark = pytest.mark.usefixtures("small_cache")
 
 
 @pytest.fixture(scope="module")

@@ -108,10 +108,9 @@ def test_tied_embeddings_count_as_the_head():
     assert Costs.of(apart).rest == Costs.of(tied).rest
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_the_command_shows_the_whole_model(says, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.__kwdefaults__, "seconds", 0.01)
-    for module in ("bench", "timing"):
-        monkeypatch.setattr(f"secateur.speed.{module}.cache_bytes", lambda device: 2**18)
     file = tmp_path / "figures.json"
     code, out, _ = says("bench", folder("qwen2_moe"), "--backend", "torch", "--tokens", "1,2", "--json", file)
     assert code == 0

@@ -172,6 +172,16 @@ FAMILIES = {
 }
 
 
+# For tests that would pass and fail for these as for others of their kind.
+EVERY_KIND = [
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow]
+        * (name in ("mistral", "qwen2", "gemma", "gemma2", "starcoder2", "olmo2", "falcon-new", "bloom")),
+    )
+    for name in FAMILIES
+]
+
 # What makes a model of each layout.
 PACKED: dict[str, dict[str, Any]] = {
     "bitmap": {"prune": "magnitude", "sparsity": 0.5},

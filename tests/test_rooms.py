@@ -2,6 +2,7 @@
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import secateur
@@ -62,7 +63,10 @@ def imports_of(file):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "secateur")
 
 
-IMPORTS = {module: set(imports_of(file)) - {module} for module, file in FILES.items()}
+@cache
+def imports():
+    """By module."""
+    return {module: set(imports_of(file)) - {module} for module, file in FILES.items()}
 
 
 def test_every_file_is_in_a_room():
@@ -72,7 +76,7 @@ def test_every_file_is_in_a_room():
 def test_a_room_imports_only_rooms_below_it():
     upwards = [
         f"{module} imports {other}"
-        for module, others in IMPORTS.items()
+        for module, others in imports().items()
         for other in others
         if FLOOR[room_of(other)] > FLOOR[room_of(module)]
     ]
@@ -85,7 +89,7 @@ def test_no_import_goes_round_in_a_circle():
     def visit(module, path):
         assert module not in path, f"a circle: {' → '.join([*path[path.index(module) :], module])}"
         if module not in done:
-            for other in IMPORTS.get(module, ()):
+            for other in imports().get(module, ()):
                 visit(other, [*path, module])
             done.add(module)
 

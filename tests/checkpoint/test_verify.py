@@ -14,7 +14,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import EVERY_KIND
 from safetensors.torch import load_file, save_file
 from tiny import RECIPES, make_source, make_tiny, reseal, set_json
 
@@ -100,7 +100,7 @@ def test_what_compress_writes_is_sound(layout, kind, made):
     assert problems(str(made(layout, kind))) == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_every_family_is_sound(family, model_of, tmp_path):
     """Tied heads, renamed tensors and modules that keep their weights transposed are no problems."""
     secateur.compress(str(model_of(family)), tmp_path / "out", secateur.Recipe(prune="magnitude", sparsity=0.5))

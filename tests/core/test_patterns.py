@@ -5,15 +5,16 @@ O: output features, I: input features, R: rows, C: columns, G: groups, M: inputs
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core import patterns
 from secateur.core.patterns import NM, Unstructured, drop_lowest, keep_best, keep_in_groups, parse_pattern
 from secateur.errors import UsageError
 from secateur.memory.live_bytes import LiveBytes
 
-quickly = settings(max_examples=60, deadline=None)
+quickly = tries(60)
 
 
 def scores(rows, columns, seed, kinds):

@@ -5,8 +5,9 @@ T: tokens, I: input features.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.stats import InputStats, Level
 
@@ -97,7 +98,7 @@ def test_no_gram_matrix_below_its_level(level):
         gather([correlated(20, 5)], level).gram()
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     level=st.sampled_from(list(Level)),
     features=st.integers(1, 12),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mixtures
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import EVERY_KIND
 
 import secateur
 from secateur import CheckpointError, UsageError
@@ -41,7 +41,7 @@ def compressed(model, out, text_file, **options):
     return str(out)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 def test_the_figures_of_every_family(family, model_of, text_file, text, tmp_path):
     model = str(model_of(family))
     if family not in ("gpt2",):

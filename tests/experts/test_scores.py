@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.registry import EXPERT_SCORES
 from secateur.errors import UsageError
@@ -94,7 +95,7 @@ def test_likeness_is_the_correlation_of_scores_less_their_mean():
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
-@settings(max_examples=30, deadline=None)
+@tries(30)
 def test_the_best_of_every_group(groups, each, data):
     experts, own = groups * each, data.draw(st.integers(1, each))
     score_E = torch.tensor(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from gguf_blocks_of import TYPES, random_blocks, slowly
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.quantized import Quantized
 from secateur.foreign.gguf_blocks import read_blocks, write_blocks
@@ -50,7 +51,7 @@ def test_values_are_those_of_the_slow_reading(name):
     assert same_bits(blocks.values(), slowly(blocks).astype(np.float32))
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     st.sampled_from(TYPES),
     st.integers(1, 4),

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import kept, make, places
 from safetensors.torch import load_file, save_file
 
@@ -50,7 +51,7 @@ def twin_stream(codes, bits):
     return [int(digits[at : at + 8][::-1], 2) for at in range(0, len(digits), 8)]
 
 
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(bits=st.integers(1, 8), R=st.integers(1, 5), K=st.integers(0, 40), seed=SEEDS)
 @example(bits=3, R=2, K=0, seed=0)
 @example(bits=3, R=2, K=1, seed=0)
@@ -177,7 +178,7 @@ def weights(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(weight=weights())
 @example(weight=make("packed-int", 1, 1))
 @example(weight=make("packed-int", 3, 17, 3, 5, "some", spare=3, seed=1, order=True))

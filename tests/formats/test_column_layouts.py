@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
@@ -72,7 +73,7 @@ def comes_back(layout, parts, W_OI, count):
     assert layout.form(parts) == (tuple(W_OI.shape), W_OI.dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(O=SIZES, I=SIZES, dtype=DTYPES, seed=st.integers(0, 999))
 def test_columns_come_back(O, I, dtype, seed):
     W_OI = dense(O, I, dtype, 0.7, seed)
@@ -83,7 +84,7 @@ def test_columns_come_back(O, I, dtype, seed):
     comes_back(Columns(), parts, W_OI, int(torch.count_nonzero(W_OI)))
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(O=SIZES, I=SIZES, dtype=DTYPES, density=st.sampled_from([0.0, 0.02, 0.5, 1.0]), seed=st.integers(0, 999))
 @example(O=515, I=3, dtype=BF16, density=0.5, seed=1)
 @example(O=1, I=1, dtype=FP32, density=0.0, seed=0)
@@ -122,7 +123,7 @@ def twin_dense(parts, config):
     return torch.from_numpy(W_OI)
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     O=st.integers(1, 20),
     I=st.integers(1, 20),

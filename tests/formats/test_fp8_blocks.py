@@ -12,6 +12,7 @@ from conftest import config_of
 from hostile import Worker, mutate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_examples import tries
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +85,7 @@ def test_every_code_with_every_power_of_two():
 SIZES = st.integers(1, 40)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     O=SIZES, I=SIZES, rows=st.integers(1, 48), columns=st.integers(1, 48), seed=st.integers(0, 2**31), data=st.data()
 )
@@ -476,7 +477,7 @@ class Draw:
         return self.data.draw(st.integers(low, high))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(data=st.data())
 def test_whatever_is_changed_there_is_an_error_or_a_model(data, fp8_of, worker, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "changed-fp8"

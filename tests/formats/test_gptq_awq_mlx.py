@@ -7,8 +7,9 @@ from pathlib import Path
 import foreign_codes
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from safetensors.torch import load_file, save_file
 
 import secateur
@@ -66,7 +67,7 @@ def test_all_cases_are_there():
     assert len(CASES) == 17
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
     version=st.sampled_from([1, 2]),

@@ -50,7 +50,7 @@ def changed(data, folders, worker, tmp_path_factory):
     assert worker.attempt(folder) == []
 
 
-@pytest.mark.parametrize("times", [120, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_whatever_is_changed_there_is_an_error_or_a_model(times, folders, worker, tmp_path_factory):
     """Those that had found something before come first. What each test below changes can come up here, too."""
     some = settings(max_examples=times, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

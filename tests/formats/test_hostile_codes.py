@@ -6,8 +6,9 @@ import foreign_codes
 import pytest
 import torch
 from hostile import NUMBERS, TORCH_DTYPES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from safetensors.torch import load_file
 
 from secateur.foreign.awq import AWQWeight
@@ -73,7 +74,7 @@ def spoil(tensors, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_of_one_line_or_a_weight_of_numbers(kind):
-    @settings(max_examples=60, deadline=None)
+    @tries(60)
     @given(data=st.data())
     def attempt(data):
         decoder, sound = SAMPLES[kind]

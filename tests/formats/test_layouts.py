@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.errors import CheckpointError
 from secateur.formats.layouts import LAYOUTS, layout_from_config
@@ -87,7 +88,7 @@ def bit_at(bitmask_OB, row, column):
 # --- there and back
 
 
-@settings(max_examples=80, deadline=None)
+@tries(80)
 @given(
     O=st.integers(1, 12),
     I=st.integers(1, 70),
@@ -106,7 +107,7 @@ def test_bitmap_comes_back_to_the_bit(O, I, dtype, density, seed):
     assert not torch.signbit(back_OI)[back_OI == 0].any()
 
 
-@settings(max_examples=120, deadline=None)
+@tries(120)
 @given(
     pattern=st.sampled_from(PATTERNS),
     O=st.integers(1, 9),

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from random_weights import make
 
 from secateur import kernels
@@ -46,7 +47,7 @@ def weight_of(kind="packed-int", O=6, I=10, R=2, half=FP16, dtype=FP32, seed=0):
     return WithFactors(main, *factors), LowRank(layout)
 
 
-@settings(max_examples=80, deadline=None)
+@tries(80)
 @given(
     kind=st.sampled_from(KINDS),
     O=st.integers(1, 20),

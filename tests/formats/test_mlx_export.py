@@ -6,8 +6,9 @@ import mixtures
 import pytest
 import torch
 from foreign_codes import words
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from safetensors.torch import load_file
 
 import secateur
@@ -35,7 +36,7 @@ def uniform(bits=4, group=32, shape=(8, 192), dtype=torch.bfloat16, symmetric=Fa
     return Quantized(Uniform(bits, group, code_OI, scale_OG, zero_OG), shape, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     bits=st.integers(2, 8),
     group=st.sampled_from([32, 64, 96, 128, 192, 1024]),

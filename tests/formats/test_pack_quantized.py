@@ -10,12 +10,14 @@ O: output features, I: input features, G: groups of a row.
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -127,10 +129,20 @@ def check_logits(folder, out, dense):
     assert same(logits, wanted)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("group_size", [16, 64], ids=["groups", "channels"])
-@pytest.mark.parametrize("bits", range(2, 9))
+# By default 4 bits in every way, and other numbers of bits in two that have nothing in common.
+_WAYS = list(product([16, 64], [True, False], [FP32, BF16]))
+_LOADED = {bits: _WAYS if bits == 4 else [_WAYS[bits % 4], _WAYS[7 - bits % 4]] for bits in range(2, 9)}
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "dtype"),
+    [
+        pytest.param(bits, *way, marks=[pytest.mark.slow] * (way not in _LOADED[bits]))
+        for bits in range(2, 9)
+        for way in _WAYS
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("library")
 def test_transformers_loads_and_runs_it(bits, group_size, symmetric, dtype, model_of, tmp_path):
     folder = model_of("llama", dtype)
@@ -174,7 +186,7 @@ def test_transformers_runs_several_schemes_and_a_linear_left_dense(model_of, tmp
 SHAPES = st.sampled_from([(1, 1), (3, 8), (9, 12), (17, 33), (36, 20), (25, 64)])
 
 
-@settings(max_examples=120, deadline=None)
+@tries(120)
 @given(
     shape=SHAPES,
     bits=st.integers(2, 8),
@@ -197,7 +209,7 @@ def test_compressed_tensors_decompresses_our_bits(library, shape, bits, groups, 
         assert same(compressor.decompress(parts, scheme_of(weight))["weight"], dense)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     O=st.integers(1, 40),
     G=st.integers(1, 6),

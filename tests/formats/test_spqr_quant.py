@@ -21,8 +21,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from transformers import SpQRConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -157,14 +158,14 @@ def test_tiles_lie_row_by_row_and_columns_are_numbered_as_stored():
 # --- there and back
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(tiles=TILES, groups=TILES, outliers=st.booleans(), ordered=st.booleans(), seed=SEEDS)
 def test_what_float16_holds_comes_back_to_the_bit(tiles, groups, outliers, ordered, seed):
     weight, *_ = exact(tiles, groups, seed, outliers=outliers, ordered=ordered)
     assert torch.equal(unpack(pack(weight)), weight.dequantize())
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     tiles=TILES,
     groups=TILES,
@@ -437,7 +438,7 @@ def test_nothing_at_all_is_no_weight():
         unpack({**empty, "row_offsets": torch.zeros(17, dtype=torch.int32)})
 
 
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(data=st.data())
 def test_bytes_at_random_are_refused_or_read(data):
     """No tensor makes it do anything but raise ValueError or give finite weights."""
@@ -706,7 +707,7 @@ def test_damage_to_the_other_form_is_named(package):
         unpack({**theirs, "col_vals": swapped})
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(data=st.data())
 def test_whatever_words_are_read_the_package_decodes_the_same(package, data):
     """Any bits that are not refused, far from what a quantizer makes."""

@@ -10,8 +10,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
@@ -69,7 +70,7 @@ def test_a_file_reads_as_the_docs_say(z):
         assert row[:300] == "".join("0+-"[symbol] for symbol in weight.codes.symbol_OI[o].tolist())
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     O=st.integers(1, 40),
     I=st.integers(1, 500),

@@ -7,8 +7,9 @@ O: output features, I: input features, T: weights of a ring, B: bytes of a ring.
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
@@ -56,7 +57,7 @@ def twin_dense(parts, config):
     return scale_out[:, None] * (R_out @ Q_OI @ R_in) * scale_in
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     O=st.integers(1, 70),
     I=st.integers(1, 40),

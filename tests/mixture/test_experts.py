@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import KINDS, MIXTURES, known, random_model
+from random_examples import tries
 from torch import nn
 
 from secateur.errors import UsageError
@@ -157,7 +158,7 @@ def slow_borrowed(own_T, score_T, window, quota):
     return sorted(chosen)
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(
     windows=st.integers(1, 4), window=st.integers(1, 9), count=st.integers(1, 5), quota=st.integers(0, 12),
     seed=st.integers(0, 10**6),

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY
+from conftest import EVERY_KIND, VOCABULARY
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -62,7 +62,7 @@ def roles(model):
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_every_family_is_quantized_loads_and_is_saved_as_it_was(name, folder, tmp_path):
     path = folder(name, BF16)
     assert verify(path) == []

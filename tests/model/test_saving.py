@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import shutil
 
@@ -63,10 +64,17 @@ def own(packed_of, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("loader", LOAD)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", PACKED)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "layout", "loader"),
+    [
+        # By default each family with one loader of each layout, and with the other of the next.
+        pytest.param(family, layout, loader, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+        for i, family in enumerate(["llama", "gpt2"])
+        for j, layout in enumerate(PACKED)
+        for k, loader in enumerate(LOAD)
+    ],
+)
 def test_saved_after_the_folder_is_gone(own, tmp_path, family, layout, backend, loader):
     folder, before = own(family, layout)
     with secateur.backend(backend):
@@ -111,14 +119,22 @@ def test_saved_into_its_own_folder_and_again(own, tmp_path):
             same_files(stored(folder), before)
 
 
-def in_another_process(models, folder, pipe):
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    pipe.send([logits(model).tolist() for model in models.values()])
+# By default each layout with a backend that computes on it packed, and one made dense.
+_COPIED = [(layout, "torch" if i % 2 else "cpu") for i, layout in enumerate(PACKED)] + [("spqr", "dense")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [
+        pytest.param(
+            layout,
+            backend,
+            marks=[*[has_cpu] * (backend == "cpu"), *[pytest.mark.slow] * ((layout, backend) not in _COPIED)],
+        )
+        for layout in PACKED
+        for backend in ("cpu", "torch", "dense")
+    ],
+)
 def test_copies(own, tmp_path, layout, backend):
     folder, before = own("qwen2", layout)
     model = secateur.load(folder, backend)
@@ -147,15 +163,26 @@ def test_copies(own, tmp_path, layout, backend):
     assert torch.equal(logits(model), wanted)
 
 
+_ANOTHER = """
+import json, pickle, sys
+from pathlib import Path
+import torch
+folder, ids_NS = Path(sys.argv[1]), torch.tensor(json.loads(sys.argv[2]))
+models = pickle.loads((folder / "models").read_bytes())
+for name, model in models.items():
+    model.save_pretrained(folder / name)
+with torch.no_grad():
+    print(json.dumps([model(ids_NS).logits.tolist() for model in models.values()]))
+"""
+
+
 def test_another_process(own, tmp_path):
     folder, before = own("llama", "packed-int")
     models = {backend: secateur.load(folder, backend) for backend in ("auto", "dense")}
-    here, there = processes.CONTEXT.Pipe()
-    process = processes.CONTEXT.Process(target=in_another_process, args=(models, tmp_path, there))
-    process.start()
-    found = here.recv()
-    process.join()
-    for (name, model), logits_NSV in zip(models.items(), found, strict=True):
+    (tmp_path / "models").write_bytes(pickle.dumps(models))
+    done = processes.script(_ANOTHER, tmp_path, json.dumps(IDS_NS.tolist()))
+    assert done.returncode == 0, done.stderr
+    for (name, model), logits_NSV in zip(models.items(), json.loads(done.stdout), strict=True):
         torch.testing.assert_close(torch.tensor(logits_NSV), logits(model))
         same_files(stored(tmp_path / name), before)
 

@@ -266,8 +266,14 @@ def test_one_size_and_the_same_by_device(made, ids):
         assert torch.equal(logits(secateur.load(folder, max_memory=limit), ids), wanted)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        *(("llama", way) for way in WAYS),
+        *(pytest.param("gpt2", way, marks=[pytest.mark.slow] * (way not in ("dense", "spqr"))) for way in WAYS),
+        *(pytest.param("phi3", way, marks=[pytest.mark.slow] * (way not in ("nm", "packed-int"))) for way in WAYS),
+    ],
+)
 def test_blocks_that_there_is_no_room_for_two_of(family, way, made, monkeypatch, ids):
     """Each of their linears is read when it runs."""
     folder = made(family, way)

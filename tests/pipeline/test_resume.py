@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,8 +122,19 @@ def left(folder):
 # --- going on
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("blocks", [1, BLOCKS - 1])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        *((name, BLOCKS - 1) for name in RECIPES),
+        # After the first block as after others, by default with one method of each kind.
+        *(
+            pytest.param(
+                name, 1, marks=[pytest.mark.slow] * (name in ("magnitude", "dense", "spqr", "squeezellm", "structured"))
+            )
+            for name in RECIPES
+        ),
+    ],
+)
 def test_a_resumed_run_has_the_same_bytes(name, blocks, sharded, recipe, whole, interrupted, tmp_path):
     out = interrupted(blocks, name)
     assert left(tmp_path) == ["out.partial"]
@@ -501,13 +512,13 @@ time.sleep(60)
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_runs_at_a_time(resume, sharded, recipe, whole, tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    holder = processes.Process.of_code(_HOLD, tmp_path / "out")
     try:
-        assert holder.stdout.readline() == "held\n"
+        holder.wait_for("held\n", "stdout")
         with pytest.raises(UsageError, match=r"out\.partial is being written by another process"):
             secateur.compress(str(sharded), tmp_path / "out", recipe(), resume=resume, overwrite=True)
     finally:
-        holder.kill()
-        holder.wait()
+        holder.send_signal(signal.SIGKILL)
+        holder.end()
     secateur.compress(str(sharded), tmp_path / "out", recipe())
     assert contents(tmp_path / "out") == whole()

@@ -293,8 +293,17 @@ NASTY += [
 ]
 
 
-@every_method
-@pytest.mark.parametrize("nasty", NASTY)
+def every_other_method(names, cases):
+    """All methods in all cases; by default each in every other case, so that each case meets half of them."""
+    found = [
+        pytest.param(method, case, marks=[pytest.mark.slow] * ((i + j) % 2), id=f"{named(method)}-{case}")
+        for i, method in enumerate(METHODS)
+        for j, case in enumerate(cases)
+    ]
+    return pytest.mark.parametrize(names, found)
+
+
+@every_other_method(("method", "nasty"), NASTY)
 def test_awkward_input(method, nasty):
     W_OI, x_TI = spoil(*draw(20, 70), nasty)
     found = solve(method, W_OI, x_TI)
@@ -311,11 +320,11 @@ def test_awkward_input(method, nasty):
         assert not weight.dequantize()[~W_OI.any(1)].any()
 
 
-@every_method
-@pytest.mark.parametrize(
-    ("dtype", "size"), [(HALF, 1.0), (BRAIN, 1.0), (HALF, 1e-4), (FULL, 1e-4), (BRAIN, 1e6), (FULL, 1e6)]
+@every_other_method(
+    ("method", "case"), [(HALF, 1.0), (BRAIN, 1.0), (HALF, 1e-4), (FULL, 1e-4), (BRAIN, 1e6), (FULL, 1e6)]
 )
-def test_what_16_bits_store_suits_the_model(method, dtype, size):
+def test_what_16_bits_store_suits_the_model(method, case):
+    dtype, size = case
     W_OI, x_TI = draw(6, 40)
     W_OI = (W_OI * size).to(dtype).float()
     found = solve(method, W_OI, x_TI, dtype=dtype)

@@ -6,8 +6,9 @@ V: vocabulary, I: features.
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.stats import InputStats, Level
 from secateur.formats.layouts.choose import layout_for
@@ -51,7 +52,7 @@ def error_of(weight, W_VI):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(
     V=st.integers(1, 4),
     I=st.sampled_from([1, 31, 33, 64, 70, 130]),

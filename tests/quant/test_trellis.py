@@ -8,9 +8,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from methods import quantize, stack
+from random_examples import tries
 
 from secateur.core.pruned import Pruned
 from secateur.core.stats import InputStats, Level
@@ -88,7 +89,7 @@ def test_code_values_are_sums_of_the_bytes_of_a_hash():
     assert abs(values.std() - 1) < 0.01
 
 
-@settings(max_examples=100, deadline=None)
+@tries(100)
 @given(form=FORMS, seed=SEEDS)
 @example(form=(3, 12, 4), seed=0)  # a state is the whole ring
 @example(form=(2, 2, 1), seed=0)
@@ -173,7 +174,7 @@ def test_compiled_searches_find_what_torch_finds_in_squares(isa, K, monkeypatch)
 
 
 @needs_native
-@settings(max_examples=80, deadline=None)
+@tries(80)
 @given(form=FORMS, N=st.integers(1, 5), seed=SEEDS, scale=st.sampled_from([1e-30, 0.1, 1, 3, 1e30]))
 @example(form=(2, 2, 1), N=1, seed=0, scale=1)
 @example(form=(4, 10, 3), N=2, seed=0, scale=3)

@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 
 from secateur.core.registry import FACTORIZERS, PRUNERS, QUANTIZERS, REFINERS
 from secateur.errors import UsageError
@@ -16,7 +17,7 @@ from secateur.recipes.built_in import NAMES, built_in
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.recipes.strings import parse_recipes
 
-quickly = settings(max_examples=80, deadline=None)
+quickly = tries(80)
 
 
 def names(text):
@@ -410,7 +411,7 @@ _PIECES = ["wanda", "rtn", "spqr", "dsnot", "rtn-8bit", "x.yaml", "group_size", 
            "0", "0.5", "0.3", "2", "4", "8", "50", " ", "\n", "e", "é", "\0", "\0.yaml", "٣"]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(st.lists(st.sampled_from(_PIECES), max_size=12).map("".join))
 def test_any_text_gives_recipes_or_one_line(text):
     try:

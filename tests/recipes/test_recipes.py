@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import tries
 
 import secateur
 from secateur.errors import UsageError
@@ -17,7 +18,7 @@ from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Calibration, Choice, Recipe
 from secateur.recipes.strings import parse_recipes
 
-quickly = settings(max_examples=150, deadline=None)
+quickly = tries(150)
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import tries
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -32,7 +33,7 @@ from secateur.search.goals.target_size import parse_target
 from secateur.search.outliers import outlier_share
 from secateur.solvers.knapsack import choose
 
-quickly = settings(max_examples=60, deadline=None)
+quickly = tries(60)
 
 
 # --- the knapsack
@@ -180,8 +181,14 @@ def weight_files(folder):
     return {file.name: file.read_bytes() for file in Path(folder).glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("prune", ["wanda", "sparsegpt", "alps", "magnitude"])
-@pytest.mark.parametrize("allocation", ["owl", "search"])
+@pytest.mark.parametrize(
+    ("allocation", "prune"),
+    [
+        *[("owl", "wanda"), ("owl", "alps"), ("search", "sparsegpt"), ("search", "magnitude")],
+        *[pytest.param("owl", prune, marks=pytest.mark.slow) for prune in ("sparsegpt", "magnitude")],
+        *[pytest.param("search", prune, marks=pytest.mark.slow) for prune in ("wanda", "alps")],
+    ],
+)
 def test_the_total_is_kept_and_the_manifest_repeats_the_run(allocation, prune, base, model_of, tmp_path):
     model = str(model_of("llama"))
     recipe = replace(base, prune=prune, allocation=allocation)
@@ -218,8 +225,8 @@ def test_bits_are_shared_within_the_size_of_the_uniform_recipe(base, model_of, t
     [
         {},
         {"quantize": "gptq"},
-        {"quantize": "spqr"},
-        {"quantize": "squeezellm"},
+        pytest.param({"quantize": "spqr"}, marks=pytest.mark.slow),
+        pytest.param({"quantize": "squeezellm"}, marks=pytest.mark.slow),
         {"quantize": "trellis"},
         {"prune": "sparsegpt"},
         {"prune": "wanda", "quantize": "rtn"},
@@ -334,6 +341,7 @@ def test_a_resumed_run_does_not_search_again(base, model_of, tmp_path):
     assert whole.recipe == Recipe.read(tmp_path / "out" / "secateur.json").to_dict()
 
 
+@pytest.mark.slow
 def test_a_run_that_made_models_and_computed_gradients_is_resumed(base, model_of, tmp_path):
     model = str(model_of("llama"))
     recipe = Recipe(quantize="squeezellm", calibration=base.calibration, max_perplexity_rise="20%")
@@ -443,9 +451,10 @@ def test_linears_for_which_nothing_is_chosen_are_left_alone(base, model_of, tmp_
     [
         ({"prune": "sparsegpt", "sparsity": 0.5, "allocation": "search"}, 0.05),
         ({"prune": "magnitude", "sparsity": 0.5, "allocation": "owl"}, 0.05),
-        ({"quantize": "squeezellm", "allocation": "search"}, 0.05),
+        pytest.param({"quantize": "squeezellm", "allocation": "search"}, 0.05, marks=pytest.mark.slow),
         ({"target_size": "0.7x"}, 0.05),
-        ({"quantize": "rtn", "max_perplexity_rise": "20%"}, 10.0),  # at most the dense model
+        # At most the dense model.
+        pytest.param({"quantize": "rtn", "max_perplexity_rise": "20%"}, 10.0, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -49,9 +49,19 @@ def test_grids_are_those_that_divide_the_rows():
         assert len(set(bits)) == len(bits)  # of two as large the one that loses less
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("share", ["36%", "55%"])
+@pytest.mark.parametrize(
+    ("name", "method", "share"),
+    [
+        *[
+            ("llama", "gptq", "36%"),
+            ("llama", "rtn", "55%"),
+            ("llama-tied", "gptq", "55%"),
+            ("llama-tied", "rtn", "36%"),
+        ],
+        *[pytest.param("llama", *rest, marks=pytest.mark.slow) for rest in (("gptq", "55%"), ("rtn", "36%"))],
+        *[pytest.param("llama-tied", *rest, marks=pytest.mark.slow) for rest in (("gptq", "36%"), ("rtn", "55%"))],
+    ],
+)
 def test_a_size_is_reached_by_types(name, method, share, model_of, text_file, tmp_path):
     path, out = model_of(name, dtype=BF16, **SIZES), tmp_path / "out"
     report = secateur.compress(str(path), out, recipe(text_file, target_size=share, quantize=method))

@@ -67,8 +67,13 @@ def test_only_a_target_leaves_tables_open(model_of, text_file):
     assert [table.role for table in left.values()] == ["embeddings"]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-@pytest.mark.parametrize("share", ["85%", "62%"])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        *[("llama", "85%"), ("llama-tied", "62%")],
+        *[pytest.param(*rest, marks=pytest.mark.slow) for rest in (("llama", "62%"), ("llama-tied", "85%"))],
+    ],
+)
 def test_a_size_is_reached_with_tables_in_it(name, share, model_of, text_file, tmp_path):
     path, out = model_of(name, dtype=BF16), tmp_path / "out"
     report = secateur.compress(str(path), out, recipe(text_file, target_size=share))

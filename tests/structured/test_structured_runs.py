@@ -1,9 +1,8 @@
 """Runs with a structured pattern: what is written, opened, compressed again, planned and refused."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from breaking_off import compress_in_two_runs
@@ -41,8 +40,8 @@ with torch.no_grad():
 def test_stock_transformers_opens_it(family, model_of, text_file, tmp_path):
     secateur.compress(str(model_of(family)), tmp_path / "out", recipe_of(text_file))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    code = [sys.executable, "-c", _STOCK, str(tmp_path / "out")]
-    done = subprocess.run(code, capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = processes.script(_STOCK, tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     width, logits, ids = json.loads(done.stdout)
     assert width < 64
     model = secateur.load(tmp_path / "out")

@@ -20,6 +20,7 @@ from secateur.core.stats import InputStats, Level
 from secateur.errors import CheckpointError
 from secateur.factorize.cospadi import CoSpaDi
 from secateur.memory.footprint import Settings
+from secateur.model import streaming
 from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.pipeline import run as run_module
@@ -127,6 +128,13 @@ def test_a_model_without_the_lender_keeps_what_it_lent(made):
     lent = stored(made[0])[f"{name}.weight.atoms_values"]
     assert torch.equal(state["model.layers.1.self_attn.q_proj.weight.atoms_values"], lent)
     assert "model.layers.1.self_attn.k_proj.weight.atoms_values" not in state
+
+
+def test_blocks_that_are_read_when_they_run(made, monkeypatch):
+    tokens = torch.arange(5, 17)[None]
+    wanted = secateur.load(made[0])(tokens).logits
+    monkeypatch.setattr(streaming, "room_here", lambda *_: 0)
+    assert torch.equal(secateur.load(made[0], max_memory="1GiB")(tokens).logits, wanted)
 
 
 def draw(*shape, seed=0):

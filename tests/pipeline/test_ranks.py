@@ -52,7 +52,6 @@ RECIPES = {
     "gptq": {"quantize": "gptq", "prune": "wanda", "pattern": "2:4"},
     "matched": {"prune": "sparsegpt", "sparsity": 0.5, "pruning": {"damping": "auto"}, "match_dense": True},
     "squeezellm": {"quantize": "squeezellm", "quantization": {"bits": 3}},
-    "shared": {"factorize": "cospadi", "factorization": {"iterations": 1, "dictionary_blocks": 2}},
     "structured": {"prune": "wanda", "pattern": "structured", "sparsity": 0.2, "multiple": 8},
 }
 

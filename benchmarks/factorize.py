@@ -41,6 +41,7 @@ from secateur.recipes.strings import parse_recipes
 DICTIONARY = {
     "SVD": "svd:{size}",
     "CoSpaDi": "cospadi:{size}",
+    "CoSpaDi, a dictionary for two blocks": "cospadi:{size}(dictionary_blocks=2)",
     "CoSpaDi, factors in 8 and 6 bits": "cospadi:{size}(dictionary_bits=8, coefficient_bits=6)",
 }
 STATIC = "sq(high_share=0.03125, static_mask=true)"

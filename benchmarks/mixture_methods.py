@@ -7,9 +7,10 @@
 
 MOE is a folder with weights that mean something; TEXT a file, or a folder of them, of each of which the first half (of a
 file alone: 60 %) is for evaluation, in windows of 512 tokens. `bits`: at about 2.5 bits a weight, the same for all linears,
-shared out by measured divergences, and by MC#'s programme. `calibration`: GPTQ at 3 bits by routed tokens, by the router's
-weights, on text of the model's own, balanced or not, and with smoothed experts. `skipping`: 4 bits, and shares of weaker
-experts left out. `ternary`: rows of three values. What was measured once is kept in the work folder (--again measures anew).
+shared out by measured divergences, by MC#'s programme, and by QuantMoE-Bench's rules. `calibration`: GPTQ at 3 bits by routed
+tokens, by the router's weights, on text of the model's own, balanced or not, and with smoothed experts. `skipping`: 4 bits, and
+shares of weaker experts left out. `ternary`: rows of three values. What was measured once is kept in the work
+folder (--again measures anew).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from benchmarks.protocol import (
 from secateur.calibration.tokens import Named, windows
 from secateur.evaluation.perplexity import measure
 from secateur.experts.smoothing import smooth_experts
+from secateur.recipes.recipe import Calibration
+from secateur.runs.expert_use import recipe_of_rules
 
 _TWO = "--quantize gptq --bits 2 --group-size 36"  # 2 + 18/36 bits
 _THREE = "--quantize gptq --bits 3 --group-size 32"
@@ -49,6 +52,8 @@ BITS = {
     "by measured divergences, one choice a layer": f"{_SHARED} 64 --share-choice layer",
     "3 bits, by measured divergences, one choice an expert": f"{_SHARED} 64 --share-choice expert".replace("2.5", "3"),
     "3 bits, by MC#'s programme, others 4 bits": f"{_SHARED} 64 --allocation mc".replace("2.5", "3"),
+    "experts of 2.4 bits by QuantMoE-Bench's rules, others 4 bits": "--group-size 64 RULES 2.4",
+    "experts of 3 bits by the same rules": "--group-size 64 RULES 3",
 }
 CALIBRATION = {
     "routed tokens": _THREE,
@@ -124,6 +129,12 @@ def _run(args: Any, texts: list[str], calibration: Path, options: str) -> dict[s
     model, out = args.model, args.work / "mixture-methods-out"
     if options.endswith(" SMOOTHED"):
         model, options = _smoothed(args, calibration), options.removesuffix(" SMOOTHED")
+    options, _, bits = options.partition(" RULES ")
+    if bits:
+        seen = Calibration(str(calibration), SAMPLES, SEQ_LEN)
+        file = args.work / "mixture-methods-rules.yaml"
+        file.write_text(recipe_of_rules(secateur.expert_use(str(model), seen), float(bits)).to_yaml(), encoding="utf-8")
+        options += f" --recipe {file}"
     own = [] if "--calibration" in options else ["--calibration", str(calibration)]
     text = "self" if not own else calibration
     report = compress(model, out, shlex.split(options.replace("--calibration self", "")), text, args.threads)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur.commands.command import command
-from secateur.commands.result_files import check_files, takes_stdout, write_json
+from secateur.commands.result_files import check_files, takes_stdout, write_json, write_text
 from secateur.commands.shared_options import (
     Data,
     Debug,
@@ -43,6 +43,10 @@ class ExpertsCommand:
     plot: Annotated[Path | None, typer.Option(help="Heat map of use, or of the first of --scores, .png or .svg.")] = (
         None
     )
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe file to write: bits of experts by QuantMoE-Bench's rules.")
+    ] = None
+    bits: Annotated[float, typer.Option(help="Mean bits of experts in --recipe.", min=2, max=4)] = 2.5
     max_memory: MaxMemory = None
     device: Device = "cpu"
     json_file: JsonFile = None
@@ -55,10 +59,10 @@ class ExpertsCommand:
         from secateur.recipes.recipe import Calibration
         from secateur.report.bench_plot import check_plot
         from secateur.report.experts_plot import USE, plot_experts
-        from secateur.runs.expert_use import expert_use
+        from secateur.runs.expert_use import expert_use, recipe_of_rules
         from secateur.terminal.display import Display
 
-        check_files({"--json": self.json_file})
+        check_files({"--json": self.json_file, "--recipe": self.recipe})
         if self.plot is not None:
             check_plot(self.plot)
         wanted = None if self.scores is None else [name.strip() for name in self.scores.split(",")]
@@ -77,6 +81,8 @@ class ExpertsCommand:
         if not takes_stdout(self.json_file) and not self.quiet:
             _print(found)
         write_json(dataclasses.asdict(found), self.json_file)
+        if self.recipe is not None:
+            write_text("--recipe", recipe_of_rules(found, self.bits).to_yaml(), self.recipe)
         if self.plot is not None:
             plot_experts(found, self.plot, USE if wanted is None else wanted[0])
 
@@ -90,6 +96,8 @@ def _print(found: Any) -> None:
         Column("unused", spare=3),
         Column("most alike", spare=2),
         Column("super", right=False, spare=1),
+        Column("importance", spare=5),
+        Column("outliers", spare=6),
         *(Column(f"least by {name}", spare=4) for name in names),
     ]
     rows: list[list[str] | None] = []
@@ -103,6 +111,8 @@ def _print(found: Any) -> None:
                 str(sum(share == 0 for share in layer.share)),
                 "–" if pair is None else f"{pair[0]} and {pair[1]}: {pair[2]:.2f}",
                 ", ".join(map(str, layer.supers)) or "–",
+                f"{layer.importance:.2f}",
+                f"{min(layer.outliers):.1f} to {max(layer.outliers):.1f}",
                 *(_least(layer.scores[name]) for name in names),
             ]
         )

@@ -5,9 +5,10 @@ O: output features, I: input features, K: atoms.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ from secateur.kernels.factored_weight import FactoredWeight, full
 from secateur.kernels.packed import FLOAT_DTYPES, Packed, SparseWeight, largest, unpadded
 
 ATOMS, COEFFICIENTS = "atoms", "coefficients"
+#: What a config calls the number of the block with whose linear of the same name the atoms lie.
+LENDER = "atoms_block"
+
+_T = TypeVar("_T")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class Factor:
         """Of what the layout packs."""
         return cls(layout, layout.pack(matrix))
 
+    @classmethod
+    def of_parts(cls, config: Mapping[str, Any], parts: dict[str, Tensor]) -> Factor:
+        """Of its parts, and what a config says of it."""
+        return cls(_FACTORS[config["layout"]].from_config(config), parts)
+
     def load(self) -> Packed:
         """As kernels compute on it."""
         return self.layout.load(self.parts)
@@ -81,16 +92,31 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What a linear has in common with linears of other blocks.
+
+    Attributes:
+        atoms: of all of them.
+        lender: the number of the block with whose linear they are stored; None: with this linear.
+    """
+
+    atoms: Factor
+    lender: int | None
+
+
+@dataclass(frozen=True)
 class Factors:
     """What a weight is the product of.
 
     Attributes:
         atoms: `[K, I]`.
         coefficients: `[O, K]`.
+        lender: see `Shared`.
     """
 
     atoms: Factor
     coefficients: Factor
+    lender: int | None = None
 
     @property
     def bits(self) -> int:
@@ -103,7 +129,7 @@ class Factors:
         return FactoredWeight((coefficients.shape[0], atoms.shape[1]), torch.float32, atoms, coefficients).dense()
 
     def layout(self, dtype: torch.dtype) -> Dictionary:
-        return Dictionary(self.atoms.layout, self.coefficients.layout, dtype)
+        return Dictionary(self.atoms.layout, self.coefficients.layout, dtype, self.lender)
 
 
 @layout
@@ -116,11 +142,13 @@ class Dictionary(Layout):
         atoms, coefficients: those layouts: a dense matrix, `packed-int`, and of coefficients also `bitmap`, and `sparse-int`
             around `packed-int`.
         dtype: of the dense weight.
+        lender: the number of the block with whose linear of the same name the atoms lie; None: with this one.
     """
 
     atoms: Layout
     coefficients: Layout
     dtype: torch.dtype
+    lender: int | None = None
 
     name: ClassVar[str] = "dictionary"
     rounded: ClassVar[bool] = True
@@ -172,6 +200,13 @@ class Dictionary(Layout):
             raise ValueError(f"its {prefix} hold values that are not finite")
         return found
 
+    def lender_of(self, weight: str) -> str | None:
+        return None if self.lender is None else _NUMBER.sub(str(self.lender), weight, count=1)
+
+    def own(self, parts: Mapping[str, _T]) -> dict[str, _T]:
+        lent = () if self.lender is None else tuple(part for part in parts if part.startswith(f"{ATOMS}_"))
+        return {part: value for part, value in parts.items() if part not in lent}
+
     def values(self, weight: FactoredWeight) -> Iterable[Tensor]:
         return ()  # looked at already
 
@@ -184,13 +219,17 @@ class Dictionary(Layout):
 
     def to_config(self) -> dict[str, Any]:
         own = {ATOMS: self.atoms.to_config(), COEFFICIENTS: self.coefficients.to_config()}
-        return {"layout": self.name, **own, "dtype": dtype_name(self.dtype)}
+        lent = {} if self.lender is None else {LENDER: self.lender}
+        return {"layout": self.name, **own, "dtype": dtype_name(self.dtype), **lent}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Dictionary:
         atoms = _factor_layout(config, ATOMS, (Plain.name, PackedInt.name))
         coefficients = _factor_layout(config, COEFFICIENTS, tuple(_FACTORS))
-        return cls(atoms, coefficients, DTYPES[read_choice(config, "dtype", list(DTYPES))])
+        lender = config.get(LENDER)
+        if lender is not None and (type(lender) is not int or lender < 0):
+            raise ValueError(f"{LENDER} is {lender!r}")
+        return cls(atoms, coefficients, DTYPES[read_choice(config, "dtype", list(DTYPES))], lender)
 
 
 def _factor_layout(config: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> Layout:

@@ -112,7 +112,11 @@ class Quantizer(Protocol):
 
 
 class Factorizer(Protocol):
-    """Makes weights products of two matrices that are smaller together. Attributes: see `Pruner`."""
+    """Makes weights products of two matrices that are smaller together. Attributes: see `Pruner`.
+
+    One by which linears of several blocks can have one of the two in common has two others: `dictionary_blocks`, of how many
+    blocks in a row; and `learn(stack)`, which gives it for a stack of those linears, to be found in `Stack.shared` later.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]

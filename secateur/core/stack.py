@@ -26,6 +26,7 @@ class Stack:
         rows: how many rows each linear has.
         dtype: of the weights in the source, and of the dense weights that a result stands for.
         fisher_OI: the squared gradient of the loss for every weight, where the method asks for it.
+        shared: for each linear what it has in common with linears of other blocks, or None; empty: none of them has anything.
     """
 
     W_OI: Tensor
@@ -33,6 +34,7 @@ class Stack:
     rows: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     fisher_OI: Tensor | None = None
+    shared: tuple[Any, ...] = ()
 
     @classmethod
     def of(
@@ -68,7 +70,9 @@ class Stack:
         pieces = list(self.split(torch.arange(len(self.W_OI), device=self.W_OI.device)))
         chosen_O = torch.cat([pieces[i] for i in numbers])
         fisher_OI = None if self.fisher_OI is None else self.fisher_OI[chosen_O]
-        return replace(self, W_OI=self.W_OI[chosen_O], rows=tuple(self.rows[i] for i in numbers), fisher_OI=fisher_OI)
+        shared = tuple(self.shared[i] for i in numbers) if self.shared else ()
+        rows = tuple(self.rows[i] for i in numbers)
+        return replace(self, W_OI=self.W_OI[chosen_O], rows=rows, fisher_OI=fisher_OI, shared=shared)
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` makes of the statistics, computed once for all solves of the same ones: see `InputStats.once`."""

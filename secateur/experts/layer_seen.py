@@ -28,6 +28,7 @@ class LayerSeen:
             products in pairs, over all tokens.
         tokens: of the text; `scored`: those whose scores are known.
         groups: of which the router chooses some first: neighbours, as many in each.
+        change, changed: the sum of 1 − the cosine of what the block reads of a token and what it gives, and of how many tokens.
         sample: what all experts make of a few tokens, where a method asks for it.
     """
 
@@ -42,6 +43,8 @@ class LayerSeen:
     tokens: int = 0
     scored: int = 0
     groups: int = 1
+    change: float = 0.0
+    changed: int = 0
     sample: Sample | None = None
 
     @classmethod
@@ -78,6 +81,12 @@ class LayerSeen:
         self.scored += len(scores_TE)
         self.scores_E += scores_TE.sum(0).cpu()
         self.scores_EE += (scores_TE.T @ scores_TE).cpu()
+
+    def add_change(self, before: Tensor, after: Tensor) -> None:
+        """Count what the block reads and gives, features last."""
+        alike = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+        self.change += float((1 - alike).sum())
+        self.changed += alike.numel()
 
     def __iadd__(self, other: LayerSeen) -> LayerSeen:
         """Both texts together."""

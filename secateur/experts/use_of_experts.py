@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from secateur.experts.bit_rules import bits_by_rules
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class LayerUse:
         scores: what each is worth, by the name of the score.
         supers: the numbers of super experts.
         alike: the correlation of the router's scores of each two experts, a row for each.
+        importance: of the block: 1 − the cosine of what it reads and what it gives, in the mean over tokens.
+        outliers: by how much the weight of each expert that lies farthest out does, see `bit_rules.outlier_score`.
+        linears: what the linears of one expert are called.
     """
 
     name: str
@@ -23,6 +28,9 @@ class LayerUse:
     scores: dict[str, list[float]]
     supers: list[int]
     alike: list[list[float]]
+    importance: float = 0.0
+    outliers: list[float] = field(default_factory=list)
+    linears: list[str] = field(default_factory=list)
 
     @property
     def evenness(self) -> float:
@@ -55,3 +63,13 @@ class ExpertUse:
     of_a_token: int
     groups: int
     layers: list[LayerUse]
+
+    def bits(self, mean: float) -> dict[str, int]:
+        """Bits of every linear of every expert by the rules of QuantMoE-Bench, with so many in the mean: see `bit_rules`."""
+        shares, importance = [layer.share for layer in self.layers], [layer.importance for layer in self.layers]
+        return {
+            f"{layer.name}.{e}.{linear}": bits
+            for layer, found in zip(self.layers, bits_by_rules(shares, importance, mean), strict=True)
+            for e, bits in enumerate(found)
+            for linear in layer.linears
+        }

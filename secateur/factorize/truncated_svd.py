@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from secateur.composite_layouts.dictionary import Factors
 from secateur.core.damping import damping_option, number
 from secateur.core.options import check_options
 from secateur.core.quantized import Quantized
@@ -60,5 +61,5 @@ class TruncatedSVD:
             length_R = D_RI.abs().amax(1)
             S_OR = left_OR[:, :rank] * (value_R[:rank] * length_R)
             coefficients = stored_coefficients(S_OR, HALF, stack.dtype, sparse=False)
-            found.append(product(atoms, coefficients, stack, (O, I), notes))
+            found.append(product(Factors(atoms, coefficients), stack, (O, I), notes))
         return found

@@ -56,15 +56,16 @@ class Metric:
         return A_OI @ self.U_II
 
 
-def most_atoms(size: float, shape: tuple[int, int], bytes_with: Callable[[int], int]) -> int:
+def most_atoms(size: float, shape: tuple[int, int], bytes_with: Callable[[int], int], linears: int = 1) -> int:
     """The most atoms with which a weight takes no more than its share of 16 bits a weight; at least one, and one an output at
     most.
 
     Args:
         bytes_with: of both factors with so many atoms, which grow with them.
+        linears: of which the weight is made, one below the other.
     """
     O, I = shape
-    room = size * 2 * O * I - _SHAPES
+    room = size * 2 * O * I - _SHAPES * linears
     return max(1, bisect.bisect_right(range(1, O + 1), room, key=bytes_with))
 
 
@@ -100,6 +101,6 @@ def _stored(M_RC: Tensor, keep_RC: Tensor | None, bits: int, dtype: torch.dtype)
     return Factor.of(layout_for(weight), weight.cpu())
 
 
-def product(atoms: Factor, coefficients: Factor, stack: Stack, shape: tuple[int, int], notes: tuple[str, ...]) -> Any:
+def product(factors: Factors, stack: Stack, shape: tuple[int, int], notes: tuple[str, ...]) -> Any:
     """A weight of a stack as the product of its factors."""
-    return Quantized(Factors(atoms, coefficients), shape, stack.dtype, notes=notes)
+    return Quantized(factors, shape, stack.dtype, notes=notes)

@@ -81,8 +81,25 @@ def packed_weights(stored: Mapping[str, Tensor], modules: Entries) -> dict[str, 
         entry = find_entry(modules, weight.removesuffix(".weight"))
         if entry is None:
             raise CheckpointError(f"{weight} is stored packed, but the config does not name its layout")
-        packed[weight] = PackedWeight(entry[0], parts, entry[1])
+        packed[weight] = PackedWeight(entry[0], _with_lent(weight, parts, parts_of, entry[0]), entry[1])
     return packed
+
+
+def _with_lent(
+    weight: str, parts: dict[str, str], parts_of: Mapping[str, dict[str, str]], layout: Layout
+) -> dict[str, str]:
+    """The parts of a weight with those that lie with another."""
+    lender = layout.lender_of(weight)
+    if lender is None:
+        return parts
+    there = parts_of.get(lender, {})
+    own = layout.own(there)
+    lent = {part: name for part, name in there.items() if part not in own}
+    if not lent and len(layout.own(parts)) == len(parts):
+        raise CheckpointError(
+            f"{weight} has parts in common with {lender}, says config.json, and that has none of them"
+        )
+    return {**lent, **parts}
 
 
 def open_weights(folder: Path, config: Mapping[str, Any]) -> DecodedWeights:

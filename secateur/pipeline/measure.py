@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.core.feature_units import Units
 from secateur.core.patterns import NM, Structured
 from secateur.core.ranks import Ranks
+from secateur.core.stack import Stack
 from secateur.core.stats import InputStats
 from secateur.folder.reader import MAPPED_BYTES
 from secateur.folder.writer import SHARD_BYTES
@@ -148,11 +149,13 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
         ]
     solving = _Solving(prepared, exact)
     groups = [solving.group(names, kept) for each in passed for names, kept in each.held]
+    learning = _Learning.of(prepared, passed, ids_NS.numel(), exact)
+    groups += learning.groups
     if prepared.head is not None and not isinstance(catcher, BodyCalls):
         groups.append(_of_head(prepared, prepared.head))
     saved = max(sum(solving.saved(names) for names, _ in each.held) for each in passed)
     return Footprint(
-        base=prepared.base,
+        base=prepared.base + learning.kept,
         mapped=MAPPED_BYTES + sizes.tensor,
         outside=sizes.outside,
         embeddings=sizes.embeddings,
@@ -242,6 +245,63 @@ class _Passed:
     hidden: int
     forward: Polynomial
     held: list[tuple[list[str], Polynomial]]
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """What it takes to learn dictionaries that linears of several blocks share.
+
+    Attributes:
+        groups: the linears as the windows are taken ahead through those blocks, and as their dictionaries are learned.
+        kept: bytes of dictionaries, while those blocks are solved.
+    """
+
+    groups: list[Group]
+    kept: int
+
+    @classmethod
+    def of(cls, prepared: Prepared, passed: Sequence[_Passed], tokens: int, exact: bool) -> _Learning:
+        """Of a model; `exact`: see `measure`."""
+        groups, most = [], 0
+        for each in passed:
+            shared = [([name for name in names if name in prepared.sharing], held) for names, held in each.held]
+            stats = [_bytes_of_stats(prepared, names[0]) for names, _ in shared if names]
+            waiting, kept = tokens * each.hidden, 0
+            for names, held in shared:
+                taken = [_learning(prepared, name, exact) for name in names]
+                kept += sum(size for _, size in taken)
+                if names:  # two are added up
+                    together = waiting + sum(stats) + 2 * _bytes_of_stats(prepared, names[0])
+                    groups.append(Group(held, together, 0))
+                    groups.append(Group(Polynomial(0, 0), waiting + together, max(peak for peak, _ in taken)))
+            most = max(most, kept)
+        return cls(groups, most)
+
+
+def _bytes_of_stats(prepared: Prepared, name: str) -> int:
+    I = prepared.shape(name)[1]
+    return 4 * I * (I * prepared.plan.matrices + 2)
+
+
+def _learning(prepared: Prepared, name: str, exact: bool) -> tuple[float, int]:
+    """The most bytes that it takes to learn the dictionary that a linear shares, with its weights, and those of the result."""
+    plan, (O, I) = prepared.plan, prepared.shape(name)
+    rows = O * plan.dictionary_blocks
+    weights = 4 * rows * I
+    if not exact:
+        return 4.0 * _MOST_GRAMS * I * I + _MOST_WEIGHTS * weights, weights
+    method: Any = plan.factorizer
+    peaks, size = [], 0
+    for features in (min(I, limit) for limit in _MEASURED_INPUTS):
+        draw = torch.Generator().manual_seed(0)
+        stats = _inputs(plan, features, draw, prepared.device)
+        W_OI = torch.randn(max(1, round(rows * features / I)), features, generator=draw).to(prepared.device)
+        parts = W_OI.split(max(1, len(W_OI) // plan.dictionary_blocks))
+        with LiveBytes() as live:
+            learned = method.learn(Stack.of(parts, stats, prepared.source.dtype))
+        peaks.append((features, live.peak))
+        size = int(sum(part.nbytes for part in learned.parts.values()) * (I / features) ** 2)
+    return weights + Polynomial.through(peaks)(I), size
 
 
 def _pass(walker: Walker, catcher: Catcher, ids_NS: Tensor, number: int, linears: dict[str, Linear]) -> _Passed:

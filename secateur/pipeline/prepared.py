@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from secateur.composite_layouts.dictionary import Factor, Shared
 from secateur.core.histogram import Histogram
 from secateur.core.patterns import NM, Structured
 from secateur.core.stats import InputStats, Level
@@ -22,7 +23,7 @@ from secateur.errors import UsageError
 from secateur.folder.writer import entry_bytes
 from secateur.mixture.experts import Experts
 from secateur.mixture.unfuse import check_unfused, experts_in
-from secateur.model.block_names import how_to_ignore
+from secateur.model.block_names import how_to_ignore, split_name
 from secateur.model.load import load_source
 from secateur.model.source import Source
 from secateur.model.structure import (
@@ -39,6 +40,7 @@ from secateur.model.structure import (
 )
 from secateur.model.vocabulary import HEAD, Table
 from secateur.model.weights import ModelWeights, check_values
+from secateur.pipeline.alike_linears import sharing_of
 from secateur.pipeline.gated_linears import gated_linears, sizes_for
 from secateur.pipeline.outcome import Progress
 from secateur.pipeline.solve import Problem, Solution
@@ -80,6 +82,8 @@ class Prepared:
         solved: gives the new weights of experts that an earlier run has solved, by the name of their linear, and of a table.
         structure: what a structured pattern makes of it.
         gated: linears of which it is to be chosen for a token which inputs are read.
+        sharing: of linears of several blocks that share a dictionary, the first of those that do, which it is stored with.
+        dictionaries: those that are shared and known by now, by that linear.
     """
 
     source: Source
@@ -106,6 +110,8 @@ class Prepared:
     solved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     structure: Structure | None = None
     gated: frozenset[str] = frozenset()
+    sharing: Mapping[str, str] = field(default_factory=dict)
+    dictionaries: dict[str, Factor] = field(default_factory=dict)
 
     @property
     def written(self) -> Source:
@@ -172,13 +178,22 @@ class Prepared:
             W_OI = stored.T if is_transposed(linear) else stored
         else:
             W_OI = weight_matrix(linear)
-        problem = Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI)
+        shared = self.shared(name)
+        problem = Problem(name, W_OI, is_transposed(linear), self.weights.dtype(weight), fisher_OI, shared=shared)
         if self.structure is None:
             return problem
         bias = getattr(linear, "bias", None)
         if bias is not None and bias.is_meta:
             bias = self.weights.checked(f"{name}.bias", bias).to(self.device)
         return replace(problem, units=self.structure.units(name), bias_O=bias)
+
+    def shared(self, name: str) -> Shared | None:
+        """What a linear has in common with others, where that is known."""
+        owner = self.sharing.get(name, name)
+        if owner not in self.dictionaries:
+            return None
+        number = split_name(owner, self.lists)[0].rpartition(".")[2]
+        return Shared(self.dictionaries[owner], None if owner == name else int(number))
 
     @property
     def head(self) -> str | None:
@@ -328,6 +343,8 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
     gated = gated_linears(source, model, found, plan, chosen)
     if plan.sparsifier is not None and not plan.changes_weights:
         chosen = set(gated)
+    of_experts = frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears)
+    apart = [name for name in names if name in chosen and name not in of_experts]
     weights = ModelWeights(source, model)  # which may untie what the config ties
     prepared = Prepared(
         source=source,
@@ -349,10 +366,11 @@ def prepare(source: Source, recipe: Recipe, plan: Plan, device: torch.device) ->
         parameters=sum(p.numel() for p in model.parameters()),
         base=psutil.Process().memory_info().rss,
         experts=experts,
-        of_experts=frozenset(f"{name}.{linear}" for name, module in experts.items() for linear in module.linears),
+        of_experts=of_experts,
         structure=structure,
         gated=gated,
         tables=tables_of(model, plan, source.name),
+        sharing=sharing_of(model, apart, list(found.modules), found.lists, plan.dictionary_blocks),
     )
     prepared.check_shapes()
     if plan.level > Level.NONE:

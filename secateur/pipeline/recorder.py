@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.composite_layouts.dictionary import ATOMS, Factor
 from secateur.folder.reader import StoredTensors
 from secateur.folder.writer import ShardWriter
 from secateur.memory.peak import peak_memory
@@ -144,6 +145,19 @@ class Recorder:
         parts = {key.removeprefix(weight).removeprefix("."): stored[key] for key in _parts_of(weight, stored)}
         return Solution.of_record(next(each for each in record["tables"] if each["name"] == name), parts)
 
+    def stored_atoms(self, name: str) -> Factor:
+        """The atoms of a linear that is recorded, which it shares with others."""
+        records = self.partial.records
+        record = next(each for each in records if any(linear["name"] == name for linear in each["linears"]))
+        stored = StoredTensors([self.partial.folder / file for file in record["files"]])
+        weight = self.prepared.weights.name_to_write(f"{name}.weight")
+        parts = {
+            key.removeprefix(f"{weight}.{ATOMS}_"): stored[key].clone()
+            for key in stored
+            if key.startswith(f"{weight}.{ATOMS}_")
+        }
+        return Factor.of_parts(self.entries[name][ATOMS], parts)
+
     def _place(self, solution: Solution) -> None:
         linear = self.prepared.linear(solution.name)
         # The old one may not be in place: an expert's.
@@ -174,6 +188,10 @@ class Recorder:
             weight = f"{linear['name']}.weight"
             names = parts_of.get(weights.name_to_write(weight), {})
             parts = {part: stored[name] for part, name in names.items()}
+            owner = self.prepared.sharing.get(linear["name"], linear["name"])
+            if owner != linear["name"]:
+                lent = self.stored_atoms(owner).parts
+                parts |= {f"{ATOMS}_{part}": tensor for part, tensor in lent.items()}
             if not parts and weight in self._fused:  # it lies with other experts
                 parts = {"": self._fused.part(weight, stored)}
             solution = self._whole(Solution.of_record(linear, parts), stored)

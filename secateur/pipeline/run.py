@@ -29,6 +29,7 @@ from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Report
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.recorder import Recorder
+from secateur.pipeline.shared_dictionaries import ready_dictionaries
 from secateur.pipeline.solve import Solution
 from secateur.pipeline.solve_tables import share_solution
 from secateur.pipeline.team import Team
@@ -242,6 +243,7 @@ def _solve_with_inputs(run: Run, own_NS: Tensor) -> None:
         if number < done:
             run_again(run, journey, number)
         else:
+            ready_dictionaries(journey, run.recorder, number)
             solve_block(run, journey, number)
 
 
@@ -269,6 +271,11 @@ def enter(run: Run, own_NS: Tensor) -> Catcher:
     head = run.prepared.head
     solve_tables(run, [name for name in run.prepared.tables if name != head])
     catcher = run.walker.enter(own_NS)
+    if run.prepared.sharing and isinstance(catcher, BodyCalls):
+        raise UsageError(
+            f"blocks of {run.job.source.name} do not run one after the other, as `dictionary_blocks` "
+            f"{run.job.plan.dictionary_blocks} needs it: give 1"
+        )
     if head is not None and not by_inputs(run, catcher):
         solve_tables(run, [head])
     run.prepared.solved.clear()

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from secateur.composite_layouts.dictionary import Shared
 from secateur.composite_layouts.low_rank import LowRank
 from secateur.core.damping import choose_damping
 from secateur.core.dense_target import towards_dense
@@ -49,6 +50,7 @@ class Problem:
         fisher_OI: squared gradients, where the method needs them.
         units: of its inputs, of a structured pattern.
         bias_O: that the module has, where it may be changed.
+        shared: what it has in common with linears of other blocks.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Problem:
     fisher_OI: Tensor | None = None
     units: Units | None = None
     bias_O: Tensor | None = None
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Solution:
 
     def tensors(self, weight: str) -> dict[str, Tensor]:
         """Its tensors by the names they have on disk, where the weight is called `weight`."""
-        return {f"{weight}.{part}" if part else weight: tensor for part, tensor in self.parts.items()}
+        parts = self.parts if self.entry is None else layout_from_config(self.entry).own(self.parts)
+        return {f"{weight}.{part}" if part else weight: tensor for part, tensor in parts.items()}
 
     def as_module_weight(self, transposed: bool) -> Tensor:
         """The dense weight as its module keeps it."""
@@ -213,7 +217,9 @@ def _coded(plan: Plan, stack: Stack, pruned: Pruned | None) -> list[Quantized] |
 def stacked(plan: Plan, problems: Sequence[Problem], stats: InputStats) -> Stack:
     """Linears as their methods are given them."""
     fishers = [problem.fisher_OI for problem in problems if problem.fisher_OI is not None]
-    return Stack.of([problem.W_OI for problem in problems], stats, plan.dtype or problems[0].dtype, fishers)
+    stack = Stack.of([problem.W_OI for problem in problems], stats, plan.dtype or problems[0].dtype, fishers)
+    shared = tuple(problem.shared for problem in problems)
+    return replace(stack, shared=shared) if any(shared) else stack
 
 
 def prune(plan: Plan, stack: Stack, units: Units | None = None) -> Pruned | None:

@@ -286,10 +286,18 @@ class SecateurQuantizer(HfQuantizer):
                 tensor = load_offloaded_parameter(model, name)
             packed[name] = self._pack(model, name, tensor, *entry)
         packed.update({f"{name}.weight": linear.parts() for name, linear in packed_linears(model)})
-        state.update({f"{name}.{part}": tensor for name, parts in packed.items() for part, tensor in parts.items()})
+        own = {name: self._own_parts(model, name, packed) for name in packed}
+        state.update({f"{name}.{part}": tensor for name, parts in own.items() for part, tensor in parts.items()})
         state.update(parts_of_gates(model))
         self._name_in_config(model, packed)
         return state, {}
+
+    def _own_parts(self, model: Any, name: str, packed: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The parts of a weight that do not lie with another among those to be saved."""
+        entry = self._entry(model, name.removesuffix(".weight"))
+        if entry is None or entry[0].lender_of(name) not in packed:
+            return packed[name]
+        return entry[0].own(packed[name])
 
     def _pack(self, model: Any, name: str, tensor: Tensor, layout: Layout, transposed: bool) -> dict[str, Tensor]:
         """The parts of a dense weight."""

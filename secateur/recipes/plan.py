@@ -124,6 +124,11 @@ class Plan:
         return found if self.sparsifier is None else {**found, "activation_sparsity": self.unread}
 
     @property
+    def dictionary_blocks(self) -> int:
+        """How many blocks in a row share the dictionaries of their linears."""
+        return getattr(self.factorizer, "dictionary_blocks", 1)
+
+    @property
     def needs_halves(self) -> bool:
         """Whether something is chosen by windows that were held out."""
         return self.match_dense or self.chooses_damping or (self.pruning is not None and self.pruning.refits)

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from secateur.pipeline.run import (
     solve_body,
     solve_tables,
 )
+from secateur.pipeline.shared_dictionaries import all_dictionaries, ready_dictionaries
 from secateur.recipes.built_in import as_recipe
 from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
@@ -180,6 +181,7 @@ class _Measured:
         need, settings: what the whole run holds in memory, and how it would be carried out.
         seconds: of each block that was compressed, in the order of the records, by phase; the first one's are all from the
             beginning.
+        learning: of dictionaries that blocks share, by phase, which is not in `seconds`.
     """
 
     run: Run
@@ -187,6 +189,7 @@ class _Measured:
     need: Footprint
     settings: Settings
     seconds: dict[int, dict[str, float]]
+    learning: dict[str, float] = field(default_factory=dict)
 
     @property
     def scratch(self) -> int:
@@ -237,17 +240,23 @@ def _compressed(run: Run, known: _Measured | None) -> _Measured:
     few_NS = ids_NS[: _BATCHES * max(1, settings.batch_tokens // ids_NS.shape[1])]
     beside = run.job.recipe.match_dense
     journey = walker.catch(catcher, few_NS, settings, run.partial.hidden_file, len(ids_NS), beside)
+    learning: defaultdict[str, float] = defaultdict(float)
 
     def compress(number: int) -> None:
         if isinstance(catcher, BodyCalls):
             solve_body(run, journey, range(number, number + 1))
         else:
             walker.read(number)
+            before = dict(run.clock.seconds)
+            ready_dictionaries(journey, run.recorder, number)
+            for phase, spent in run.clock.seconds.items():
+                learning[phase] += spent - before.get(phase, 0.0)
+                run.clock.seconds[phase] = before.get(phase, 0.0)
             # One that is not the first sees what the first made, for what comes between.
             solve_block(run, journey, number)
 
     seconds = _timed(run, [0] if isinstance(catcher, BodyCalls) else kinds, compress)
-    return _Measured(run, len(few_NS) / len(ids_NS), need, settings, seconds)
+    return _Measured(run, len(few_NS) / len(ids_NS), need, settings, seconds, dict(learning))
 
 
 def _timed(run: Run, numbers: list[int], compress: Callable[[int], None]) -> dict[int, dict[str, float]]:
@@ -324,13 +333,17 @@ def _extrapolate(measured: _Measured) -> tuple[dict[str, float], int]:
     for spent, more in zip(begun, times, strict=True):
         for phase in spent:
             seconds[phase] += spent[phase] * more / (measured.share if phase in ("forward", "statistics") else 1)
+    blocks = dict(zip(measured.seconds, times, strict=True))
+    dictionaries, more_bytes = all_dictionaries(run.recorder, blocks)
+    for phase, took in measured.learning.items():
+        seconds[phase] += took * dictionaries / (measured.share if phase in ("forward", "statistics") else 1)
     began = time.perf_counter()
     folder = put_together(run, run.report())
     verify(folder, trust_remote_code=run.job.source.trust_remote_code)  # it lacks blocks: what counts is the time
     ending = time.perf_counter() - began
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     sizes = [sum(size for size, _ in record["files"].values()) for record in run.partial.records[1:]]
-    disk = int(written + sum((more - 1) * size for more, size in zip(times, sizes, strict=True)))
+    disk = int(written + sum((more - 1) * size for more, size in zip(times, sizes, strict=True)) + more_bytes)
     head = prepared.head
     if head is not None and all(table.name != head for table in run.recorder.tables):  # solved with the last block
         disk += prepared.table_bytes(head)

@@ -144,11 +144,14 @@ def _renamed(source: Source, model: nn.Module, prefix: str, kept: Sequence[int])
         return None if number is None else f"{found[1]}{number}.{found[3]}"
 
     stored = {new: name for name in source.weights.stored if (new := rename(name)) is not None}
-    packed = {
-        new: replace(weight, parts={part: rename(key) or key for part, key in weight.parts.items()})
-        for name, weight in source.weights.packed.items()
-        if (new := rename(name)) is not None
-    }
+    packed = {}
+    for name, weight in source.weights.packed.items():
+        new = rename(name)
+        if new is not None:
+            # Some may lie with a weight of a block that goes.
+            parts = {part: rename(key) or f"{new}.{part}" for part, key in weight.parts.items()}
+            stored |= {key: weight.parts[part] for part, key in parts.items()}
+            packed[new] = replace(weight, parts=parts)
     return DecodedWeights(_Renamed(source.weights.stored, stored), packed)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -101,6 +102,12 @@ class HiddenStates:
         x_NSH = self.read(i)
         self._kept[i] = None
         return x_NSH
+
+    def twin(self) -> HiddenStates:
+        """The same batches, which stay here when they are taken there."""
+        found = copy(self)
+        found._kept = list(self._kept)
+        return found
 
     def save(self, file: Path) -> str:
         """Put all batches on disk, for good; those that are in a file are in `file` already.

@@ -72,7 +72,7 @@ def see_experts(
     journey = replace(journey, turns=replace(journey.turns, tokens=0, inputs="routed"))
     window, each = ids_NS.shape[1], math.ceil(sampled / len(ids_NS))
     if isinstance(catcher, BodyCalls):
-        with _watching(catcher.body, window, each, groups) as seen:
+        with _watching(catcher.body, prepared.blocks, window, each, groups) as seen:
             for i, calls in enumerate(journey.calls):
                 with forward(clock, prepared.source.dtype), torch.no_grad():
                     calls[0].run(catcher.body, journey.hiddens.take(i))
@@ -93,7 +93,7 @@ def _pass(walker: Walker, journey: Journey, number: int, look: Look, how: tuple[
     prepared = walker.prepared
     block, inputs = prepared.blocks[number], journey.hiddens
     walker.read(number)
-    with _watching(block, *how) as seen:
+    with _watching(block, [block], *how) as seen:
         journey.pass_unsolved(number)
         _look(block, seen, look)
     release(block)
@@ -176,8 +176,12 @@ def _device(routed: Routed | Copied) -> torch.device:
 
 
 @contextmanager
-def _watching(block: nn.Module, window: int, each: int, groups: int) -> Iterator[dict[str, _Layer]]:
-    """Within the context, what experts of a block give is counted, by the name of their module."""
+def _watching(
+    block: nn.Module, blocks: Sequence[nn.Module], window: int, each: int, groups: int
+) -> Iterator[dict[str, _Layer]]:
+    """Within the context, what experts of a block give is counted, by the name of their module, and how `blocks` in it change
+    what they read.
+    """
     layers: dict[str, _Layer] = {}
     with ExitStack() as left:
         for parent in block.modules():
@@ -188,7 +192,25 @@ def _watching(block: nn.Module, window: int, each: int, groups: int) -> Iterator
                 for sibling in parent.children():
                     if sibling is not experts:
                         left.callback(sibling.register_forward_hook(note_scores(experts.count)).remove)
+        for one in blocks:
+            inside = [layers[m.name] for m in one.modules() if isinstance(m, Experts)]
+            if inside:
+                hook = one.register_forward_hook(_note_change(inside, window), with_kwargs=True)
+                left.callback(hook.remove)
         yield layers
+
+
+def _note_change(layers: Sequence[_Layer], window: int) -> Callable[..., None]:
+    """A hook of a block that counts how it changes whole windows: others are a few tokens by which its stages are found."""
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple | list) else output
+        if before.shape == after.shape and before.shape[-2] == window:
+            for layer in layers:
+                layer.seen.add_change(before, after)
+
+    return note
 
 
 # --- what a router does without some of the experts

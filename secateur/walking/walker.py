@@ -281,7 +281,7 @@ class Journey:
         """Run the inputs of a block that is in place through it; what comes out is the next one's."""
         outputs = self.waiting(number + 1)
         if self.walker.prepared.has_experts(number):
-            replace(self, beside=None)._walk(number, {}, outputs, Level.NONE, lambda _: None)
+            replace(self, beside=None).walk_block(number, {}, outputs, Level.NONE, lambda _: None)
         else:
             self.passage(number, outputs).run()
         self.hiddens = outputs
@@ -291,7 +291,7 @@ class Journey:
         if self.beside is not None:
             self.beside.pass_unsolved(number)
 
-    def _walk(
+    def walk_block(
         self, number: int, linears: dict[str, Linear], outputs: HiddenStates | None, level: Level, solve: Solve
     ) -> None:
         assert isinstance(self.catcher, BlockCalls)
@@ -315,13 +315,13 @@ class Journey:
             if self.turns.keep is not None:
                 shutil.rmtree(self.turns.keep, ignore_errors=True)
         if self.beside is not None and beside is not None:
-            self.beside._go_on(number, beside.passage.outputs)
+            self.beside.go_on(number, beside.passage.outputs)
 
     def _beside(self, passage: Passage, twin: Twin, whole: bool) -> Beside:
         """The dense model's batches on their way through a twin of what they pass."""
         return Beside(twin, passage, ExpertsInTurn(self.walker.prepared, self.turns, whole, twin))
 
-    def _go_on(self, number: int, outputs: HiddenStates | None) -> None:
+    def go_on(self, number: int, outputs: HiddenStates | None) -> None:
         """From the outputs of a block, which must be finite; None: they go no further."""
         if outputs is None:
             return
@@ -345,8 +345,8 @@ class Journey:
         linears = prepared.chosen_in(number)
         if not linears and outputs is None:
             return
-        self._walk(number, linears, outputs, level, solve)
-        self._go_on(number, outputs)
+        self.walk_block(number, linears, outputs, level, solve)
+        self.go_on(number, outputs)
 
     def pass_body(
         self, numbers: range, level: Level, solve: Solve, ended: Callable[[int], object] = lambda _: None

@@ -128,6 +128,14 @@ class Layout(Decoder):
     def from_config(cls, config: Mapping[str, Any]) -> Layout:
         """The layout that `to_config` described. Raises ValueError when a parameter is missing or makes no sense."""
 
+    def lender_of(self, weight: str) -> str | None:
+        """The weight, by its name in the files, that some parts of the one of this name lie with; None: all are its own."""
+        return None
+
+    def own(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the parts of a weight, or of anything else by their names, those that lie with the weight itself."""
+        return dict(parts)
+
     def unpack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = self.load(tensors)
         W_OI = torch.empty(weight.shape, dtype=weight.dtype)
@@ -139,7 +147,7 @@ class Layout(Decoder):
         weight = self.load(tensors)
         outliers = 0 if weight.outliers is None else weight.outliers.value_N.numel()
         finite = all(all_finite(part) for part in self.values(weight))
-        return Stored(self.name, weight.shape, weight.count(), outliers, bytes_of(tensors), finite)
+        return Stored(self.name, weight.shape, weight.count(), outliers, bytes_of(self.own(tensors)), finite)
 
     def values(self, weight: Any) -> Iterable[Tensor]:
         """Tensors that have every value of a loaded weight: those that may not be finite."""

@@ -315,7 +315,7 @@ class _Trial:
                     if width == now[name]:
                         new_OI = W_OI
                 for linear in (searcher.prepared.linear(name), self.model.get_submodule(name)):
-                    before, W = linear.weight, new_OI.T if is_transposed(linear) else new_OI
+                    before, W = linear.get_parameter("weight"), new_OI.T if is_transposed(linear) else new_OI
                     place(linear, "weight", W.to(before.device, before.dtype).contiguous())
 
         self._made += 1

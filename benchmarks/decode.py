@@ -4,9 +4,10 @@
 
 For each model and form, a process of its own loads the folder, writes 48 tokens by `generate`, and tells the time from `load`
 to the first token (and the processor's, which changes less on a busy machine), the median time of the tokens after it, and the
-memory that it holds (its own, less what the interpreter with torch and transformers held before). The forms take turns, `--rounds` times; medians of the rounds are printed. The 1.1 B
-Llama has random weights; trellis codes are random, too, since to search for them takes minutes and changes no time. PYTHON is
-an interpreter with llama-cpp-python and gguf: the same weights as Q4_0, all of them.
+memory that it holds (its own, less what the interpreter with torch and transformers held before). The forms take turns,
+`--rounds` times; medians of the rounds are printed. The 1.1 B Llama has random weights; trellis codes are random, too, since to
+search for them takes minutes and changes no time. PYTHON is an interpreter with llama-cpp-python and gguf: the same weights as
+Q4_0, all of them.
 """
 
 from __future__ import annotations

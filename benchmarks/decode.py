@@ -3,10 +3,11 @@
     python -m benchmarks.decode [--models smollm2,1.1b] [--llama PYTHON] [--rounds 3]
 
 For each model and form, a process of its own loads the folder, writes 48 tokens by `generate`, and tells the time from `load`
-to the first token, the median time of the tokens after it, and the memory that it holds (its own, less what the interpreter
-with torch and transformers held before). The forms take turns, `--rounds` times; medians of the rounds are printed. The 1.1 B
-Llama has random weights; trellis codes are random, too, since to search for them takes minutes and changes no time. PYTHON is
-an interpreter with llama-cpp-python and gguf: the same weights as Q4_0, all of them.
+to the first token (and the processor's, which changes less on a busy machine), the median time of the tokens after it, and the
+memory that it holds (its own, less what the interpreter with torch and transformers held before). The forms take turns,
+`--rounds` times; medians of the rounds are printed. The 1.1 B Llama has random weights; trellis codes are random, too, since to
+search for them takes minutes and changes no time. PYTHON is an interpreter with llama-cpp-python and gguf: the same weights as
+Q4_0, all of them.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ from transformers.generation.streamers import BaseStreamer
 import transformers.models.llama.modeling_llama
 
 class Clock(BaseStreamer):
-    def __init__(self): self.at = []
-    def put(self, value): self.at.append(time.perf_counter())
+    def __init__(self): self.at, self.busy = [], []
+    def put(self, value): self.at.append(time.perf_counter()); self.busy.append(time.process_time())
     def end(self): pass
 
 how, folder = sys.argv[1:3]
 process = psutil.Process()
 before = process.memory_full_info().uss
-started = time.perf_counter()
+started, working = time.perf_counter(), time.process_time()
 if how == "transformers":
     model = AutoModelForCausalLM.from_pretrained(folder)
 else:
@@ -81,7 +82,8 @@ with torch.inference_mode():
                    pad_token_id=0, streamer=clock)
 gaps = sorted(b - a for a, b in zip(clock.at[2:], clock.at[3:]))
 memory = process.memory_full_info().uss - before
-print(json.dumps({{"first": clock.at[1] - started, "token": gaps[len(gaps) // 2], "memory": memory}}))
+first = {{"first": clock.at[1] - started, "busy": clock.busy[1] - working}}
+print(json.dumps({{**first, "token": gaps[len(gaps) // 2], "memory": memory}}))
 """
 
 GGUF = """
@@ -231,6 +233,7 @@ def main() -> None:
             path = Path(jobs[job][2][-1])
             files = [path] if path.is_file() else list(path.glob("*.safetensors"))
             size = sum(file.stat().st_size for file in files)
+            busy = f"{middle['busy']:.2f}" if "busy" in middle else ""
             memory = f"{middle['memory'] / 2**20:.0f}" if "memory" in middle else ""
             rows.append(
                 [
@@ -239,11 +242,23 @@ def main() -> None:
                     f"{1e3 * middle['token']:.1f}",
                     f"{1 / middle['token']:.1f}",
                     f"{middle['first']:.2f}",
+                    busy,
                     memory,
                 ]
             )
         print(f"\n{name}\n")
-        table(["", "files, MiB", "ms a token", "tokens a second", "load to first token, s", "memory, MiB"], rows)
+        table(
+            [
+                "",
+                "files, MiB",
+                "ms a token",
+                "tokens a second",
+                "load to first token, s",
+                "of processors, s",
+                "memory, MiB",
+            ],
+            rows,
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Plain(Layout):
         return full(tensors["values"])
 
     def values(self, weight: SparseWeight) -> list[Tensor]:
-        return [weight.values_V]
+        return [unpadded(weight.values_V)]
 
     def store(self, weight: SparseWeight) -> dict[str, Tensor]:
         return {"values": unpadded(weight.values_V)}

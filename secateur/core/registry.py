@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -231,8 +232,14 @@ def import_others(group: str, what: str) -> None:
 
     One that cannot be imported is told, and left out.
     """
-    for entry in entry_points(group=group):
+    for entry in _entry_points(tuple(sys.path)).select(group=group):
         try:
             entry.load()
         except Exception as error:
             warnings.warn(f"the {what} of {entry.value} cannot be loaded: {one_line(error)}", stacklevel=2)
+
+
+@cache
+def _entry_points(_: tuple[str, ...]) -> Any:
+    """All that packages in these places name: to look through hundreds of packages takes longer than to read a small model."""
+    return entry_points()

@@ -146,6 +146,31 @@ class OpenFiles:
         return len(found)
 
 
+class MappedFiles:
+    """Files that tensors in use are mapped from: deleted and replaced they may be, but not written over.
+
+    Copies share it; pickled, tensors are in memory of their own.
+    """
+
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self._state = {file: os.stat(file) for file in files}
+
+    def check(self) -> None:
+        """Raise CheckpointError where one was written over."""
+        for file, before in self._state.items():
+            with suppress(OSError):  # deleted
+                now = os.stat(file)
+                same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+                if same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                    raise CheckpointError(f"{file} was written over since the model was loaded: load the model again")
+
+    def __deepcopy__(self, memo: Any) -> MappedFiles:
+        return self
+
+    def __reduce__(self) -> Any:
+        return MappedFiles, ()
+
+
 def _advise(descriptor: int, start: int, size: int, advice: str) -> None:
     """Tell the operating system how a file is read, where it can be told: network file systems need not listen."""
     with suppress(OSError, AttributeError):

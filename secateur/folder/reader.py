@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.folder.entries import is_plain_name
+from secateur.folder.extents import Extent, find_extents
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -102,6 +103,10 @@ class Tensors(Mapping[str, Tensor]):
     def release(self) -> None:
         """Let the memory go that has been read, as far as it is not of tensors that are held."""
 
+    def lasting(self, name: str, room: int) -> Tensor:
+        """A tensor for as long as it is wanted. Its memory may go on for `room` bytes after it, whatever they are."""
+        return self[name]
+
     def held(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         """Some of them, for longer than the others are there."""
         return {name: self[name] for name in names}
@@ -123,6 +128,8 @@ class StoredTensors(Tensors):
         self._file: dict[str, Path] = {}
         self._mapped: tuple[Path, Any] | None = None
         self._left = 0
+        # Files whose tensors are kept: what reads them, all of their bytes, and where tensors lie.
+        self._lasting: dict[Path, tuple[Any, Any, dict[str, Extent]]] = {}
         for file in files:
             _check_header(file)
             for name in self.open_file(file).keys():  # noqa: SIM118 - a handle is not a mapping
@@ -144,16 +151,36 @@ class StoredTensors(Tensors):
         if mapped is None or mapped[0] != file or self._left <= 0:
             mapped = self._mapped = (file, self.open_file(file))
             self._left = MAPPED_BYTES
-        try:
-            tensor = mapped[1].get_tensor(name)
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
-        if tensor.dtype in _UNREADABLE:
-            raise CheckpointError(
-                f"tensor {name!r} in {file} is {tensor.dtype}, which no weight of a language model is"
-            )
+        tensor = _tensor_of(mapped[1], file, name)
         self._left -= tensor.nbytes
         return tensor
+
+    def lasting(self, name: str, room: int) -> Tensor:
+        """A tensor that stays where its file is mapped, once for all such tensors.
+
+        Where the file ends before the room does, or the tensor is at an odd place, there is nothing after it.
+        """
+        file = self._file[name]
+        if file not in self._lasting:
+            extents, size = find_extents(file), file.stat().st_size
+            try:
+                self._lasting[file] = (
+                    self.open_file(file),
+                    torch.UntypedStorage.from_file(str(file), False, size),
+                    extents,
+                )
+            except RuntimeError as error:
+                raise CheckpointError(f"{file} cannot be mapped: {str(error).splitlines()[0]}") from error
+        opened, whole, extents = self._lasting[file]
+        tensor = _tensor_of(opened, file, name)
+        place = extents.get(name)
+        if place is None or place.size != tensor.nbytes or place.start + place.size + room > whole.nbytes():
+            return tensor
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        memory.set_(whole[place.start : place.start + place.size + room])
+        if memory.data_ptr() % tensor.element_size():
+            return tensor
+        return memory[: place.size].view(tensor.dtype).view(tensor.shape)
 
     @property
     def files(self) -> list[Path]:
@@ -173,6 +200,7 @@ class StoredTensors(Tensors):
 
     def release(self) -> None:
         self._mapped = None  # files are mapped anew from here on
+        self._lasting = {}
 
     def held(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         return HeldTensors(self, names)
@@ -255,6 +283,17 @@ class _OpenFile:
         except SafetensorError as error:
             raise CheckpointError(f"{self._path} was written to since it was loaded: {error}") from error
         return tensor
+
+
+def _tensor_of(opened: Any, file: Path, name: str) -> Tensor:
+    """A tensor of an open file. Raises CheckpointError where it cannot be read, or is none of a language model."""
+    try:
+        tensor: Tensor = opened.get_tensor(name)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"tensor {name!r} in {file} cannot be read: {error}") from error
+    if tensor.dtype in _UNREADABLE:
+        raise CheckpointError(f"tensor {name!r} in {file} is {tensor.dtype}, which no weight of a language model is")
+    return tensor
 
 
 def _check_header(file: Path) -> None:

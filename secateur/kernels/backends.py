@@ -160,16 +160,21 @@ def prepare(
     return Prepared(chosen, chosen.prepare(weight, device, dtype), weight.shape, device)
 
 
-@torch.library.custom_op("secateur::input_gradient", mutates_args=())
 def _input_gradient(grad_TO: Tensor, number: int, I: int) -> Tensor:
     """grad W, for the weight of that number: unpacked in pieces, which is nothing that a compiler could trace."""
     weight = _PREPARED[number]
     return weight.backend.gradient(weight.weight, grad_TO)
 
 
-@_input_gradient.register_fake
-def _(grad_TO: Tensor, number: int, I: int) -> Tensor:
+def _empty_gradient(grad_TO: Tensor, number: int, I: int) -> Tensor:
     return grad_TO.new_empty(grad_TO.shape[0], I)
+
+
+# Not `torch.library.custom_op`, which looks for its caller in all the modules that there are.
+OPERATORS = torch.library.Library("secateur", "FRAGMENT")
+OPERATORS.define("input_gradient(Tensor grad, int number, int features) -> Tensor")
+OPERATORS.impl("input_gradient", _input_gradient, "CompositeExplicitAutograd")
+OPERATORS.impl("input_gradient", _empty_gradient, "Meta")
 
 
 class _Linear(torch.autograd.Function):
@@ -186,7 +191,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         grad_TI = grad_O = None
         if ctx.needs_input_grad[1]:
-            grad_TI = _input_gradient(grad_TO, ctx.weight.number, ctx.weight.shape[1])
+            grad_TI = torch.ops.secateur.input_gradient(grad_TO, ctx.weight.number, ctx.weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_O = grad_TO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return None, grad_TI, grad_O

@@ -59,7 +59,7 @@ class DenseColumns(ColumnWeight):
     """All of them, as they are.
 
     Attributes:
-        values_V: bfloat16, float16 or float32: O for each input, and `PADDING` bytes of zeros after the last.
+        values_V: bfloat16, float16 or float32: O for each input, and `PADDING` bytes after the last.
     """
 
     shape: tuple[int, int]
@@ -84,7 +84,7 @@ class DenseColumns(ColumnWeight):
         return unpadded(self.values_V).view(self.shape[::-1])
 
     def count(self) -> int:
-        return int(torch.count_nonzero(self.values_V))
+        return int(torch.count_nonzero(unpadded(self.values_V)))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class CodedColumns(ColumnWeight):
         dtype: of the dense weight.
         bits: of a code, 2 to 8.
         group_size: inputs that share; the last group may have fewer.
-        codes_S: uint8, the codes of one input after the other, each from a new byte; `PADDING` bytes of zeros after the last.
+        codes_S: uint8, the codes of one input after the other, each from a new byte; `PADDING` bytes after the last.
         scale_S: float16 or bfloat16, G times O, and `PADDING` bytes.
         zero_S: uint8, the same; None when all zero points are 2^(bits − 1).
     """

@@ -23,7 +23,7 @@ from secateur.kernels.expand import expand_bitmap, unpack_mask
 
 #: What weights, inputs and outputs may be.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Zero bytes after the last value or code, so that a wide load that begins inside the stream ends inside the tensor.
+#: Bytes after the last value or code, of any value, so that a wide load that begins in the stream ends in the tensor.
 PADDING = 64
 # Which a CPU's caches hold on their way from codes.
 _WEIGHTS_AT_ONCE = 2**19
@@ -116,7 +116,7 @@ class SparseWeight(Packed):
     """A pruned weight: the kept values row after row, and one bit a weight that says where they belong.
 
     Attributes:
-        values_V: bfloat16, float16 or float32, and `PADDING` bytes of zeros after the last.
+        values_V: bfloat16, float16 or float32, and `PADDING` bytes after the last.
         bitmask_OB: uint8, least significant bit first; bits beyond column I are zero.
         start_O1: int64 `[O + 1]`, where each row's values begin, and where the last row's end.
     """
@@ -156,7 +156,7 @@ class SparseWeight(Packed):
         )
 
     def count(self) -> int:
-        return int(torch.count_nonzero(self.values_V))
+        return int(torch.count_nonzero(self.values_V[: int(self.start_O1[-1])]))
 
 
 class GridOperands(NamedTuple):
@@ -246,7 +246,7 @@ class CodedWeight(Packed):
         dtype: of the dense weight.
         bits: of a code, 1 to 8.
         codes_S: uint8, the codes of one row after the other, least significant bit first, each row from a new byte; and
-            `PADDING` bytes of zeros after the last.
+            `PADDING` bytes after the last.
         start_O1: int64 `[O + 1]`, the byte where each row begins, and where the last one ends.
         count_O: int32, stored weights of each row, K; None when it is I for all.
         group_start_O1: int64 `[O + 1]`, the number of each row's first group; None for a grid without groups, and when each row
@@ -387,11 +387,12 @@ def tensors_in(weight: Any) -> Iterator[Tensor]:
 
 
 def padded(stream: Tensor) -> Tensor:
-    """A copy of a vector with `PADDING` bytes of zeros after it."""
-    out = stream.new_empty(stream.numel() + PADDING // stream.element_size())
-    out[: stream.numel()] = stream
-    out[stream.numel() :] = 0
-    return out
+    """A vector and `PADDING` bytes after it: where it is, if its memory goes on for just so long, or else a copy."""
+    spare = PADDING // stream.element_size()
+    end = stream.storage_offset() + stream.numel() + spare
+    if stream.is_contiguous() and stream.untyped_storage().nbytes() == end * stream.element_size():
+        return stream.as_strided((stream.numel() + spare,), (1,))
+    return torch.cat((stream, stream.new_zeros(spare)))
 
 
 def unpadded(stream: Tensor) -> Tensor:

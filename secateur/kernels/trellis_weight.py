@@ -42,7 +42,7 @@ class TrellisWeight(Packed):
         state_bits: of a state, L.
         ring: weights of a ring, which are outputs of one input: T, a divisor of O.
         block_out, block_in: of the rotations: powers of two that divide O and I.
-        codes_S: uint8, R times I rings of B bytes, and `PADDING` bytes of zeros after the last. A ring's symbols lie one after
+        codes_S: uint8, R times I rings of B bytes, and `PADDING` bytes after the last. A ring's symbols lie one after
             the other, least significant bit first, and the bits after the last are zero.
         scale_out_O, scale_in_I: float16 or bfloat16, of either sign.
     """

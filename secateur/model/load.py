@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from secateur.errors import CheckpointError, UsageError, one_line
@@ -203,6 +204,7 @@ def load_source(
         if not quantizer.older_names(model):
             model._weight_conversions = []  # else transformers saves it under the names of older releases
     _set_generation(source, model)
+    _spare_head(model)
     return model
 
 
@@ -220,6 +222,7 @@ def load_within(
     limits = _limits(max_memory, device)
     model = load_streamed(source, dtype, limits, backend, **({} if tokens is None else {"tokens": tokens}))
     _set_generation(source, model)
+    _spare_head(model)
     return model
 
 
@@ -267,6 +270,23 @@ def _as_it_is(source: Source, dtype: torch.dtype, device: torch.device, backend:
             f"leave `{wrong}` out"
         )
     return model
+
+
+def _spare_head(model: Any) -> None:
+    """Have the head of a model be multiplied as it lies in memory.
+
+    After a prompt it is given the last of several tokens, which lie apart from one another; torch copies a weight that does not
+    train to multiply that, and the head is the largest of all.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.register_forward_pre_hook(_side_by_side)
+
+
+def _side_by_side(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs of a linear without gaps between tokens."""
+    x, *rest = args
+    return (x.reshape(-1, x.shape[-1]).view(x.shape), *rest)
 
 
 def _set_generation(source: Source, model: Any) -> None:

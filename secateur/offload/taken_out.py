@@ -77,11 +77,11 @@ class Outline:
 
 
 def is_padded(tensor: Tensor, part: Tensor) -> bool:
-    """Whether a tensor is one of a file, byte for byte, but for zeros after the end."""
-    if not part.nbytes <= tensor.nbytes <= part.nbytes + PADDING or not tensor.is_contiguous() or not part.nbytes:
+    """Whether a tensor is one of a file, byte for byte, but for what follows its end."""
+    if tensor.nbytes not in (part.nbytes, part.nbytes + PADDING) or not tensor.is_contiguous() or not part.nbytes:
         return False
     mine, other = (each.contiguous().view(-1).view(torch.uint8) for each in (tensor, part))
-    return torch.equal(mine[: len(other)], other) and not bool(mine[len(other) :].any())
+    return torch.equal(mine[: len(other)], other)
 
 
 def find_parts(weight: Any, stored: Sequence[tuple[Extent, Tensor]]) -> dict[int, Part]:

@@ -25,7 +25,15 @@ def block_of(name: str) -> str | None:
 
 
 def renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
-    """Stored names by the name that transformers gives their tensors as it loads them, where it gives another."""
+    """Stored names by the name that transformers gives their tensors as it loads them, where it gives another.
+
+    What it renames is not looked up where a model's own tensors have all of the names: only to make that list takes longer than
+    to read a small model.
+    """
+    own = {spelling for name in model.state_dict() for spelling in spellings(model, name)}
+    stored = list(stored)
+    if own.issuperset(stored):
+        return {}
     conversions = get_model_conversion_mapping(model)
     renamings = [t for t in conversions if isinstance(t, WeightRenaming)]
     moves = list(moved_experts(conversions))

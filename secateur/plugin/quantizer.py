@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from secateur.errors import CheckpointError
+from secateur.folder.extents import MappedFiles
 from secateur.folder.reader import StoredTensors
 from secateur.formats.layouts.layout import Layout, part_names
 from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
@@ -113,6 +114,8 @@ class SecateurQuantizer(HfQuantizer):
         self._all_packed = False
         #: Where parts of the model are left where they do not compute.
         self._offloaded: Offloaded | None = None
+        # What packed weights may lie in.
+        self._mapped = MappedFiles()
         # While transformers asks how large they are.
         self._sized: list[torch.nn.Module] = []
 
@@ -162,8 +165,10 @@ class SecateurQuantizer(HfQuantizer):
                 replaced += replace_tables(model, readers, *where)
             if self._offloaded is not None:
                 self._offloaded.let_go(model)
-            # Packed weights are copies; the mapping that they were read from is not to live on with the tensors that are not.
+            # What packed weights do not hold of the files is not to stay mapped.
             weights.stored.release()
+            if replaced and isinstance(self.stored, StoredTensors):
+                self._mapped = MappedFiles(self.stored.files)
             if isinstance(device_map, str):
                 self._sized = show_sizes(model)
             self._all_replaced = len(replaced) == len(readers)
@@ -272,6 +277,7 @@ class SecateurQuantizer(HfQuantizer):
         self.stored = self.stored.held(keys) if keys else {}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        self._mapped.check()
         state, packed = {}, {}
         tied = model.all_tied_weights_keys
         for name, tensor in (taken_apart(model, self._experts) if self._whole else model.state_dict()).items():

@@ -48,7 +48,7 @@ class Bitmap(Layout):
         return SparseWeight((len(bitmask_OB), I), padded(values), bitmask_OB.clone(), start_O1)
 
     def values(self, weight: SparseWeight) -> list[Tensor]:
-        return [weight.values_V]
+        return [unpadded(weight.values_V)]
 
     def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
         return self, self.pack(self.unpack(tensors))

@@ -38,7 +38,7 @@ class Columns(Layout):
         return {"columns": unpadded(weight.values_V)}
 
     def values(self, weight: DenseColumns) -> list[Tensor]:
-        return [weight.values_V]
+        return [unpadded(weight.values_V)]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Columns:

@@ -16,6 +16,7 @@ from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.coded import read_stored_shape
 from secateur.formats.layouts.layout import Layout, check_parts, layout
 from secateur.kernels.column_weight import SparseColumns
+from secateur.kernels.packed import unpadded
 
 
 @layout
@@ -43,7 +44,7 @@ class ColumnsBitmap(Layout):
         return {"compressed": inner["compressed"], "bitmask": inner["bitmask"], "shape": torch.tensor(weight.shape)}
 
     def values(self, weight: SparseColumns) -> list[Tensor]:
-        return [weight.inner.values_V]
+        return [unpadded(weight.inner.values_V)]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ColumnsBitmap:

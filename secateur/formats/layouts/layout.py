@@ -113,7 +113,11 @@ class Layout(Decoder):
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> Packed:
-        """The weight as kernels compute on it, in memory of its own. Everything is checked as by `unpack`."""
+        """The weight as kernels compute on it. Everything is checked as by `unpack`.
+
+        Values and codes, which may be anything, may stay where the tensors are, see `packed.padded`; what kernels go by, such
+        as masks, is copied: nobody who writes to the file later can lead them elsewhere.
+        """
 
     @abstractmethod
     def store(self, weight: Any) -> dict[str, Tensor]:

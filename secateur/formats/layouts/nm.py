@@ -72,7 +72,7 @@ class NMBits(Layout):
         return SparseWeight((O, I), values, tensors["bitmask"].clone(), start_O1, (self.n, self.m))
 
     def values(self, weight: SparseWeight) -> list[Tensor]:
-        return [weight.values_V]
+        return [unpadded(weight.values_V)]
 
     def ours(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
         return self, self.pack(self.unpack(tensors))

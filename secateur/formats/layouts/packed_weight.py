@@ -17,7 +17,7 @@ from torch import Tensor
 from secateur.errors import CheckpointError
 from secateur.folder.reader import Tensors
 from secateur.formats.layouts.layout import Decoder, Layout, Stored
-from secateur.kernels.packed import Packed
+from secateur.kernels.packed import PADDING, Packed
 
 #: What stands in files below the name of a weight and is none of it: what activation sparsity needs, see `gates.section`.
 BESIDE = ("activation_scale", "activation_left", "activation_right")
@@ -99,8 +99,11 @@ class PackedWeight(Generic[D]):
         return self.read(name, stored)[0]
 
     def read(self: PackedWeight[Layout], name: str, stored: Mapping[str, Tensor]) -> tuple[Packed, StoredForm]:
-        """The same, and how it is stored."""
-        tensors = self.tensors(stored)
+        """The same, and how it is stored. Large tensors stay in the mapped files where they are, see `packed.padded`."""
+        if isinstance(stored, Tensors):
+            tensors = {part: stored.lasting(key, PADDING) for part, key in self.parts.items()}
+        else:
+            tensors = self.tensors(stored)
         form = StoredForm(self.layout, {part: (tensor.dtype, tensor.shape) for part, tensor in tensors.items()})
         with self._named(name, "read"):
             return self.layout.load(tensors), form

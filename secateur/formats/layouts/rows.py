@@ -96,8 +96,9 @@ class Rows:
         _check_length(stream_B, rows.total, part)  # before anything of that size is made
         start_O1 = rows.starts
         if self._equal and self.longest:
-            last_O, used = stream_B.view(len(rows.length_O), -1)[:, -1], (self.longest * bits - 1) % 8 + 1
-            stray = bool((last_O.int() >> used).any())
+            used = (self.longest * bits - 1) % 8 + 1
+            # Where codes fill their last byte, there is nothing to look at, which would read a mapped stream all through.
+            stray = used < 8 and bool((stream_B.view(len(rows.length_O), -1)[:, -1].int() >> used).any())
         else:
             some_O = rows.length_O > 0
             used_O = (self.length_O * bits - 1)[some_O] % 8 + 1

@@ -16,7 +16,7 @@ namespace secateur {
 constexpr int64_t CHUNK = 256;
 
 // Either values or codes; pointers to what a weight does not have are null. After the last value, code, scale and zero point
-// there are zeros to read, as WIDTH demands.
+// there are bytes to read, as WIDTH demands.
 struct Columns {
   int64_t I, O;
   Floats values;          // [I, O], or those under the mask, input after input

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.kernels.backends import backend
+from secateur.kernels.backends import OPERATORS, backend
 from secateur.kernels.packed import Packed, map_tensors
 from secateur.kernels.torch_backend import times_rows
 
@@ -69,12 +69,13 @@ def _register_fakes() -> None:
             )
         return x.new_empty(x.shape[0], outputs)
 
-    torch.library.register_fake("secateur::sparse_linear", fake_sparse)
-    torch.library.register_fake("secateur::coded_linear", fake_coded)
-    torch.library.register_fake("secateur::trellis_linear", fake_trellis)
-    torch.library.register_fake("secateur::columns_linear", fake_columns)
-    torch.library.register_fake("secateur::ternary_linear", fake_ternary)
-    torch.library.register_fake("secateur::ternary_decode", fake_decode)
+    # For tensors without memory, which is what fake ones are in here.
+    OPERATORS.impl("sparse_linear", fake_sparse, "Meta")
+    OPERATORS.impl("coded_linear", fake_coded, "Meta")
+    OPERATORS.impl("trellis_linear", fake_trellis, "Meta")
+    OPERATORS.impl("columns_linear", fake_columns, "Meta")
+    OPERATORS.impl("ternary_linear", fake_ternary, "Meta")
+    OPERATORS.impl("ternary_decode", fake_decode, "Meta")
 
 
 @backend

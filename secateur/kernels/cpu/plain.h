@@ -57,7 +57,7 @@ inline uint64_t mask_word(const uint8_t* mask, int64_t b, int64_t B) {
 
 inline int code_at(const uint8_t* codes, int bits, int64_t k) {
   const int64_t bit = k * bits;
-  // Two bytes always hold a code of up to eight bits; after the last there are zeros to read.
+  // Two bytes always hold a code of up to eight bits; after the last there are more bytes to read.
   const int word = codes[bit >> 3] | codes[(bit >> 3) + 1] << 8;
   return word >> (bit & 7) & ((1 << bits) - 1);
 }

@@ -16,7 +16,7 @@ struct Floats {
   Float dtype = Float::f32;
 };
 
-// Wide loads may begin at any value or code, so 64 bytes of zeros follow the last; and inputs are as long as WIDTH demands.
+// Wide loads may begin at any value or code, so 64 bytes, whatever they are, follow the last; and inputs are as long as WIDTH demands.
 constexpr int64_t WIDTH = 64;
 constexpr int64_t round_up(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 

@@ -30,7 +30,6 @@ from secateur.model.source import open_source, with_revision
 from secateur.model.structure import weight_matrix
 from secateur.pipeline.calibrate import whole_memory, windows_of
 from secateur.pipeline.choose_settings import choose_settings
-from secateur.pipeline.effects import LABELS
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Progress
@@ -51,6 +50,7 @@ from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.runs.compress import put_together
 from secateur.runs.drop_experts import provisionally
+from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
 from secateur.search.table_candidates import BITS as TABLE_BITS
@@ -307,7 +307,8 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     # Blocks of a mixture of experts may follow some without, so that weights tell more than their number.
     weights = searcher.weights
     ratio = sum(weights.values()) / max(sum(weights[name] for name in prepared.chosen_in(0)), 1)
-    seconds = ratio * clock.seconds["solving"] + len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
+    seconds = opening + ratio * clock.seconds["solving"]
+    seconds += len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
     shapes = {name: weight_matrix(prepared.linear(name)).shape for name in prepared.chosen}
     # On the tokens that effects are measured on: a forward pass through all parameters, backward passes that take twice as
     # long, and a product with the weights for each candidate.
@@ -316,7 +317,6 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     measured = TABLE_TOKENS / ids_NS.shape[1] * (1 + len(searcher.tables) * len(TABLE_BITS))
     seconds += measured * whole * spent["forward"] if searcher.tables else 0.0
     rows = TOKENS * sum(searcher.reached_share(name) * (LABELS * O + I) for name, (O, I) in shapes.items())
-    seconds = opening + getattr(goal, "rounds", 1) * seconds
     return _Searched(seconds, prepared.whole_memory, int(2 * rows), result)
 
 

@@ -28,8 +28,7 @@ class Goal(Protocol):
         name: what `allocation` is then, or the field of the recipe that asks for it.
         models: that are made and measured on the way, at most.
 
-    An allocation that is one way to reach what another goal is for has `takes`, the name of that goal. One that looks at its
-    candidates several times says in `rounds` how often.
+    An allocation that is one way to reach what another goal is for has `takes`, the name of that goal.
     """
 
     name: ClassVar[str]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from secateur.model.vocabulary import Table
 from secateur.model.weights import release
 from secateur.pipeline.calibrate import Windows
 from secateur.pipeline.choose_settings import choose_settings
-from secateur.pipeline.effects import Effects, gather_effects
 from secateur.pipeline.job import Job
 from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared, prepare
@@ -32,6 +30,7 @@ from secateur.prune.wanda import wanda_score
 from secateur.recipes.goals import also_tried, with_methods
 from secateur.recipes.recipe import UNTOUCHED, Choice, Recipe
 from secateur.search.candidates import Candidate, Library, bare, fitting, for_a_target, near_the_mean, quick
+from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
 from secateur.search.table_candidates import forms_of, open_tables, table_candidates, with_choices
@@ -225,7 +224,14 @@ class Searcher:
         held_NS = pieces(ids_NS[-max(1, len(ids_NS) // 2) :].flip(0), windows.bos_ids)
         self.job.say("computing gradients")
         model = self.prepared.load_whole()
-        effects = self.effects_in(model, held_NS)
+        effects = gather_effects(
+            model,
+            held_NS,
+            sorted(self.prepared.chosen),
+            self.folder,
+            self.job.recipe.calibration.seed,
+            lambda done, total: self.job.say(f"computing gradients: {done} of {total} windows"),
+        )
         found = {
             name: table_candidates(
                 self.prepared, model, table, held_NS, self.folder, self.job.say, forms_of(self.asked, table, model)
@@ -233,18 +239,6 @@ class Searcher:
             for name, table in self.tables.items()
         }
         return effects, found
-
-    def effects_in(self, model: Any, held_NS: Tensor, of_loss: bool = False) -> Effects:
-        """The same in a model as it is, which takes the place of what was measured before; `of_loss`: see `gather_effects`."""
-        return gather_effects(
-            model,
-            held_NS,
-            sorted(self.prepared.chosen),
-            self.folder,
-            self.job.recipe.calibration.seed,
-            lambda done, total: self.job.say(f"computing gradients: {done} of {total} windows"),
-            of_loss,
-        )
 
     def walk(self, ids_NS: Tensor, look: Solve, level: Level, blocks: int | None = None) -> None:
         """Run windows through the dense model, block by block, and have every stage of linears looked at.

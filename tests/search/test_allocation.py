@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 import secateur
 from secateur import Calibration, Choice, Recipe, UsageError
 from secateur.evaluation.uncertainty import interval
-from secateur.pipeline.effects import gather_effects
 from secateur.pipeline.prepared import Prepared
 from secateur.recipes.plan import plan
 from secateur.search import searcher
 from secateur.search.budget import share_sparsity
+from secateur.search.effects import gather_effects
 from secateur.search.goal import goal_of
 from secateur.search.goals import perplexity_rise
 from secateur.search.goals.owl import by_outliers
@@ -167,36 +167,6 @@ def test_effects_are_the_divergence_of_small_changes(model_of, tmp_path):
         assert found == pytest.approx(true, rel=0.35), name
         assert twice == pytest.approx(4 * found, rel=1e-4)
         assert nothing == 0
-
-
-@torch.no_grad()
-def loss_with(model, ids_NS, W_OI, change_OI):
-    """In nats a token, of all that a window has."""
-    W_OI += change_OI
-    logits = model(ids_NS).logits[:, :-1].double()
-    W_OI -= change_OI
-    return (
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_NS[:, 1:].flatten(), reduction="sum")
-        / ids_NS.numel()
-    )
-
-
-def test_a_rise_of_the_loss_is_of_first_and_of_second_order(model_of, tmp_path):
-    """What is odd in a change is the difference of the losses, and what is even is the divergence."""
-    model = secateur.load(model_of("llama"))
-    ids_NS = torch.randint(0, model.config.vocab_size, (8, 48), generator=torch.Generator().manual_seed(3))
-    names = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
-    effects = gather_effects(model, ids_NS, names, tmp_path, 0, lambda *_: None, of_loss=True)
-    for name in names:
-        W_OI = model.get_submodule(name).weight
-        change_OI = 0.05 * W_OI.std() * torch.randn(W_OI.shape, generator=torch.Generator().manual_seed(1))
-        there, back = effects.rises(name, [change_OI, -change_OI])
-        true = loss_with(model, ids_NS, W_OI, change_OI) - loss_with(model, ids_NS, W_OI, -change_OI)
-        assert there - back == pytest.approx(true.item(), rel=0.05), name
-        assert there + back == pytest.approx(2 * effects.divergence(name, [change_OI])[0], rel=1e-3)
-    plain = gather_effects(model, ids_NS, names, tmp_path, 0, lambda *_: None)
-    assert plain.rises(name, [change_OI]) == plain.divergence(name, [change_OI])
-    assert plain.divergence(name, [change_OI]) == pytest.approx([(there + back) / 2], rel=1e-3)
 
 
 # --- what a user gets

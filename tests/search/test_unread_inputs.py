@@ -5,7 +5,7 @@ import torch
 
 import secateur
 from secateur.gates.running import as_if_written, gates_of
-from secateur.pipeline.effects import Effects, gather_effects
+from secateur.search.effects import Effects, gather_effects
 from secateur.search.goals.unread_inputs import _smallest
 
 

@@ -1,8 +1,8 @@
 """Sharing what goes between blocks that each have widths of their own, so that the model's predictions change least.
 
 What a width of a linear costs is known from one backward pass, as far as nothing else changes. A quarter of a model is more
-than that: what goes at one place makes the rest matter more, or less. So a set of widths is made, as a run makes it but on a
-few windows, and it is measured again in that model what each other width of each linear would cost or save.
+than that: what goes at one place makes the rest matter more, or less. So costs are weighed by a few numbers, and each set of
+widths that these lead to is put into the model: the loss on text says which numbers are right.
 
 N: windows, S: tokens of a window, O: output features, I: input features, K: features that stay.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.core.patterns import Structured
-from secateur.core.stack import Stack
+from secateur.core.stats import InputStats
 from secateur.errors import UsageError
 from secateur.model.structure import is_transposed
-from secateur.model.weights import place
 from secateur.pipeline.calibrate import Windows
 from secateur.pipeline.solve import stacked
 from secateur.prune.refit import choose_damping, refit_with
@@ -33,7 +32,7 @@ from secateur.recipes.goals import PER_LAYER
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.goal import goal
 from secateur.search.goals.shapes import known_structure, loss_without, pattern_of, result_bytes, sites_of
-from secateur.search.searcher import TOKENS, Searcher, pieces
+from secateur.search.searcher import Searcher, pieces
 from secateur.solvers.knapsack import choose
 from secateur.structured.own_widths import Fitter
 from secateur.structured.sites import Site, Width
@@ -45,17 +44,12 @@ _LOG = logging.getLogger(__name__)
 # How many widths of a linear's neurons are tried, at least and at most; between them as many as make steps of such a share of
 # all that the blocks have.
 _LEAST, _MOST, _STEP = 8, 24, 0.005
-# How often costs are measured again, in the model that the last set of widths gives. The mean of all counts: what is right for
-# one change is too much for all of them together, and each time it is other text that tells.
-_AGAIN = 2
-# Tokens that weights are solved on, for each input of the widest linear, and that the loss of a set is measured on.
-_SOLVED, _MEASURED = 3, 2048
-# What is left is as much as may be if no larger share of it is lacking.
-_NEAR = 0.01
-
-#: A width for each linear, by name; and what each width costs, in nats a token, up to a constant for each linear.
-_Set = dict[str, Width]
-_Costs = dict[str, dict[Width, float]]
+# What costs are weighed by, one after the other, each the best that was measured so far times or plus one of these.
+_POWERS = (0.5, 0.75, 1.0, 1.5)
+_HEADS = (0.25, 0.5, 2.0, 4.0)
+_DEPTHS = (-1.5, -0.75, 0.75, 1.5)
+# Tokens that the loss of a set is measured on: all see the same.
+_TRIED = 1024
 
 
 @dataclass(frozen=True)
@@ -65,10 +59,37 @@ class _Option:
     Attributes:
         width: of it.
         left: how many weights then hang on it.
+        cost: nats a token, if nothing else changes.
     """
 
     width: Width
     left: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """How costs are weighed.
+
+    Attributes:
+        power: that they are raised to: below 1, what costs much already may go as a whole.
+        heads: by which those of attention are multiplied.
+        depth: how much more what goes late counts than what goes early: the last block e to this power times as much as that in
+            the middle.
+    """
+
+    power: float = 1.0
+    heads: float = 1.0
+    depth: float = 0.0
+
+    def of(self, option: _Option, site: Site, mean: float, place: float) -> float:
+        """Of an option for a linear in a block at a place between −1 and 1."""
+        cost: float = (max(option.cost, 0.0) / mean) ** self.power
+        return cost * math.exp(self.depth * place) * (self.heads if site.coupling.kind == "heads" else 1.0)
+
+
+#: A width for each linear, by name.
+_Set = dict[str, Width]
 
 
 @goal
@@ -78,13 +99,11 @@ class PerLayer:
 
     Attributes:
         pattern: what is asked for.
-        rounds: of solving all linears for all widths, and of measuring what that costs.
     """
 
     pattern: Structured
     name: ClassVar[str] = PER_LAYER
     models: ClassVar[int] = 0
-    rounds: ClassVar[int] = 1 + _AGAIN
 
     @classmethod
     def of(cls, recipe: Recipe) -> PerLayer:
@@ -100,27 +119,22 @@ class PerLayer:
         return result_bytes(searcher, self.pattern)
 
     def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
-        widths = self._widths(searcher)
-        blocks = _Blocks.of(searcher, self.pattern, widths)
-        trial = _Trial.of(searcher, windows, widths)
-        dense = {site.name: site.width for site in sites_of(searcher)}
-        trial.make(dense, others=True)
-        costs = [trial.costs(dense, 0)]
-        tried: list[tuple[float, _Set]] = []
-        for again in range(1, 2 + _AGAIN):
-            now = blocks.best(_mean(costs))
-            if any(now == each for _, each in tried):
-                break
-            trial.make(now, others=again <= _AGAIN)
-            tried.append((trial.loss(), now))
-            if again <= _AGAIN:
-                costs.append(trial.costs(now, again))
+        options = self._options(searcher, windows)
+        blocks = _Blocks.of(searcher, self.pattern, options)
+        trial = _Trial.of(searcher, windows)
+        best = _Weighing()
+        found = blocks.best(best)
+        least = trial.loss(found)
+        for tried in (_powers, _heads, _depths, _powers):
+            for weighing in tried(best):
+                widths = blocks.best(weighing)
+                loss = trial.loss(widths)
+                if loss < least:
+                    best, found, least = weighing, widths, loss
         alike = blocks.alike()
-        if alike is not None:
-            trial.make(alike)
-            tried.append((trial.loss(), alike))
-        _, best = min(tried, key=lambda each: each[0])
-        return {name: Choice(units=width.units, groups=width.groups) for name, width in best.items()}
+        if alike is not None and trial.loss(alike) < least:
+            found = alike
+        return {name: Choice(units=width.units, groups=width.groups) for name, width in found.items()}
 
     def _widths(self, searcher: Searcher) -> dict[str, list[Width]]:
         """What each linear may become, the widest first: what its block can be built with."""
@@ -136,10 +150,6 @@ class PerLayer:
             else:
                 among = self._heads(site)
             found[site.name] = [site.width, *(width for width in among if fitter.of(site, width) is not None)]
-        if all(len(each) == 1 for each in found.values()):
-            raise UsageError(
-                f"blocks of {prepared.source.name} cannot be built with widths of their own: leave `widths` out"
-            )
         return found
 
     def _neurons(self, site: Site, total: int, alike: float) -> list[Width]:
@@ -162,6 +172,69 @@ class PerLayer:
     def _may_be_none(self, kind: str) -> bool:
         return kind in self.pattern.units or "blocks" in self.pattern.units
 
+    def _options(self, searcher: Searcher, windows: Windows) -> dict[str, list[_Option]]:
+        """What each linear may become, and what that costs on dense inputs; the weights then are kept in files."""
+        widths, sites = self._widths(searcher), {site.name: site for site in sites_of(searcher)}
+        if all(len(each) == 1 for each in widths.values()):
+            raise UsageError(
+                f"blocks of {searcher.prepared.source.name} cannot be built with widths of their own: leave `widths` out"
+            )
+        effects = searcher.effects(windows)
+        found: dict[str, list[_Option]] = {}
+
+        def look(gathered: list[Gathered]) -> None:
+            for (name, *_), stats in gathered:
+                site, narrower = sites[name], widths[name][1:]
+                changes = _changes(searcher, site, stats, narrower)
+                costs = effects.divergence(name, changes) if narrower else []
+                found[name] = [_Option(site.width, site.weights(site.width), 0.0)]
+                found[name] += [_Option(w, site.weights(w), c) for w, c in zip(narrower, costs, strict=True)]
+
+        searcher.walk(windows.ids_NS[: max(2, len(windows.ids_NS) // 2)], look, searcher.level)
+        return found
+
+
+def _powers(best: _Weighing) -> list[_Weighing]:
+    return [replace(best, power=best.power * each) for each in _POWERS if each != 1.0]
+
+
+def _heads(best: _Weighing) -> list[_Weighing]:
+    return [replace(best, heads=best.heads * each) for each in _HEADS]
+
+
+def _depths(best: _Weighing) -> list[_Weighing]:
+    return [replace(best, depth=best.depth + each) for each in _DEPTHS]
+
+
+def _changes(searcher: Searcher, site: Site, stats: InputStats, widths: Sequence[Width]) -> Iterator[Tensor]:
+    """What each width changes of a linear's weight, solved when it is asked for and kept in a file.
+
+    By how much a refit is damped is chosen once, at the width in the middle: for all of them it would take many times as long.
+    """
+    job = searcher.job
+    assert job.plan.pruning is not None
+    pruner: Any = job.plan.pruning.pruner
+    stack = stacked(job.plan, [searcher.prepared.problem(site.name, None)], stats.or_isotropic())
+    damping: float | None = math.inf
+    if job.plan.pruning.refits:
+        middle = site.units(widths[len(widths) // 2])
+        damping = choose_damping(stack, middle.spread(pruner.keep_units(stack, middle)), pruner.shifts)
+    for width in widths:
+        if not width.units:
+            yield -stack.W_OI
+            continue
+        units = site.units(width)
+        keep_I = units.spread(pruner.keep_units(stack, units))
+        W_OI = refit_with(stack, keep_I, math.inf if damping is None else damping, pruner.shifts)
+        stay_K = keep_I.nonzero()[:, 0]
+        kept = {"stay_K": stay_K.cpu(), "W_OK": W_OI[:, stay_K].bfloat16().cpu().contiguous()}
+        save_file(kept, _file(searcher.folder, site.name, width))
+        yield W_OI - stack.W_OI
+
+
+def _file(folder: Path, name: str, width: Width) -> Path:
+    return folder / f"{name}-{width.units}-{width.groups}.safetensors"
+
 
 @dataclass(frozen=True)
 class _Blocks:
@@ -170,23 +243,28 @@ class _Blocks:
     Attributes:
         sites: of each block that has any.
         options: of each of these blocks, one option for each of its sites.
+        places: of these blocks between −1, the first, and 1, the last.
         most: weights that may be left in all.
+        mean: of all costs.
     """
 
     sites: list[list[Site]]
     options: list[list[tuple[_Option, ...]]]
+    places: list[float]
     most: float
+    mean: float
 
     @classmethod
-    def of(cls, searcher: Searcher, pattern: Structured, widths: Mapping[str, list[Width]]) -> _Blocks:
+    def of(cls, searcher: Searcher, pattern: Structured, options: Mapping[str, list[_Option]]) -> _Blocks:
         """Raises UsageError where so much cannot go."""
         names = searcher.prepared.block_names
         by_block = [[site for site in sites_of(searcher) if site.prefix == name] for name in names]
-        by_block = [sites for sites in by_block if sites]
-        together = []
-        for sites in by_block:
-            of_sites = [[_Option(width, site.weights(width)) for width in widths[site.name]] for site in sites]
-            together.append([each for each in itertools.product(*of_sites) if _is_possible(sites, each, pattern)])
+        here = [number for number, sites in enumerate(by_block) if sites]
+        every = [[options[site.name] for site in by_block[number]] for number in here]
+        together = [
+            [each for each in itertools.product(*of_sites) if _is_possible(by_block[number], each, pattern)]
+            for number, of_sites in zip(here, every, strict=True)
+        ]
         full = sum(site.weights(site.width) for sites in by_block for site in sites)
         total = known_structure(searcher).probed.weights
         least = sum(min(sum(option.left for option in each) for each in of_block) for of_block in together)
@@ -197,22 +275,26 @@ class _Blocks:
                 f"sparsity {pattern.sparsity:g} is out of reach: with `units` {','.join(pattern.units)} at most {share:g}% of "
                 "the blocks' weights can go"
             )
-        return cls(by_block, together, most)
+        costs = [option.cost for of_sites in every for of_site in of_sites for option in of_site if option.cost > 0]
+        places = [2 * number / max(len(names) - 1, 1) - 1 for number in here]
+        mean = sum(costs) / len(costs) if costs else 1.0
+        return cls([by_block[number] for number in here], together, places, most, mean)
 
-    def best(self, costs: _Costs) -> _Set:
-        """The set of widths that costs least, with as many weights as may be left, though fewer may seem to cost less."""
-        of_blocks = [
-            [sum(costs[site.name][option.width] for option, site in zip(each, sites, strict=True)) for each in of_block]
-            for sites, of_block in zip(self.sites, self.options, strict=True)
+    def best(self, weighing: _Weighing) -> _Set:
+        """The set of widths that costs least, weighed."""
+        costs = [
+            [
+                sum(weighing.of(option, site, self.mean, place) for option, site in zip(each, sites, strict=True))
+                for each in of_block
+            ]
+            for sites, of_block, place in zip(self.sites, self.options, self.places, strict=True)
         ]
         sizes = [[sum(option.left for option in each) for each in of_block] for of_block in self.options]
-        worth = max(map(_most_earned, of_blocks, sizes))
-        of_blocks = [[c - worth * n for c, n in zip(*each, strict=True)] for each in zip(of_blocks, sizes, strict=True)]
-        chosen = choose(of_blocks, sizes, self.most)
+        chosen = choose(costs, sizes, self.most)
         return self._set([of_block[i] for of_block, i in zip(self.options, chosen, strict=True)])
 
     def alike(self) -> _Set | None:
-        """The set in which all blocks lose as many neurons and nothing else; None where the share is not to be had so."""
+        """The set in which all blocks lose as many neurons and nothing else; None where that does not suffice."""
         widths = [
             [
                 each
@@ -224,8 +306,7 @@ class _Blocks:
         count = min(map(len, widths))
         for i in range(count):
             each = [of_block[i] for of_block in widths]
-            left = sum(option.left for options in each for option in options)
-            if self.most * (1 - _NEAR) <= left <= self.most * (1 + 1e-9):
+            if sum(option.left for options in each for option in options) <= self.most * (1 + 1e-9):
                 return self._set(each)
         return None
 
@@ -235,19 +316,6 @@ class _Blocks:
             for sites, options in zip(self.sites, chosen, strict=True)
             for site, option in zip(sites, options, strict=True)
         }
-
-
-def _mean(costs: Sequence[_Costs]) -> _Costs:
-    return {
-        name: {width: sum(each[name][width] for each in costs) / len(costs) for width in among}
-        for name, among in costs[0].items()
-    }
-
-
-def _most_earned(costs: Sequence[float], sizes: Sequence[int]) -> float:
-    """The most that a block seems to earn by each weight that goes: so much has a weight to be worth for all to be wanted."""
-    cost, size = costs[sizes.index(max(sizes))], max(sizes)
-    return max((cost - c) / (size - n) if n < size else 0.0 for c, n in zip(costs, sizes, strict=True))
 
 
 def _is_possible(sites: Sequence[Site], options: Sequence[_Option], pattern: Structured) -> bool:
@@ -260,121 +328,53 @@ def _is_possible(sites: Sequence[Site], options: Sequence[_Option], pattern: Str
 
 @dataclass
 class _Trial:
-    """The model as a run would make it with the widths that were last tried, but on fewer windows.
+    """The model, with the widths that were last tried, to measure the loss of.
 
     Attributes:
-        searcher: whose files have the weights of every width.
-        windows: of the search.
-        widths: that each linear may get.
+        searcher: whose files have the weights.
         model: all of it; what goes is zero.
-        ids_NS, held_NS: text that weights are solved on, and text that the loss is measured on: neither sees the other's.
+        ids_NS: the text.
     """
 
     searcher: Searcher
-    windows: Windows
-    widths: Mapping[str, list[Width]]
     model: Any
     ids_NS: Tensor
-    held_NS: Tensor
-    _dampings: dict[str, float] = field(default_factory=dict)
-    _made: int = 0
+    _now: _Set = field(default_factory=dict)
+    _known: dict[tuple[tuple[str, Width], ...], float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, searcher: Searcher, windows: Windows, widths: Mapping[str, list[Width]]) -> _Trial:
-        prepared = searcher.prepared
-        half, S = max(2, len(windows.ids_NS) // 2), windows.ids_NS.shape[1]
-        tokens = _SOLVED * max(prepared.shape(name)[1] for name in widths)
-        held_NS = pieces(windows.ids_NS[len(windows.ids_NS) // 2 :], windows.bos_ids)
+    def of(cls, searcher: Searcher, windows: Windows) -> _Trial:
+        """On windows that neither weights were solved nor costs measured on, where there are enough."""
+        model = searcher.prepared.load_whole()
+        ids_NS = pieces(windows.ids_NS[len(windows.ids_NS) // 2 :], windows.bos_ids)
         return cls(
-            searcher,
-            windows,
-            widths,
-            prepared.load_whole(),
-            windows.ids_NS[: min(half, max(2, math.ceil(tokens / S)))],
-            held_NS[: max(1, _MEASURED // held_NS.shape[1])],
+            searcher, model, ids_NS[: max(1, _TRIED // ids_NS.shape[1])], {s.name: s.width for s in sites_of(searcher)}
         )
 
-    def make(self, now: _Set, others: bool = False) -> None:
-        """Solve linears for such widths, each on what those before it have become.
+    def loss(self, widths: _Set) -> float:
+        """With such widths, in nats a token."""
+        key = tuple(sorted(widths.items()))
+        if key not in self._known:
+            self.searcher.job.say(f"measuring set {len(self._known) + 1} of widths")
+            for name, width in widths.items():
+                if width != self._now[name]:
+                    self._put(name, width)
+                    self._now[name] = width
+            self._known[key] = loss_without(self.model, [], self.ids_NS)
+            _LOG.info("set %d of widths: loss %.4f nats a token", len(self._known), self._known[key])
+        return self._known[key]
 
-        Args:
-            others: solve them for all other widths, too, and keep what comes of it.
-        """
-        searcher, job = self.searcher, self.searcher.job
-        sites = {site.name: site for site in sites_of(searcher)}
-
-        def look(gathered: list[Gathered]) -> None:
-            for (name, *_), stats in gathered:
-                stack = stacked(job.plan, [searcher.prepared.problem(name, None)], stats.or_isotropic())
-                for width in self.widths[name] if others else [now[name]]:
-                    W_OI = self._solved(stack, sites[name], width)
-                    if others:
-                        stay_K = W_OI.any(0).nonzero()[:, 0]
-                        kept = {"stay_K": stay_K.cpu(), "W_OK": W_OI[:, stay_K].bfloat16().cpu().contiguous()}
-                        save_file(kept, _file(searcher.folder, name, width))
-                    if width == now[name]:
-                        new_OI = W_OI
-                for linear in (searcher.prepared.linear(name), self.model.get_submodule(name)):
-                    before, W = linear.get_parameter("weight"), new_OI.T if is_transposed(linear) else new_OI
-                    place(linear, "weight", W.to(before.device, before.dtype).contiguous())
-
-        self._made += 1
-        job.say(f"making set {self._made} of widths")
-        searcher.walk(self.ids_NS, look, searcher.level)
-
-    def _solved(self, stack: Stack, site: Site, width: Width) -> Tensor:
-        """The weight for a width.
-
-        By how much a refit is damped is chosen once, in the dense model at the width in the middle: for all it would take
-        many times as long.
-        """
-        pruning = self.searcher.job.plan.pruning
-        assert pruning is not None
-        pruner: Any = pruning.pruner
-        if width == site.width or not width.units:
-            return stack.W_OI if width.units else torch.zeros_like(stack.W_OI)
-        if site.name not in self._dampings:
-            among = [each for each in self.widths[site.name][1:] if each.units]
-            middle, damping = site.units(among[len(among) // 2]), None
-            if pruning.refits:
-                damping = choose_damping(stack, middle.spread(pruner.keep_units(stack, middle)), pruner.shifts)
-            self._dampings[site.name] = math.inf if damping is None else damping
-        units = site.units(width)
-        return refit_with(
-            stack, units.spread(pruner.keep_units(stack, units)), self._dampings[site.name], pruner.shifts
-        )
-
-    def loss(self) -> float:
-        """In nats a token."""
-        loss = loss_without(self.model, [], self.held_NS)
-        _LOG.info("set %d of widths: loss %.4f nats a token", self._made, loss)
-        return loss
-
-    def costs(self, now: _Set, again: int) -> _Costs:
-        """What it would cost to give one linear another width than it has now; `again`: how often that was asked before.
-
-        On other text each time, as long as there is any. The dense model is where its training left it: its loss has no slope.
-        """
-        S, bos = self.windows.ids_NS.shape[1], self.windows.bos_ids
-        text_NS = self.windows.ids_NS[len(self.windows.ids_NS) // 2 :].flip(0)
-        text_NS = text_NS[: max(1, len(text_NS) - math.ceil(_MEASURED / S))]
-        text_NS = text_NS.roll(-again * math.ceil(TOKENS / S), 0)
-        effects = self.searcher.effects_in(self.model, pieces(text_NS, bos), of_loss=again > 0)
-        found: _Costs = {}
-        for name, among in self.widths.items():
-            now_OI = self._kept(name, now[name])
-            rises = effects.rises(name, (self._kept(name, width) - now_OI for width in among))
-            found[name] = dict(zip(among, rises, strict=True))
-        return found
-
-    def _kept(self, name: str, width: Width) -> Tensor:
-        """What came of it for a width when the model was made."""
-        kept = load_file(_file(self.searcher.folder, name, width))
-        O, I = self.searcher.prepared.shape(name)
-        W_OI = torch.zeros(O, I)
-        W_OI[:, kept["stay_K"]] = kept["W_OK"].float()
-        return W_OI
-
-
-def _file(folder: Path, name: str, width: Width) -> Path:
-    return folder / f"{name}-{width.units}-{width.groups}.safetensors"
+    def _put(self, name: str, width: Width) -> None:
+        linear = self.model.get_submodule(name)
+        weight = linear.weight.data
+        file = _file(self.searcher.folder, name, width)
+        if file.exists():
+            kept = load_file(file)
+            W_OI = torch.zeros(weight.T.shape if is_transposed(linear) else weight.shape)
+            W_OI[:, kept["stay_K"]] = kept["W_OK"].float()
+        elif width.units:
+            W_OI = self.searcher.prepared.problem(name, None).W_OI
+        else:
+            weight.zero_()
+            return
+        weight.copy_(W_OI.T if is_transposed(linear) else W_OI)

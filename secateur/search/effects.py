@@ -61,30 +61,17 @@ class Effects:
             ValueError: none reaches it.
         """
         read = self._read(name)
-        return [self._of_second_order(read, read.outputs(change_OI)) for change_OI in changes]
-
-    def rises(self, name: str, changes: Iterable[Tensor]) -> list[float]:
-        """For each changed weight ΔW_OI of a linear by how much the loss on the text rises, in nats a token.
-
-        Of second order that is the divergence. To it comes what is of first order, where the gradients of the loss were kept:
-        they are not small where the model is no longer as it was trained.
-        """
-        read = self._read(name)
         found = []
         for change_OI in changes:
-            out_RO = read.outputs(change_OI)
-            found.append(self._of_second_order(read, out_RO))
-            if read.slope_RO is not None:
-                found[-1] += (read.slope_RO.to(out_RO.device) * out_RO).sum().item() / self.tokens
+            out_RO = read.x_RI.to(change_OI.device) @ change_OI.T
+            effect_LR = (read.g_LRO.to(out_RO.device) * out_RO).sum(2)
+            if read.place_R is None:
+                effect_LT = effect_LR
+            else:
+                effect_LT = effect_LR.new_zeros(len(effect_LR), self.tokens)
+                effect_LT[:, read.place_R.to(out_RO.device)] = effect_LR
+            found.append(_divergence(effect_LT))
         return found
-
-    def _of_second_order(self, read: _Rows, out_RO: Tensor) -> float:
-        effect_LR = (read.g_LRO.to(out_RO.device) * out_RO).sum(2)
-        if read.place_R is None:
-            return _divergence(effect_LR)
-        effect_LT = effect_LR.new_zeros(len(effect_LR), self.tokens)
-        effect_LT[:, read.place_R.to(out_RO.device)] = effect_LR
-        return _divergence(effect_LT)
 
     def by_input(self, names: Iterable[str]) -> list[list[str]]:
         """Linears by the input that they read, in their order."""
@@ -129,9 +116,7 @@ class Effects:
             before += window.tokens
         if not inputs:
             raise ValueError(f"no token reaches {name}")
-        g_LRO = torch.cat(gradients, 1)
-        slope_RO = g_LRO[LABELS] if len(g_LRO) > LABELS else None
-        return _Rows(torch.cat(inputs), g_LRO[:LABELS], slope_RO, torch.cat(places) if places else None)
+        return _Rows(torch.cat(inputs), torch.cat(gradients, 1), torch.cat(places) if places else None)
 
 
 @dataclass(frozen=True)
@@ -161,18 +146,12 @@ class _Rows:
 
     Attributes:
         x_RI, g_LRO: its inputs, and the gradients of its outputs.
-        slope_RO: those of the loss on the text; None: not kept.
         place_R: which of all windows' tokens they are of; None: all, in their order.
     """
 
     x_RI: Tensor
     g_LRO: Tensor
-    slope_RO: Tensor | None
     place_R: Tensor | None
-
-    def outputs(self, W_OI: Tensor) -> Tensor:
-        """What a weight makes of the inputs, `[R, O]`."""
-        return self.x_RI.to(W_OI.device) @ W_OI.T
 
 
 def _divergence(effect_LT: Tensor) -> float:
@@ -188,13 +167,7 @@ def _places_of(name: str) -> str:
 
 
 def gather_effects(
-    model: Any,
-    ids_NS: Tensor,
-    names: Iterable[str],
-    folder: Path,
-    seed: int,
-    progress: Callable[[int, int], None],
-    of_loss: bool = False,
+    model: Any, ids_NS: Tensor, names: Iterable[str], folder: Path, seed: int, progress: Callable[[int, int], None]
 ) -> Effects:
     """Run windows forward and backward, and keep inputs and gradients of some linears in files, in 16 bits.
 
@@ -205,7 +178,6 @@ def gather_effects(
         folder: where a file for each window goes.
         seed: of the labels.
         progress: called with (windows done, windows in total).
-        of_loss: keep the gradients of the loss on the text, too: see `rises`.
 
     Raises:
         SecateurError: a gradient is not finite.
@@ -238,9 +210,7 @@ def gather_effects(
                 for label in range(LABELS):
                     drawn_S1 = torch.multinomial(likely_SV.detach().exp().cpu(), 1, generator=draw)
                     chosen_S1 = likely_SV.gather(1, drawn_S1.to(likely_SV.device))
-                    chosen_S1.sum().backward(retain_graph=of_loss or label + 1 < LABELS)
-                if of_loss:
-                    (-likely_SV[:-1].gather(1, ids_S[1:, None].to(likely_SV.device))).sum().backward()
+                    chosen_S1.sum().backward(retain_graph=label + 1 < LABELS)
         finally:
             for handle in handles:
                 handle.remove()

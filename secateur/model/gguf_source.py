@@ -5,14 +5,11 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from functools import cache
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -25,6 +22,7 @@ from secateur.folder.reader import LoadedTensors
 from secateur.foreign.gguf_blocks import read_blocks
 from secateur.foreign.gguf_file import GGUFFile, check_package
 from secateur.foreign.gguf_rows import RowIndex
+from secateur.foreign.quick_gguf import read_quickly
 from secateur.formats.layouts.block_codes import BlocksLayout
 from secateur.formats.layouts.block_types import BLOCK_TYPES
 from secateur.formats.layouts.packed_weight import DecodedWeights
@@ -70,31 +68,6 @@ def read_gguf(
     section = quantization_config(entries)
     held = LoadedTensors(tensors)
     return config, DecodedWeights(held, packed_weights(held, parse_quantization_config(section))), stored, section
-
-
-@contextmanager
-def read_quickly() -> Iterator[None]:
-    """Let the package gguf parse a file, and list an architecture's names, once: transformers asks for both again and again.
-
-    It takes a slice for each token of the vocabulary, several, and those of a `memmap` cost most of the time.
-    """
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        @property
-        def data(self) -> Any:
-            return self.plain
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self.plain = mapped.view(np.ndarray)
-
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(gguf.get_tensor_name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _dequantized() -> dict[str, Any]:

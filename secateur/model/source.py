@@ -28,6 +28,7 @@ from secateur.folder.manifest import MANIFEST_NAME, require_files, sha256_of
 from secateur.folder.paths import check_named
 from secateur.folder.reader import read_json, weight_files
 from secateur.folder.writer import write_json
+from secateur.foreign.quick_gguf import read_quickly
 from secateur.formats.dtypes import config_dtype
 from secateur.formats.layouts.packed_weight import DecodedWeights
 from secateur.formats.stored_weights import (
@@ -40,7 +41,7 @@ from secateur.formats.stored_weights import (
 )
 from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
-from secateur.model.gguf_source import read_gguf, read_quickly
+from secateur.model.gguf_source import read_gguf
 from secateur.model.limits import check_config
 from secateur.plugin.block_widths import BlockWidths, parse_widths, with_widths
 

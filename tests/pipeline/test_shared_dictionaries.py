@@ -163,8 +163,9 @@ def test_it_is_learned_for_all_weights_by_all_inputs():
         torch.testing.assert_close(learned.values(), twin.codes.atoms.values(), atol=2e-3, rtol=0)
 
 
-def test_what_is_gathered_is_what_the_dense_blocks_read(model, text_file, tmp_path, monkeypatch):
+def test_what_is_gathered_is_what_the_dense_blocks_read(model_of, text_file, tmp_path, monkeypatch):
     """The second dictionary sees compressed blocks before its own, and dense ones among its own."""
+    model = model_of("llama", num_hidden_layers=BLOCKS)  # in float32, which is run without rounding
     seen, ids, whole = {}, [], shared_dictionaries._look_ahead
 
     def look(journey, numbers, owners):

@@ -131,6 +131,8 @@ def models(args: Any, calibration: Path, evaluation: Path) -> None:
     """The table of models."""
     rows = []
     for label, (dithered, options) in RUNS.items():
+        if args.only not in label:
+            continue
         model = plain_model(args.work, dithered=dithered)
 
         def measure(model: Path = model, options: list[str] = options) -> dict[str, Any]:
@@ -146,6 +148,7 @@ def models(args: Any, calibration: Path, evaluation: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--part", choices=("layers", "models"), default="layers")
+    parser.add_argument("--only", default="", help="only models whose name has this")
     parser.add_argument("--again", action="store_true", help="measure anew what is in the work folder")
     args = parser.parse_args()
     if args.text is None:

@@ -204,8 +204,8 @@ class Dictionary(Layout):
         return None if self.lender is None else _NUMBER.sub(str(self.lender), weight, count=1)
 
     def own(self, parts: Mapping[str, _T]) -> dict[str, _T]:
-        lent = () if self.lender is None else tuple(part for part in parts if part.startswith(f"{ATOMS}_"))
-        return {part: value for part, value in parts.items() if part not in lent}
+        lent = self.lender is not None
+        return {part: value for part, value in parts.items() if not (lent and part.startswith(f"{ATOMS}_"))}
 
     def values(self, weight: FactoredWeight) -> Iterable[Tensor]:
         return ()  # looked at already

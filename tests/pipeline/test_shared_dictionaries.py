@@ -11,6 +11,7 @@ import mixtures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_factorize_pipeline import computes_what_dense_does
 from transformers import AutoModelForCausalLM
 
 import secateur
@@ -107,12 +108,7 @@ def test_every_reader_finds_the_same_weights(made, tmp_path):
         again = stored(tmp_path / f"{i}")
         assert again.keys() == before.keys()
         assert all(torch.equal(again[name], before[name]) for name in before)
-    tokens = torch.arange(5, 17)[None]
-    wanted = secateur.load(dense)(tokens).logits
-    for backend in ("cpu", "torch"):
-        with secateur.backend(backend):
-            found = secateur.load(packed)(tokens).logits
-        assert (found - wanted).abs().max() < 0.05 * wanted.abs().max(), backend
+    computes_what_dense_does(packed, dense)
     assert secateur.verify(packed) == []
     assert inspect(open_source(str(packed))).linears == report.linears
     secateur.export(packed, tmp_path / "exported", "dense")

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +40,7 @@ from benchmarks.protocol import (
     split_text,
     table,
 )
+from benchmarks.revisions import measured_run
 from secateur.calibration.tokens import Named, windows
 from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
@@ -214,21 +213,17 @@ def timed(args: argparse.Namespace) -> None:
         options = {"group_size": 32, "symmetric": True, "search_range": False}
         secateur.compress(str(folder), packed, secateur.Recipe(quantize="rtn", quantization=options))
     command = [
-        sys.executable,
-        "-m",
-        "secateur",
         "export",
-        str(packed),
-        str(args.work / "llama-1.2b.gguf"),
+        str(packed.resolve()),
+        str((args.work / "llama-1.2b.gguf").resolve()),
         "--to",
         "gguf",
+        "--overwrite",
     ]
-    command += ["--overwrite", *(["--converter", args.converter] if args.converter else [])]
+    command += ["--converter", args.converter] if args.converter else []
     command += ["--like", args.like] if args.like else []
-    begin = time.perf_counter()
-    subprocess.run(command, check=True)
-    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"{seconds:.1f} s, {peak:.2f} GiB at most in one process")
+    seconds, peak = measured_run(command, Path(__file__).parents[1], args.threads)
+    print(f"{seconds:.1f} s, {peak / 1024:.2f} GiB at most in one process")
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def _in_turn(name: str, command: list[str], trees: dict[str, Path], args: argpar
     seen: dict[str, list[tuple[float, float]]] = {tree: [] for tree in trees}
     for _ in range(args.rounds):
         for tree, folder in trees.items():
-            seen[tree].append(_run(command, folder, args.threads))
+            seen[tree].append(measured_run(command, folder, args.threads))
     for tree, runs in seen.items():
         seconds = ", ".join(f"{took:.2f}" for took, _ in runs)
         peak = ", ".join(f"{peak:.0f}" for _, peak in runs)
@@ -78,8 +78,8 @@ print(json.dumps([status, time.perf_counter() - start, usage.ru_maxrss / 1024]))
 """
 
 
-def _run(command: list[str], tree: Path, threads: int) -> tuple[float, float]:
-    """Seconds and peak MiB of one run of a tree's own code."""
+def measured_run(command: list[str], tree: Path, threads: int) -> tuple[float, float]:
+    """Seconds of one run of a tree's own code, and MiB at most in any of its processes."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
     measured = [sys.executable, "-c", _MEASURED, *command]
     told = subprocess.run(measured, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -45,8 +45,8 @@ def unpack_bits(stream_RB: Tensor, bits: int, count: int) -> Tensor:
         return stream_RB[:, :count].contiguous()
     R, B = stream_RB.shape
     if _CODES % bits == 0:  # no code lies in two bytes
-        shift_C = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream_RB.device)
-        code_RBC = (stream_RB[:, : bytes_of(count, bits), None] >> shift_C).bitwise_and_(2**bits - 1)
+        byte_RB = stream_RB[:, : bytes_of(count, bits)]
+        code_RBC = torch.stack([(byte_RB >> shift).bitwise_and_(2**bits - 1) for shift in range(0, 8, bits)], 2)
         return code_RBC.flatten(1)[:, :count]
     words = -(-count // _CODES)
     byte_RWb = pad(stream_RB, (0, words * bits - B)).view(R, words, bits)

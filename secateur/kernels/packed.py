@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.sparse import SparseSemiStructuredTensor
 
 from secateur.kernels.bits import unpack_bits
@@ -211,10 +211,10 @@ class Grid(ABC):
 
 def on_groups(code_OK: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_size: int) -> Tensor:
     """(code − zero) · scale, with float32 scales and zero points of groups of a row."""
-    K = code_OK.shape[1]
-    size = min(group_size, K)  # a file may claim groups of any size
-    scale_OK = scale_OG.repeat_interleave(size, 1)[:, :K]
-    return (code_OK - zero_OG.repeat_interleave(size, 1)[:, :K]).mul_(scale_OK)
+    K, G = code_OK.shape[1], scale_OG.shape[1]
+    size = max(min(group_size, K), 1)  # a file may claim groups of any size
+    code_OGg = pad(code_OK, (0, G * size - K)).unflatten(1, (G, size))
+    return (code_OGg - zero_OG[..., None]).mul_(scale_OG[..., None]).flatten(1)[:, :K]
 
 
 @dataclass(frozen=True)
@@ -285,13 +285,11 @@ class CodedWeight(Packed):
         )
 
     def dense(self) -> Tensor:
-        W_OK = self._stored()
+        W_OI = W_OK = self._stored()
         if self.bitmask_OB is not None:
             keep_OI = unpack_mask(self.bitmask_OB, self.shape[1])
             place_OI = (keep_OI.cumsum(1) - 1).clamp_(min=0)
             W_OI = W_OK.gather(1, place_OI).masked_fill_(~keep_OI, 0) if W_OK.shape[1] else W_OK.new_zeros(self.shape)
-        else:
-            W_OI = W_OK
         if self.outliers is not None:
             start_O1, column_N, value_N = self.outliers.start_O1, self.outliers.column_N, self.outliers.value_N
             row_N = torch.arange(self.shape[0], device=W_OI.device).repeat_interleave(start_O1.diff().long())
@@ -304,20 +302,22 @@ class CodedWeight(Packed):
         """What the codes of each row stand for, `[O, K]` in float32; what lies beyond a row's own codes means nothing."""
         K = self.shape[1] if self.count_O is None else int(self.count_O.max())
         width = -(-K * self.bits // 8)
-        at_OW = self.start_O1[:-1, None] + torch.arange(width, device=self.codes_S.device)
-        stream_OW = self.codes_S[at_OW.clamp_(max=self.codes_S.numel() - 1)]
+        if self.count_O is None and not torch.compiler.is_compiling():  # all are as long, and need not be gathered
+            stream_OW = self.codes_S.narrow(0, int(self.start_O1[0]), self.shape[0] * width).view(-1, width)
+        else:
+            at_OW = self.start_O1[:-1, None] + torch.arange(width, device=self.codes_S.device)
+            stream_OW = self.codes_S[at_OW.clamp_(max=self.codes_S.numel() - 1)]
         return self.grid.values(unpack_bits(stream_OW, self.bits, K), self._groups(), self.bits)
 
     def _groups(self) -> Tensor | None:
         """The number of each group of each row, `[O, G]`; of those that a row does not have, any."""
         if self.grid.group_size is None:
             return None
-        device = self.codes_S.device
         if self.group_start_O1 is None:
             start_O, G = self._equal_groups(), -(-self.shape[1] // self.grid.group_size)
         else:
             start_O, G = self.group_start_O1, int(self.group_start_O1.diff().max())
-        return start_O[:-1, None] + torch.arange(G, device=device)
+        return start_O[:-1, None] + torch.arange(G, device=self.codes_S.device)
 
     def _equal_groups(self) -> Tensor:
         assert self.grid.group_size is not None

@@ -2,14 +2,17 @@
 
     python -m benchmarks.allocation --text wiki.test.raw --part sparsity
     python -m benchmarks.allocation --text wiki.test.raw --part size
+    python -m benchmarks.allocation --text wiki.test.raw --part rise
 
 `sparsity`: SparseGPT at 50 % and 60 %, uniform, by OWL, searched. `size`: --target-size on the dithered model, written in
-the dtype of --dtype, beside uniform recipes of the same methods with what sparsity makes them as large. What was measured once
-is kept in the work folder by its options (--again measures anew), so a run that was stopped goes on.
+the dtype of --dtype, beside uniform recipes of the same methods with what sparsity makes them as large. `rise`: what
+--max-perplexity-rise is on two texts that its run has not seen, the evaluation text and Python's own library. What was measured
+once is kept in the work folder by its options (--again measures anew), so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -34,6 +37,7 @@ from secateur.calibration.text import read_text
 
 SPARSITIES = (0.5, 0.6)
 SHARES = (0.25, 0.3, 0.35, 0.5)
+RISE = "3%"
 ALLOCATIONS = ("uniform", "owl", "search")
 # Bits of uniform recipes; none is pruning alone.
 BITS = (None, 2, 3, 4, 8)
@@ -44,23 +48,30 @@ LEAST, MOST = 0.05, 0.95
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=("sparsity", "size"), required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model, for `size`")
+    parser.add_argument("--part", choices=("sparsity", "size", "rise"), required=True)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model, but for `sparsity`"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is known already, too")
     args = parser.parse_args()
     if args.text is None:
         parser.error("--text is needed")
     prepare(args)
-    dithered = args.part == "size"
+    dithered = args.part != "sparsity"
     model = plain_model(args.work, getattr(torch, args.dtype) if dithered else torch.float32, dithered)
     evaluation, calibration = split_text(args.text, args.work, model)
-    docs = args.work / "docs.txt"
-    docs.write_text("\n".join(read_text("docs", max_chars=8 * EVAL_WINDOWS * EVAL_SEQ_LEN)), encoding="utf-8")
-    texts = {"evaluation": evaluation, "docs": docs}
+    other = args.work / ("code.txt" if args.part == "rise" else "docs.txt")
+    enough = 8 * EVAL_WINDOWS * EVAL_SEQ_LEN
+    text = _code(enough) if args.part == "rise" else "\n".join(read_text("docs", max_chars=enough))
+    other.write_text(text, encoding="utf-8")
+    texts = {"evaluation": evaluation, other.stem: other}
     dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    print(f"{machine()}\n\ndense, {dense} bytes: {[f'{perplexity(model, text):.2f}' for text in texts.values()]}\n")
+    before = {name: perplexity(model, text) for name, text in texts.items()}
+    print(f"{machine()}\n\ndense, {dense} bytes: {[f'{each:.2f}' for each in before.values()]}\n")
     measured = partial(_measured, model, calibration, texts, args)
-    if dithered:
+    if args.part == "rise":
+        _rises(measured, before)
+    elif dithered:
         _sizes(measured, dense, torch.finfo(getattr(torch, args.dtype)).bits)
     else:
         _sparsities(measured)
@@ -123,6 +134,24 @@ def _sizes(measured: Any, dense: int, float_bits: int) -> None:
                 + [seconds]
             )
     table(["asked for", "recipe", "MB", "against it", "evaluation", "docs", "seconds"], rows)
+
+
+def _rises(measured: Any, before: dict[str, float]) -> None:
+    found = measured(f"--max-perplexity-rise {RISE}")
+    rises = [f"{found[text]:.2f} ({found[text] / dense - 1:+.2%})" for text, dense in before.items()]
+    table(
+        ["limit", "MB", *before, "seconds"], [[RISE, f"{found['bytes'] / 1e6:.2f}", *rises, f"{found['seconds']:.0f}"]]
+    )
+
+
+def _code(enough: int) -> str:
+    """The first modules of Python's library, by name."""
+    text = ""
+    for file in sorted(Path(os.__file__).parent.glob("[a-z]*.py")):
+        text += file.read_text(encoding="utf-8")
+        if len(text) >= enough:
+            break
+    return text[:enough]
 
 
 def _uniform(bits: int | None, room: float, float_bits: int) -> str | None:

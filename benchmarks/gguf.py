@@ -145,10 +145,11 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def in_llama(args: argparse.Namespace) -> None:
-    """Perplexity and logits of the same codes by llama.cpp and by us, on the evaluation windows, for each grid."""
-    for grid in args.grids.split(","):
+    """Perplexity and logits of the same weights by llama.cpp and by us, on the evaluation windows: `dense`, and on each grid."""
+    for grid in ("dense", *args.grids.split(",")):
         print(grid)
-        _in_llama(args, compress(args, args.method, grid))
+        dense = grid == "dense"
+        _in_llama(args, plain_model(args.work, dithered=True) if dense else compress(args, args.method, grid))
 
 
 def _in_llama(args: argparse.Namespace, out: Path) -> None:

@@ -148,8 +148,14 @@ def seconds_of_a_token(model: nn.Module) -> float:
 def forced(make: Callable[[int, int], Packed] | None, share: float) -> nn.Module:
     """The model with all linears of its blocks made so; None leaves them to torch."""
     from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.initialization import no_init_weights
 
-    model: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL), dtype=BF16)
+    with no_init_weights():  # to draw a billion numbers takes longer than all that is timed
+        model: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL), dtype=BF16)
+    some = torch.randn(2**20).mul_(0.02).to(BF16)
+    for parameter in model.parameters():
+        for part in parameter.data.view(-1).split(len(some)):
+            part.copy_(some[: len(part)])
     for block in model.model.layers if make else ():  # type: ignore[union-attr]
         for parent in (block.self_attn, block.mlp):
             for name, child in list(parent.named_children()):

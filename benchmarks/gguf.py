@@ -145,7 +145,7 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def in_llama(args: argparse.Namespace) -> None:
-    """Perplexity and logits of the same weights by llama.cpp and by us, on the evaluation windows: `dense`, and on each grid."""
+    """Perplexity and logits of the same weights by llama.cpp and by us, on the evaluation windows: dense, then each grid."""
     for grid in ("dense", *args.grids.split(",")):
         print(grid)
         dense = grid == "dense"

@@ -175,7 +175,7 @@ class Recorder:
 
     def take_solved(self, number: int) -> None:
         """Put the compressed weights of a block, which is recorded, in the place of those that were read; experts' when
-        their turn comes.
+        their turn comes. Dictionaries that it shares are at hand.
         """
         record = self.partial.records[1 + number]
         stored = StoredTensors([self.partial.folder / name for name in record["files"]])
@@ -190,7 +190,7 @@ class Recorder:
             parts = {part: stored[name] for part, name in names.items()}
             owner = self.prepared.sharing.get(linear["name"], linear["name"])
             if owner != linear["name"]:
-                lent = self.stored_atoms(owner).parts
+                lent = self.prepared.dictionaries[owner].parts
                 parts |= {f"{ATOMS}_{part}": tensor for part, tensor in lent.items()}
             if not parts and weight in self._fused:  # it lies with other experts
                 parts = {"": self._fused.part(weight, stored)}

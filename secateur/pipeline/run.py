@@ -29,7 +29,7 @@ from secateur.pipeline.measure import measure, measure_without_inputs
 from secateur.pipeline.outcome import Report
 from secateur.pipeline.prepared import Prepared, prepare
 from secateur.pipeline.recorder import Recorder
-from secateur.pipeline.shared_dictionaries import ready_dictionaries
+from secateur.pipeline.shared_dictionaries import ready_dictionaries, recall_dictionaries
 from secateur.pipeline.solve import Solution
 from secateur.pipeline.solve_tables import share_solution
 from secateur.pipeline.team import Team
@@ -315,6 +315,7 @@ def _go_on(run: Run, begin: int, done: int) -> None:
 def run_again(run: Run, journey: Journey, number: int) -> None:
     """Run a block that is in place and was compressed by an earlier run."""
     journey.pass_beside(number)
+    recall_dictionaries(run.recorder, number)
     run.recorder.take_solved(number)
     journey.pass_unsolved(number)
     release(run.prepared.blocks[number])

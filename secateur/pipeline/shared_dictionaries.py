@@ -23,10 +23,24 @@ from secateur.walking.walker import Journey
 
 def ready_dictionaries(journey: Journey, recorder: Recorder, number: int) -> None:
     """Have those dictionaries at hand that linears of a block share, which is in place and about to be solved."""
-    prepared, number_of = journey.walker.prepared, recorder.number_of
-    owners, found = prepared.sharing, prepared.dictionaries
+    missing = recall_dictionaries(recorder, number)
+    if missing:
+        number_of, owners = recorder.number_of, recorder.prepared.sharing
+        last = max(number_of[name] for names in missing.values() for name in names)
+        sums = _look_ahead(journey, range(number, last + 1), {n: o for n, o in owners.items() if o in missing})
+        _learn(journey, missing, sums)
+
+
+def recall_dictionaries(recorder: Recorder, number: int) -> dict[str, list[str]]:
+    """Have those recorded dictionaries at hand that linears of a block share, and none that only others do: each is read
+    once for all blocks that come one after the other.
+
+    Returns:
+        The linears that share those that are not recorded yet, by the one that they will be stored with.
+    """
+    number_of, found = recorder.number_of, recorder.prepared.dictionaries
     members: dict[str, list[str]] = {}
-    for name, owner in owners.items():
+    for name, owner in recorder.prepared.sharing.items():
         members.setdefault(owner, []).append(name)
     wanted = {
         owner: names
@@ -39,10 +53,7 @@ def ready_dictionaries(journey: Journey, recorder: Recorder, number: int) -> Non
     for owner in [owner for owner in missing if owner in recorder.entries]:  # of a run that goes on
         found[owner] = recorder.stored_atoms(owner)
         del missing[owner]
-    if missing:
-        last = max(number_of[name] for names in missing.values() for name in names)
-        sums = _look_ahead(journey, range(number, last + 1), {n: o for n, o in owners.items() if o in missing})
-        _learn(journey, missing, sums)
+    return missing
 
 
 def _look_ahead(journey: Journey, numbers: range, owners: Mapping[str, str]) -> dict[tuple[str, ...], InputStats]:

@@ -6,6 +6,7 @@ O: output features, I: input features, K: atoms, T: tokens.
 import json
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import mixtures
 import pytest
@@ -26,6 +27,7 @@ from secateur.model.source import open_source
 from secateur.model.structure import build_skeleton, find_blocks
 from secateur.pipeline import run as run_module
 from secateur.pipeline import shared_dictionaries
+from secateur.pipeline.recorder import Recorder
 from secateur.recipes.recipe import Calibration, Recipe
 from secateur.runs.forecast import forecast
 from secateur.structured.shorten import without_blocks
@@ -199,12 +201,8 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("always", [True, False])
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_that_is_resumed_has_the_same_bytes(after, always, model, text_file, made, monkeypatch, tmp_path):
-    if always:
-        monkeypatch.setattr(kept_inputs, "_HIDDEN_EVERY", -1.0)
-        monkeypatch.setattr(kept_inputs, "_HIDDEN_SHARE", 0)
+def stopped(model, recipe, out, after):
+    """Leave a run where it has that many blocks done."""
     solve = run_module.solve_block
 
     def stopping(run, journey, number):
@@ -212,13 +210,33 @@ def test_a_run_that_is_resumed_has_the_same_bytes(after, always, model, text_fil
             raise StopError
         solve(run, journey, number)
 
-    monkeypatch.setattr(run_module, "solve_block", stopping)
-    with pytest.raises(StopError):
-        secateur.compress(str(model), tmp_path / "out", recipe_of(text_file))
-    monkeypatch.setattr(run_module, "solve_block", solve)
+    with mock.patch.object(run_module, "solve_block", stopping), pytest.raises(StopError):
+        secateur.compress(str(model), out, recipe)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_run_that_is_resumed_has_the_same_bytes(after, always, model, text_file, made, monkeypatch, tmp_path):
+    if always:
+        monkeypatch.setattr(kept_inputs, "_HIDDEN_EVERY", -1.0)
+        monkeypatch.setattr(kept_inputs, "_HIDDEN_SHARE", 0)
+    stopped(model, recipe_of(text_file), tmp_path / "out", after)
     secateur.compress(str(model), tmp_path / "out", recipe_of(text_file), resume=True)
     found = stored(tmp_path / "out")
     assert all(torch.equal(tensor, found[name]) for name, tensor in stored(made[0]).items())
+
+
+def test_a_run_that_is_resumed_reads_each_dictionary_once(model, text_file, tmp_path, monkeypatch):
+    """Three blocks are run again, two of which borrow, and a fourth borrows as it is solved."""
+    recipe = recipe_of(text_file, dictionary_blocks=4)
+    secateur.compress(str(model), tmp_path / "whole", recipe)
+    stopped(model, recipe, tmp_path / "out", 3)
+    read, whole = [], Recorder.stored_atoms
+    monkeypatch.setattr(Recorder, "stored_atoms", lambda self, name: read.append(name) or whole(self, name))
+    secateur.compress(str(model), tmp_path / "out", recipe, resume=True)
+    assert len(read) == len(PROJECTIONS) == len(set(read))
+    found = stored(tmp_path / "out")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in stored(tmp_path / "whole").items())
 
 
 def test_memory_is_kept_to_and_the_result_is_the_same(model, text_file, made, tmp_path, monkeypatch):

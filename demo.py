@@ -17,23 +17,26 @@ def tell(text):
 
 
 def say(command):
-    """Show a command and run it, to its end; a failure ends the demo."""
+    """Show a command and run it, to its end. One that fails ends the demo, with its exit code."""
     print(f"\n$ {command}", flush=True)
-    run(shlex.split(command)[1:])
+    code = run(shlex.split(command)[1:])
+    if code:
+        print(f"\nThe demo ends here: exit code {code} of: {command}", file=sys.stderr)
+        sys.exit(code)
 
 
 def run(args):
+    """The exit code of a command; as in a shell, 128 and the number of the signal where one ended it."""
     if not FORKS:
-        code = subprocess.run([sys.executable, "-m", "secateur", *args], check=False).returncode
-    elif child := os.fork():
+        return subprocess.run([sys.executable, "-m", "secateur", *args], check=False).returncode
+    if child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    else:
-        from secateur.cli import main
+        return code if code >= 0 else 128 - code
+    from secateur.cli import main
 
-        sys.argv[1:] = args
-        main()
-    if code:
-        sys.exit(code)
+    sys.argv[1:] = args
+    main()
+    sys.exit()  # whatever main does: there is one demo
 
 
 def first_weights():

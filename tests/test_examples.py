@@ -1,9 +1,10 @@
-"""The examples run, on tiny models; those that are packages are tried where methods and commands are."""
+"""The examples run, on tiny models; those that are packages are tried where methods and commands are. How the demo fails."""
 
 import json
 import runpy
 import sys
 
+import processes
 import pytest
 import yaml
 from peft import PeftModel
@@ -97,3 +98,11 @@ def test_the_cells_of_the_notebook_run_in_turn(model_of, text_file, monkeypatch,
     assert "bits a weight, in best" in said
     assert (tmp_path / "report" / "index.html").is_file()
     assert secateur.verify("best") == []
+
+
+def test_a_step_that_fails_ends_the_demo(tmp_path):
+    (tmp_path / "demo-out").write_text("no folder")
+    done = processes.file(ROOT / "demo.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.count("\n$ ") == 1
+    assert done.stderr.splitlines()[-1].startswith("The demo ends here: exit code 2 of: secateur export demo demo-out/")

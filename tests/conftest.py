@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,8 +199,9 @@ PACKED: dict[str, dict[str, Any]] = {
 
 # The files that take longest, the longest first.
 LONGEST = (
-    "test_smollm2", "test_walk", "test_quantize_pipeline", "test_mixtures", "test_memory", "test_resume", "test_ranks",
-    "test_verify", "test_gate_smollm2", "test_triton", "test_saving", "test_hostile", "test_gradients",
+    "test_smollm2", "test_gate_smollm2", "test_memory", "test_mixtures", "test_resume", "test_quantize_pipeline",
+    "test_recipes", "test_sweep_command", "test_allocation", "test_hostile", "test_walk", "test_ranks", "test_saving",
+    "test_verify", "test_triton", "test_per_layer", "test_match_dense", "test_fp8_blocks", "test_dialects", "test_quant",
 )  # fmt: skip
 # How long an example takes is the machine's to say, which may be busy.
 hypothesis.settings.register_profile("secateur", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -223,8 +225,19 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first: where several processes share the tests, none is then left alone with one of them."""
+    """Grids are thinned out. The longest files come first: where several processes share the tests, none is left alone with
+    one of them.
+    """
+    places: dict[tuple[Any, int], dict[str, int]] = defaultdict(dict)
+    for item in items:
+        mark = item.get_closest_marker("thin")
+        if mark is not None and isinstance(item, pytest.Function):
+            # One name for each list of values: `callspec.indices` has the number of the case for all of them.
+            named = [(places[item.function, i], name) for i, name in enumerate(item.callspec._idlist)]
+            if sum(values.setdefault(name, len(values)) for values, name in named) % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
     turn = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: turn.get(item.path.stem, len(LONGEST)))
 

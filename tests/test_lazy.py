@@ -62,10 +62,10 @@ print(type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__.startswit
     [
         "import secateur\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nimport secateur",
-        "import transformers\nimport secateur\nfrom transformers import AutoModelForCausalLM",
-        # As the first, with more of secateur between the two.
-        pytest.param(
-            "import secateur.runs.compress\nfrom transformers import AutoModelForCausalLM", marks=pytest.mark.slow
+        # As the first, with more of transformers before, or of secateur between the two.
+        *(
+            pytest.param(f"{first}\nfrom transformers import AutoModelForCausalLM", marks=pytest.mark.slow)
+            for first in ("import transformers\nimport secateur", "import secateur.runs.compress")
         ),
     ],
     ids=str,

@@ -489,6 +489,7 @@ def test_effects_are_measured_on_pieces_that_begin_with_it(model_of, text_file, 
 # --- a sweep
 
 
+@pytest.mark.slow
 def test_a_sweep_begins_windows_alike(model_of, text_file, tmp_path):
     recipes = [("wanda", replace(Recipe("wanda", 0.5), calibration=settings(text_file)))]
     for bos in (True, False):

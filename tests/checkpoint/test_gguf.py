@@ -79,6 +79,7 @@ def test_codes_go_from_file_to_folder_to_file(made, tmp_path):
     assert same_tensors(made["Q4_1"], tmp_path / "back.gguf")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("options", "kind"),
     [

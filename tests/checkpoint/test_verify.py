@@ -93,6 +93,7 @@ def shard(folder, size=100):
 # --- what is sound
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("layout", list(RECIPES))
 def test_what_compress_writes_is_sound(layout, kind, made):
@@ -100,6 +101,7 @@ def test_what_compress_writes_is_sound(layout, kind, made):
     assert problems(str(made(layout, kind))) == []
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", EVERY_KIND)
 def test_every_family_is_sound(family, model_of, tmp_path):
     """Tied heads, renamed tensors and modules that keep their weights transposed are no problems."""

@@ -68,6 +68,7 @@ def sh(says):
     return run
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("lines", [GITHUB_COMMANDS, GITLAB_COMMANDS], ids=["github", "gitlab"])
 @pytest.mark.parametrize("regression", [False, True])
 def test_the_pipelines_run(lines, regression, project, sh):

@@ -635,6 +635,7 @@ _SLOW = """
 """
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_can_be_resumed(sent, says, fails, model_of, text_options, tmp_path):
     source = model_of("llama", num_hidden_layers=20)

@@ -260,6 +260,7 @@ def test_block_errors_against_float64(llama, ids_KS):
 BY_BLOCK = ["llama", "gemma3", "cohere", "opt", "gpt2", "gpt-neox", "falcon", "bloom"]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", BY_BLOCK)
 @pytest.mark.parametrize("spoiled", [None, 0, 1])
 def test_one_damaged_block(family, spoiled, model_of, ids_KS):

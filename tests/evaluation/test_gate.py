@@ -200,6 +200,7 @@ def test_divergence_can_be_limited_where_the_baseline_has_none(checkpoint, text,
     assert markdown(result).count("–") >= 3
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch_tokens", [None, 3 * SEQ_LEN])
 def test_unchanged_weights_raise_no_alarm(checkpoint, written, threads, batch_tokens):

@@ -90,10 +90,8 @@ def test_a_mask_off_by_one_column_in_one_linear(linear, check_planted):
     assert check_planted("wanda", mask_off_by_one(linear)).verdict == "failed"
 
 
-@pytest.mark.parametrize(
-    "linear",
-    ["model.layers.15.mlp.down_proj", pytest.param("model.layers.29.self_attn.k_proj", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("linear", ["model.layers.15.mlp.down_proj", "model.layers.29.self_attn.k_proj"])
 def test_permuted_rows_of_one_linear(linear, check_planted):
     assert check_planted("wanda", rows_off_by_one(linear)).verdict == "failed"
 

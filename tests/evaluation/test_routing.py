@@ -47,6 +47,7 @@ def pair(tokenizer, tmp_path_factory):
     return [str(folder) for folder in folders]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", known(MIXTURES))
 def test_the_routing_of_every_family_is_seen(name, ids_KS):
     model = random_model(name)

@@ -41,6 +41,7 @@ def compressed(model, out, text_file, **options):
     return str(out)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", EVERY_KIND)
 def test_the_figures_of_every_family(family, model_of, text_file, text, tmp_path):
     model = str(model_of(family))
@@ -50,6 +51,7 @@ def test_the_figures_of_every_family(family, model_of, text_file, text, tmp_path
     assert alike(*(evaluate(model, dense, text, runner=runner) for runner in (STREAMED, WHOLE)))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", mixtures.known(mixtures.KINDS))
 def test_the_figures_of_mixtures(name, build, text_file, text, tmp_path):
     dense = build(tmp_path / "dense", mixtures.config_of(name))

@@ -97,6 +97,7 @@ def source(build, tmp_path_factory):
     return make
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", known(MIXTURES))
 def test_a_view_is_the_model_whose_router_never_chooses_the_others(name, source):
     folder = source(name, **EVEN.get(name, {}))
@@ -202,6 +203,7 @@ WITH = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WITH)
 def test_it_goes_together_with_other_methods(way, source, recipe, tmp_path):
     """What is compressed is the model that was dropped first: the same as in two steps."""

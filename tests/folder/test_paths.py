@@ -133,6 +133,7 @@ def test_a_data_set_with_a_config_and_a_split_is_an_input_too(tmp_path):
         check_free(out, True, {"the text": f"{out}:plain:train"})
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_secateur_wrote_and_empty_folders_are_replaced(name, says, model_of, tmp_path):
     """Whatever it is: a checkpoint, a dense export, a report."""

@@ -101,6 +101,7 @@ def test_a_weight_lies_in_the_files_as_it_is_said_to(kind, O, I, K):
     assert told.bytes == sum(tensor.nbytes for tensor in parts.values())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("T", [1, 3, 12])

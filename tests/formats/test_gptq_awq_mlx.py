@@ -305,6 +305,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("form", ["gptq", "gptq-v1"])
 @pytest.mark.parametrize("what", RECIPES)
 def test_export_writes_what_the_definition_reads(what, form, model_of, text_file, tmp_path):

@@ -115,6 +115,7 @@ def exported(model, what, folder):
     return export(str(folder / "ours"), folder / "mlx", "mlx")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 @pytest.mark.parametrize("what", RECIPES)
 def test_a_folder_is_read_again(what, name, model_of, tmp_path):

@@ -134,6 +134,7 @@ _WAYS = list(product([16, 64], [True, False], [FP32, BF16]))
 _LOADED = {bits: _WAYS if bits == 4 else [_WAYS[bits % 4], _WAYS[7 - bits % 4]] for bits in range(2, 9)}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric", "dtype"),
     [

@@ -124,6 +124,7 @@ def test_there_is_one_dictionary_of_each():
         assert torch.equal(copy.dense(), loaded.dense())
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize(("O", "I", "T"), [(96, 64, 1), (48, 9, 5), (7, 300, 8), (7, 300, 9), (130, 70, 40)])
 @pytest.mark.parametrize("backend", ["torch", "dense", "cpu"])

@@ -362,6 +362,7 @@ def test_zeros_of_a_relu_are_free(shared, model_of, text_file, tmp_path):
 # --- together with quantization and pruning
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("options", "layout"),
     [

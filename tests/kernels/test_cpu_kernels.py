@@ -189,6 +189,7 @@ def large(number):
     return load_coded(kind, 280, 520, **options) if isinstance(kind, str) else load_sparse(280, 520, 0.5, kind)
 
 
+@pytest.mark.thin(2)
 @every_set
 @pytest.mark.parametrize("number", range(len(LARGE)))
 def test_threads_share_rows(number):
@@ -242,6 +243,7 @@ def products(request):
     use(next(name for name in shown if shown[name] == before))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("T", [9, 16, 33, 530])
 @pytest.mark.parametrize(("O", "I"), [(1, 31), (16, 64), (70, 700)])
 def test_many_tokens(products, O, I, T):

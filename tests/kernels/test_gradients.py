@@ -50,6 +50,7 @@ def check_gradients(ready, W_OI, T, dtype):
     return x_TI.grad
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("T", TOKENS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,16 +100,10 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(
-    ("family", "layout", "backend"),
-    [
-        # By default all in a Llama, and each layout in one of the others, on both backends in turn.
-        pytest.param(family, layout, backend, marks=[pytest.mark.slow] * (i > 0 and (i + j + 2 * k) % 4 != 1))
-        for i, family in enumerate(["llama", "gpt2", "qwen2"])
-        for j, layout in enumerate(PACKED)
-        for k, backend in enumerate(["cpu", "torch"])
-    ],
-)
+@pytest.mark.thin(4)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_gradients_of_a_model(packed_of, family, layout, backend):
     """As it is loaded, with torch's defaults."""
     if backend == "cpu" and cpu_backend.missing():
@@ -137,8 +132,9 @@ def test_gradient_checkpointing(packed_of, reentrant):
         torch.testing.assert_close(found[name], wanted[name])
 
 
+@pytest.mark.slow
 @has_cpu
-@pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled(packed_of, compiler):
     model = AutoModelForCausalLM.from_pretrained(packed_of("qwen2", "spqr"))
     wanted = gradients(model)

@@ -114,6 +114,7 @@ def test_every_weight_of_every_ring(rings, I, T, dtype, bias, seed, **form):
     check(weight, numbers(T, I, dtype, seed), bias_of(O, dtype, bias))
 
 
+@pytest.mark.thin(3)
 @every_set
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("state_bits", [8, 12, 16])
@@ -123,6 +124,7 @@ def test_more_inputs_than_are_added_up_at_once(bits, state_bits):
         check(load_trellis(512, 1100, bits, state_bits, 256, 4, whole=True), numbers(T, 1100, FP32, T))
 
 
+@pytest.mark.thin(3)
 @every_set
 @pytest.mark.parametrize("T", [1, 8, 9])
 def test_sums_are_as_exact_as_float32(T):

@@ -100,6 +100,7 @@ def test_patterns(pattern, T):
     check(weight, inputs(T, 480, BF16))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("T", [1, 3, 257])
 def test_long_rows_are_split_and_added_up(T):
     """Longer than a tile of any size, in rows that do not fill one."""
@@ -139,6 +140,7 @@ def test_codes_of_other_widths(bits, T):
     check(load_coded("spqr", 9, 43, bits=bits, outliers="some", order=True)[0], inputs(T, 43))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", ["packed-int", "spqr", "codebook"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("T", [1, 5, 40, 65, 257])
@@ -197,6 +199,7 @@ def test_what_it_cannot_do_it_says(monkeypatch):
     assert "triton is not installed" in refusal(weight, "cuda")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("T", [1, 8, 9, 40])
 @pytest.mark.parametrize(
     "make",

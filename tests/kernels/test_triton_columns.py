@@ -49,6 +49,7 @@ def test_some_inputs(form, O, I, T, share, x_dtype, biased, **options):
     check(weight, *right, x_TI, kept_TI, torch.linspace(-2, 2, O).to(x_dtype) if biased else None)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [1, 9])
 def test_all_inputs(form, T):

@@ -90,6 +90,7 @@ def test_routers_are_no_linears_to_compress_and_shared_experts_are(name):
     }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", known(KINDS))
 @pytest.mark.parametrize("inputs", ["routed", "gate", "all"])
 @pytest.mark.parametrize("at_once", [1, 3])

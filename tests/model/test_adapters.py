@@ -49,15 +49,9 @@ def unpacked(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        # By default all in a Llama, and each layout in one of the others.
-        pytest.param(family, layout, marks=[pytest.mark.slow] * (family != "llama" and (i + j) % 2))
-        for i, family in enumerate(TARGETS)
-        for j, layout in enumerate(PACKED)
-    ],
-)
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("layout", PACKED)
 def test_lora_trains_as_on_the_dense_model(packed_of, tmp_path, unpacked, family, layout):
     path = packed_of(family, layout)
     torch.manual_seed(0)

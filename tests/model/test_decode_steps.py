@@ -46,6 +46,7 @@ def without_steps(model):
     return model
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("layout", ["bitmap", "packed-int", "spqr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_give_what_layers_give(packed_of, counted, layout, dtype):

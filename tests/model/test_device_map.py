@@ -38,6 +38,7 @@ def load(packed_of, tmp_path):
     return load
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("loader", LOAD)
 @pytest.mark.parametrize("backend", ["auto", "torch", "dense"])
 @pytest.mark.parametrize("layout", ["nm", "spqr"])

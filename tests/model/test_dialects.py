@@ -209,6 +209,7 @@ def neox(build, folder):
 NAMED = [gemma3_vlm, gemma3_vlm_of_release_5, gpt2_without_prefix, llama_without_prefix, neox]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("make", NAMED, ids=lambda make: make.__name__)
 def test_tensors_keep_the_names_that_they_had(make, build, tmp_path):
     source = make(build, tmp_path / "source")
@@ -220,6 +221,7 @@ def test_tensors_keep_the_names_that_they_had(make, build, tmp_path):
         assert not list(map(str, verify(folder))), folder.name
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("make", NAMED, ids=lambda make: make.__name__)
 def test_packed_folders_load_under_names_of_any_release(make, build, tmp_path):
     source = make(build, tmp_path / "source")

@@ -36,6 +36,7 @@ def test_the_page_names_every_family_once():
     assert sorted(named_on(PAGE.read_text(encoding="utf-8"))) == sorted(FAMILIES)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", [name for name in SAMPLE if name in FAMILIES])
 def test_a_sample_of_the_page_is_so(family):
     (row,) = try_all([family])

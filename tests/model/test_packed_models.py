@@ -35,6 +35,7 @@ def logits(model):
         return model(IDS_NS).logits.float()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", RECIPES)
 @pytest.mark.parametrize("family", MODELS)
@@ -49,6 +50,7 @@ def test_logits_are_those_of_the_dense_model(folder, family, layout, backend):
     assert not torch.equal(wanted[0], wanted[1])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", RECIPES)
 def test_in_bfloat16_too(folder, layout, backend):
@@ -59,6 +61,7 @@ def test_in_bfloat16_too(folder, layout, backend):
     assert (logits(packed) - exact).norm() <= 1.5 * (logits(dense) - exact).norm()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("layout", RECIPES)
 def test_transformers_loads_the_same(folder, family, layout, tmp_path):

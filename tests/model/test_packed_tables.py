@@ -62,6 +62,7 @@ def roles(model):
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_every_family_is_quantized_loads_and_is_saved_as_it_was(name, folder, tmp_path):
     path = folder(name, BF16)

@@ -64,17 +64,11 @@ def own(packed_of, tmp_path):
     return make
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("family", "layout", "loader"),
-    [
-        # By default each family with one loader of each layout, and with the other of the next.
-        pytest.param(family, layout, loader, marks=[pytest.mark.slow] * ((i + j + k) % 2))
-        for i, family in enumerate(["llama", "gpt2"])
-        for j, layout in enumerate(PACKED)
-        for k, loader in enumerate(LOAD)
-    ],
-)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("loader", LOAD)
 def test_saved_after_the_folder_is_gone(own, tmp_path, family, layout, backend, loader):
     folder, before = own(family, layout)
     with secateur.backend(backend):
@@ -84,6 +78,7 @@ def test_saved_after_the_folder_is_gone(own, tmp_path, family, layout, backend, 
     same_files(stored(tmp_path / "again"), before)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", ["replaced", "written over", "cut short"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["bitmap", "spqr"])
@@ -119,22 +114,9 @@ def test_saved_into_its_own_folder_and_again(own, tmp_path):
             same_files(stored(folder), before)
 
 
-# By default each layout with a backend that computes on it packed, and one made dense.
-_COPIED = [(layout, "torch" if i % 2 else "cpu") for i, layout in enumerate(PACKED)] + [("spqr", "dense")]
-
-
-@pytest.mark.parametrize(
-    ("layout", "backend"),
-    [
-        pytest.param(
-            layout,
-            backend,
-            marks=[*[has_cpu] * (backend == "cpu"), *[pytest.mark.slow] * ((layout, backend) not in _COPIED)],
-        )
-        for layout in PACKED
-        for backend in ("cpu", "torch", "dense")
-    ],
-)
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_copies(own, tmp_path, layout, backend):
     folder, before = own("qwen2", layout)
     model = secateur.load(folder, backend)
@@ -297,6 +279,7 @@ def vision_model(tmp_path_factory):
     return folder / "packed"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("original", [True, False])
 def test_a_model_that_is_saved_under_other_names(vision_model, tmp_path, backend, original):

@@ -74,6 +74,7 @@ METHODS = [
 # --- the language model of several models
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("options", METHODS, ids=["magnitude", "rtn", "wanda"])
 @pytest.mark.parametrize(
     ("family", "encoder", "decoder"),
@@ -171,6 +172,7 @@ def xlm_groups():
     return found
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("prune", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize(("family", "groups"), [("hrm_text", hrm_groups()), ("xlm", xlm_groups())])
 def test_statistics_are_of_all_calls_in_order(family, groups, prune, saved, recipe, tmp_path):
@@ -191,6 +193,7 @@ def test_statistics_are_of_all_calls_in_order(family, groups, prune, saved, reci
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", ["hrm_text", "xlm"])
 def test_such_a_run_is_resumed(family, saved, recipe, tmp_path, monkeypatch):
     source = saved(family)
@@ -206,6 +209,7 @@ def test_such_a_run_is_resumed(family, saved, recipe, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_such_a_model_is_searched_forecast_and_compared_by_block(saved, recipe, tmp_path):
     source = saved("hrm_text")
     report = secateur.compress(str(source), tmp_path / "owl", recipe(allocation="owl"))
@@ -226,6 +230,7 @@ def test_such_a_model_has_to_fit_the_memory(saved, recipe, tmp_path):
         secateur.compress(str(saved("hrm_text")), tmp_path / "out", recipe(), max_memory="1MiB")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("options", METHODS[::2], ids=["magnitude", "wanda"])
 @pytest.mark.parametrize("family", ["zamba", "zamba2"])
 def test_linears_that_blocks_share_are_left_and_that_is_said(family, options, saved, recipe, tmp_path):
@@ -248,6 +253,7 @@ def test_linears_that_blocks_share_are_left_and_that_is_said(family, options, sa
 # --- lists of several kinds of modules
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("family", "options", "linears"),
     [

@@ -68,6 +68,7 @@ def logits(model, ids):
         return model(ids).logits
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_copies_to_a_device_give_the_same_logits(way, late, made, brought, ids):
@@ -95,6 +96,7 @@ def test_a_buffer_is_filled_only_after_what_was_computed_in_it(made, brought, id
     assert [after for _, after in link.copies] == [None, None, *range(1, len(numbers) - 1)]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("there", "here"), [(0, 10**9), (60_000, 0), (60_000, 10**9), (10**9, 0)])
 def test_what_fits_stays_on_the_device_or_in_the_host_s_memory(there, here, made, brought, ids):
     folder = made("bitmap")

@@ -42,6 +42,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_manifest_says_which_was_chosen(name, model_of, text_file, tmp_path):
     report = secateur.compress(str(model_of("llama")), tmp_path / "out", recipe(text_file, **OTHERS[name]))

@@ -56,7 +56,10 @@ def compressed(model_of, recipe_of, tmp_path_factory):
 
 EACH = pytest.mark.parametrize(
     ("family", "dtype", "way"),
-    [*(("llama", BF16, way) for way in WAYS), ("gpt2", FP16, "wanda"), ("gpt2", FP32, "gptq")],
+    [
+        *(pytest.param("llama", BF16, way, marks=[pytest.mark.slow] * (way in ("wanda", "gptq"))) for way in WAYS),
+        *(("gpt2", FP16, "wanda"), ("gpt2", FP32, "gptq")),
+    ],
 )
 
 
@@ -112,6 +115,7 @@ def test_bytes_and_errors_are_those_of_what_is_written(compressed, family, dtype
     assert linear["sparsity"] == pytest.approx(0.5 if "prune" in WAYS[way] else 0, abs=0.02)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_nearer_than_without(model_of, recipe_of, compressed, tmp_path, way):
     source, out = compressed("llama", BF16, way)

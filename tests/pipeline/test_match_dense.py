@@ -160,6 +160,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("pause", "hidden"), WAYS)
 def test_how_a_run_is_carried_out_does_not_change_it(pause, hidden, model_of, text_file, monkeypatch, tmp_path):
     """Nor does an interruption, where the inputs of both models are kept and where they are not."""
@@ -188,6 +189,7 @@ def test_how_a_run_is_carried_out_does_not_change_it(pause, hidden, model_of, te
         assert contents(tmp_path / "resumed") == contents(tmp_path / "plain")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("damage", ["cut off", "gone"])
 def test_damaged_inputs_of_the_dense_model_are_done_without(damage, model_of, text_file, monkeypatch, tmp_path):
     source, wanted = str(model_of("llama", num_hidden_layers=4)), recipe(text_file)
@@ -244,6 +246,7 @@ def test_blocks_that_are_not_run_in_turn(model_of, text_file, monkeypatch, tmp_p
 # --- mixtures of experts
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text"])
 def test_experts_are_matched_however_they_are_visited(name, build, text_file, monkeypatch, tmp_path):
     source = str(build(tmp_path / "source", mixtures.config_of(name)))
@@ -331,6 +334,7 @@ def test_methods_that_do_not_look_at_the_gram_matrix_are_refused(options, text_f
         secateur.compress("demo", tmp_path / "out", recipe(text_file, **options))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [

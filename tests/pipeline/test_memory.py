@@ -364,9 +364,9 @@ def test_no_file_is_in_memory_while_the_first_block_is_solved(own_model, text_fi
     "options",
     [
         {"prune": "magnitude", "sparsity": 0.5},
-        {"prune": "wanda", "pattern": "2:4"},
+        pytest.param({"prune": "wanda", "pattern": "2:4"}, marks=pytest.mark.slow),
         {"quantize": "gptq"},
-        {"quantize": "squeezellm"},
+        pytest.param({"quantize": "squeezellm"}, marks=pytest.mark.slow),
         {"quantize": "trellis"},
     ],
     ids=["magnitude", "wanda 2:4", "gptq", "squeezellm", "trellis"],

@@ -90,9 +90,10 @@ def tensors_in(folder):
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
+# Each kind of mixture and each way once or twice.
 EVERY = [
-    *((name, "packed-int") for name in known(KINDS)),
-    *(("qwen3_moe", way) for way in WAYS if way != "packed-int"),
+    *zip(known(KINDS), WAYS, strict=False),
+    *(("qwen3_moe", way) for way in ("ternary-dict", "sparse-int")),
     ("gpt_oss", "codebook"),  # its experts' weights lie transposed in memory, and so would their gradients
 ]
 SLOW = [
@@ -259,6 +260,7 @@ def test_how_experts_are_visited_does_not_change_them(
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("form", ["auto", "dense"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(name, form, source, recipe, monkeypatch, tmp_path):
@@ -282,6 +284,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(name, form, source, recipe
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_processes_share_the_experts(source, text_file, tmp_path):
     calibration = {"source": str(text_file), "samples": SAMPLES, "seq_len": SEQ_LEN}
     job = {
@@ -332,6 +335,7 @@ def test_plan_tells_what_a_mixture_takes(source, recipe):
 # --- what fits together
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text", "mixtral"])
 @pytest.mark.parametrize("to", ["dense", "secateur"])
 def test_export(name, to, made, source, tmp_path):
@@ -345,6 +349,7 @@ def test_export(name, to, made, source, tmp_path):
     assert secateur.verify(tmp_path / "out") == []
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
 def test_some_experts_left_alone(name, source, recipe, tmp_path):
     """Those stay dense beside packed ones, in a family that fuses them and in one that does not."""
@@ -480,6 +485,7 @@ def test_compressed_tensors(source, recipe, tmp_path):
     same(logits(model), logits(secateur.load(tmp_path / "out", "dense")))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("name", "options", "wanted"),
     [

@@ -47,8 +47,8 @@ def job(model, text_file):
 
 
 RECIPES = {
-    "magnitude": {"prune": "magnitude", "sparsity": 0.5},
     "sparsegpt": {"prune": "sparsegpt", "sparsity": 0.5},
+    "magnitude": {"prune": "magnitude", "sparsity": 0.5},
     "gptq": {"quantize": "gptq", "prune": "wanda", "pattern": "2:4"},
     "matched": {"prune": "sparsegpt", "sparsity": 0.5, "pruning": {"damping": "auto"}, "match_dense": True},
     "squeezellm": {"quantize": "squeezellm", "quantization": {"bits": 3}},
@@ -56,20 +56,13 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(job, tmp_path_factory):
-    """The folders that 1, 2 and 4 processes make by each recipe."""
-    root = tmp_path_factory.mktemp("ranks")
-    sizes = {name: (1, 2, 4) if name == "sparsegpt" else (1, 2) for name in RECIPES}
-    runs = {name: [[size, str(root / f"{name}-{size}")] for size in sizes[name]] for name in RECIPES}
-    _, found = in_a_process(*(job(RECIPES[name], runs[name]) for name in RECIPES))
-    assert found == [[[0] * size for size in sizes[name]] for name in RECIPES]
-    return {name: [Path(out) for _, out in runs[name]] for name in RECIPES}
-
-
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_number_of_processes_does_not_matter(name, made, model, text_file):
-    folders = made[name]
+def test_the_number_of_processes_does_not_matter(name, job, model, text_file, tmp_path):
+    sizes = (1, 2, 4) if name == "sparsegpt" else (1, 2)
+    folders = [tmp_path / str(size) for size in sizes]
+    runs = [[size, str(folder)] for size, folder in zip(sizes, folders, strict=True)]
+    assert in_a_process(job(RECIPES[name], runs))[1] == [[[0] * size for size in sizes]]
     with secateur.backend("dense"):
         models = [secateur.load(folder) for folder in folders]
     names = [linear["name"] for linear in linears(folders[0])]
@@ -97,7 +90,7 @@ def tokenizer_of(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("size", "dies"), [(2, 0), (3, 2)])
+@pytest.mark.parametrize(("size", "dies"), [(2, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(size, dies, job, tmp_path):
     recipe, out = RECIPES["sparsegpt"], [[size, str(tmp_path / "out")]]
     said, codes = in_a_process(

@@ -125,14 +125,10 @@ def left(folder):
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
-        *((name, BLOCKS - 1) for name in RECIPES),
-        # After the first block as after others, by default with one method of each kind.
-        *(
-            pytest.param(
-                name, 1, marks=[pytest.mark.slow] * (name in ("magnitude", "dense", "spqr", "squeezellm", "structured"))
-            )
-            for name in RECIPES
-        ),
+        # After the first block as after others, by default each method with one of the two.
+        pytest.param(name, blocks, marks=[pytest.mark.slow] * ((name in ("sparsegpt", "matched")) != (blocks == 1)))
+        for name in RECIPES
+        for blocks in (1, BLOCKS - 1)
     ],
 )
 def test_a_resumed_run_has_the_same_bytes(name, blocks, sharded, recipe, whole, interrupted, tmp_path):
@@ -241,6 +237,7 @@ def test_overwriting_keeps_the_old_folder_until_the_end(sharded, recipe, whole, 
     assert contents(out) == whole()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("pause", "hidden"), [(True, "device"), (False, "device"), (False, "host"), (False, "file")])
 def test_how_a_run_is_carried_out_does_not_change_it(
     pause, hidden, sharded, recipe, always_save, stop_after, monkeypatch, tmp_path
@@ -326,6 +323,7 @@ def in_a_process(*jobs):
     return said, json.loads(found)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("number", [1, 2, 4, 6])
 def test_a_disk_that_is_full_for_a_while(number, sharded, recipe, whole, monkeypatch, tmp_path):
     save, calls = writer.save_file, []

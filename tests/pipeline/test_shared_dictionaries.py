@@ -214,6 +214,7 @@ def stopped(model, recipe, out, after):
         secateur.compress(str(model), out, recipe)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("always", [True, False])
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_run_that_is_resumed_has_the_same_bytes(after, always, model, text_file, made, monkeypatch, tmp_path):
@@ -239,6 +240,7 @@ def test_a_run_that_is_resumed_reads_each_dictionary_once(model, text_file, tmp_
     assert all(torch.equal(tensor, found[name]) for name, tensor in stored(tmp_path / "whole").items())
 
 
+@pytest.mark.slow
 def test_memory_is_kept_to_and_the_result_is_the_same(model, text_file, made, tmp_path, monkeypatch):
     """Inputs in files, and batches that begin again, come to the same bytes."""
     few = Settings(48, False, "file")

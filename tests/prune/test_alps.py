@@ -293,6 +293,7 @@ def test_what_several_solves_share_is_found_once_and_forgotten_with_more_data():
     assert len(calls) == 2
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options", [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.4, "refine": "dsnot"}], ids=str
 )

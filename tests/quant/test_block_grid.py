@@ -40,6 +40,7 @@ def quantized(method, W_OI, x_TI, rows=None, dtype=torch.float32):
     return method.quantize(Stack.of(list(W_OI.split(rows or len(W_OI))), stats, dtype))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", TYPES)
 def test_what_is_promised_is_what_is_stored(name):
     for make in METHODS.values():
@@ -59,6 +60,7 @@ def test_rounding_is_better_than_the_package(name):
     assert (weight.dequantize() - W_OI).square().sum() < 0.97 * (theirs_OI - W_OI).square().sum()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", TYPES)
 def test_carrying_the_error_on_is_better_than_rounding(name):
     W_OI, x_TI = weights(), inputs()
@@ -96,6 +98,7 @@ def test_the_fit_is_near_the_best_of_many(name):
     assert (found_O <= (1.1 if form.scale_bits else 2) * best_O).all()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("case", ["zeros", "equal", "negative", "one outlier", "tiny", "huge"])
 def test_awkward_weights(name, case):

@@ -209,6 +209,7 @@ def test_a_mask_is_kept_whatever_it_is(method, outputs, inputs, share, seed):
         assert torch.equal(whole.dequantize(), solve(method, W_OI, x_TI)[0].dequantize())
 
 
+@pytest.mark.thin(2)
 @every_method
 @pytest.mark.parametrize("masked", FLAGS)
 def test_stacked_linears_come_out_as_alone(method, masked):
@@ -421,6 +422,7 @@ def test_methods_are_registered_with_the_level_they_need():
     assert (found[0].dequantize() - 1).abs().max() < 1e-3
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("bits", "search", "large"), [(2, True, 0), (2, False, 0.02), (3, False, 0.02), (4, False, 0)])
 @pytest.mark.parametrize("share", [0.003, 0.01, 0.05, 0.2])
 def test_as_many_outliers_as_asked_for(bits, share, search, large):

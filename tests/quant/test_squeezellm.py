@@ -152,6 +152,7 @@ def centred(W_OI, sensitivity_OI, clusters):
     return centre_OC.gather(1, (W_OI[:, :, None] - centre_OC[:, None]).abs().argmin(2))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tail", [0.0, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize(("outputs", "inputs"), [(5, 90), (6, 260), (14, 577)])
@@ -269,6 +270,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None, derandomize=True)

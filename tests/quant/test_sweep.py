@@ -75,6 +75,7 @@ def assert_as_naive(inputs, unit, outputs=3, seed=0):
         torch.testing.assert_close(W_SO, slow_SO, rtol=0, atol=1e-9)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("inputs", [1, 37, 512, 513, 1301])
 @pytest.mark.parametrize("unit", [1, 2, 16, 24, 100, 257, 511, 512, 513, 600, 1100, 5000])
 def test_as_the_plain_loop(inputs, unit):
@@ -337,6 +338,7 @@ def test_rtn_agrees_with_loops(outputs, inputs, size, symmetric, search, masked)
     assert_agrees(found, W_OI, x_TI, (slow_OI, code_OI, torch.zeros(outputs, inputs)))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("bits", "symmetric", "search"), [(2, False, False), (4, False, True), (3, True, False), (8, True, True)]
@@ -353,6 +355,7 @@ def test_gptq_agrees_with_loops(order, bits, symmetric, search, masked):
     assert_agrees(found, W_OI, x_TI, slow_sweep(W_OI, x_TI, slow_grid(bits, symmetric, search), method, pruned))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("search", "masked"), list(product(FLAGS, FLAGS)))
 @pytest.mark.parametrize("threshold", [None, 0.1])

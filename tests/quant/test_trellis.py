@@ -163,6 +163,7 @@ def test_the_error_of_normal_weights_is_as_published(K, L):
     assert abs(found / GAUSSIAN[K, L] - 1) < 0.03, found
 
 
+@pytest.mark.thin(3)
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("K", [2, 3, 4])

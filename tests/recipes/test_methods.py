@@ -147,6 +147,7 @@ def test_methods_are_shown(says):
     assert "did you mean 'gptq'" in err
 
 
+@pytest.mark.slow
 def test_a_package_of_somebody_else_adds_a_method(model_of, text_file, tmp_path):
     """One file outside the package: its option is on the command line, in the help, in the manifest, and is checked."""
     site = tmp_path / "site"

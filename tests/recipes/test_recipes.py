@@ -100,6 +100,7 @@ def test_a_file_that_cannot_be(name):
 # --- a manifest repeats its run
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -262,6 +263,7 @@ def test_a_name_that_is_not_built_in(says):
 # --- files that nobody means
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -55,6 +55,7 @@ def test_what_is_no_share(text, message):
 WANDA = ["--prune", "wanda"]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("command", ["compress", "plan"])
 @pytest.mark.parametrize(
     ("method", "option"),

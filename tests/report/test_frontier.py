@@ -17,6 +17,7 @@ def test_the_frontier_is_of_what_nothing_beats():
     assert [p["value"] for p in frontier(points, higher=True)] == [9]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("theme", INK)
 @pytest.mark.parametrize("kind", WORDS)
 def test_a_picture_says_what_it_shows(kind, theme, tmp_path):

@@ -273,6 +273,7 @@ def test_what_failed_is_tried_again(asked, monkeypatch, tmp_path):
     assert [point.failure for point in found.points] == [None, None]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.linalg.LinAlgError("singular")])
 def test_memory_and_matrices_fail_a_recipe_only(error, asked, monkeypatch, tmp_path):
     original = module.compress
@@ -414,6 +415,7 @@ def test_a_report_that_exists_is_not_overwritten(asked, tmp_path):
     assert (out / "mine").read_text() == "mine"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("keep_models", [False, True])
 def test_a_report_is_replaced(keep_models, asked, tmp_path):
     out = tmp_path / "report"

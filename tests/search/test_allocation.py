@@ -220,6 +220,7 @@ def test_bits_are_shared_within_the_size_of_the_uniform_recipe(base, model_of, t
     assert len({choice.bits for choice in kept.linears.values()}) > 1
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "methods",
     [
@@ -452,7 +453,7 @@ def test_linears_for_which_nothing_is_chosen_are_left_alone(base, model_of, tmp_
         ({"prune": "sparsegpt", "sparsity": 0.5, "allocation": "search"}, 0.05),
         ({"prune": "magnitude", "sparsity": 0.5, "allocation": "owl"}, 0.05),
         pytest.param({"quantize": "squeezellm", "allocation": "search"}, 0.05, marks=pytest.mark.slow),
-        ({"target_size": "0.7x"}, 0.05),
+        pytest.param({"target_size": "0.7x"}, 0.05, marks=pytest.mark.slow),
         # At most the dense model.
         pytest.param({"quantize": "rtn", "max_perplexity_rise": "20%"}, 10.0, marks=pytest.mark.slow),
     ],
@@ -522,6 +523,7 @@ def test_what_was_chosen_is_shown(says, text_file, model_of, tmp_path):
     assert "of each linear" not in err
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_heat_map_is_drawn(suffix, base, model_of, tmp_path):
     from secateur.report.choice_plot import plot_choices

@@ -49,19 +49,10 @@ def test_grids_are_those_that_divide_the_rows():
         assert len(set(bits)) == len(bits)  # of two as large the one that loses less
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "share"),
-    [
-        *[
-            ("llama", "gptq", "36%"),
-            ("llama", "rtn", "55%"),
-            ("llama-tied", "gptq", "55%"),
-            ("llama-tied", "rtn", "36%"),
-        ],
-        *[pytest.param("llama", *rest, marks=pytest.mark.slow) for rest in (("gptq", "55%"), ("rtn", "36%"))],
-        *[pytest.param("llama-tied", *rest, marks=pytest.mark.slow) for rest in (("gptq", "36%"), ("rtn", "55%"))],
-    ],
-)
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("share", ["55%", "36%"])
 def test_a_size_is_reached_by_types(name, method, share, model_of, text_file, tmp_path):
     path, out = model_of(name, dtype=BF16, **SIZES), tmp_path / "out"
     report = secateur.compress(str(path), out, recipe(text_file, target_size=share, quantize=method))
@@ -111,6 +102,7 @@ def test_what_a_type_does_to_a_table_is_measured_as_it_is_defined(name, model_of
             weight.copy_(before)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", TYPE_GRIDS)
 @pytest.mark.parametrize("features", [64, 512])
 def test_a_table_on_a_grid_is_what_rounding_makes_of_it(name, features, monkeypatch):
@@ -142,6 +134,7 @@ def test_tables_on_a_grid_run_packed(name, model_of, tmp_path):
     assert inspect(tmp_path / "out").tables[0].bits == pytest.approx(8.5, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_limit_of_perplexity_takes_types_too(model_of, text_file, tmp_path):
     path = model_of("llama-tied", dtype=BF16, **SIZES)
     secateur.compress(str(path), tmp_path / "out", recipe(text_file, max_perplexity_rise="20%"))
@@ -149,6 +142,7 @@ def test_a_limit_of_perplexity_takes_types_too(model_of, text_file, tmp_path):
     assert {choice.get("grid") for choice in said["linears"].values()} <= {None, *grids_for(256), *grids_for(64)}
 
 
+@pytest.mark.slow
 def test_what_it_takes_is_foretold(model_of, text_file, tmp_path):
     path = model_of("llama-tied", dtype=BF16, **SIZES)
     found = secateur.forecast(str(path), recipe(text_file, target_size="50%"), out=tmp_path)

@@ -57,6 +57,7 @@ def apart(name, **options):
 # --- what a change of an expert does
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", [*FAMILIES, *known(["llama4_text"])])
 def test_effects_of_experts_are_the_divergence_of_small_changes_over_all_tokens(name, tmp_path):
     model = apart(name)
@@ -148,7 +149,14 @@ GOALS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("mixtral", goal) for goal in GOALS] + [(name, GOALS[0]) for name in FAMILIES[1:]], ids=str
+    ("name", "options"),
+    [
+        *(("mixtral", goal) for goal in GOALS[1:4]),
+        *((name, GOALS[0]) for name in FAMILIES[-1:]),
+        *(pytest.param("mixtral", goal, marks=pytest.mark.slow) for goal in (GOALS[0], GOALS[4])),
+        *(pytest.param(name, GOALS[0], marks=pytest.mark.slow) for name in FAMILIES[1:-1]),
+    ],
+    ids=str,
 )
 def test_every_goal_is_reached_on_mixtures(name, options, base, mixture, tmp_path):
     report = secateur.compress(mixture(name), tmp_path / "out", Recipe(**options, calibration=base.calibration))
@@ -161,6 +169,7 @@ def test_every_goal_is_reached_on_mixtures(name, options, base, mixture, tmp_pat
     assert report.bytes < report.source_bytes
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("within", "options"),
     [

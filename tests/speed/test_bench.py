@@ -114,6 +114,7 @@ def weight_bytes(layout, parts, O, I):
     return codes + O * groups(I) + 8 * tiles * groups(I) + 4 * (O + 1) + 6 * outliers + order
 
 
+@pytest.mark.thin(2)
 @has_cpu
 @pytest.mark.parametrize("layout", RECIPES)
 def test_figures(layout, folder):

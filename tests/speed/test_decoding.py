@@ -91,6 +91,7 @@ def test_experts_bytes_and_operations_are_those_of_a_slow_count(backend, texts, 
     assert found.seconds > 0
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_mixture_is_counted(name, folder):
     model = secateur.load(folder(name), dtype=torch.float32)

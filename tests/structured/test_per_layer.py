@@ -63,8 +63,11 @@ def pruned(model_of, text_file, tmp_path_factory):
 @pytest.mark.parametrize(
     "family",
     [
-        *["llama", "qwen3", "phi3", "gpt2", "opt", "gemma3"],
-        *[pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gpt-neox", "gemma2", "falcon")],
+        *["llama", "phi3", "gpt2"],
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen2", "qwen3", "gpt-neox", "opt", "gemma2", "gemma3", "falcon")
+        ],
     ],
 )
 def test_sliced_is_zeroed(family, model_of, text_file, tmp_path):
@@ -205,6 +208,7 @@ def test_shares_may_be_given_for_each_linear(model_of, text_file, tmp_path):
     assert source.widths["model.layers.1"].settings["num_attention_heads"] == 2
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("units", [None, "neurons", "neurons,blocks", "heads"])
 def test_a_search_finds_the_share(units, model_of, text_file, tmp_path):
     model = str(model_of("llama", num_hidden_layers=4))

@@ -82,19 +82,11 @@ def same(one, other):
 @pytest.mark.parametrize(
     "family",
     [
-        "llama",
-        "llama-tied",
-        "qwen2",
-        "qwen3",
-        "phi3",
-        "gpt2",
-        "gpt-neox",
-        "opt",
-        "gemma2",
-        "gemma3",
-        "falcon",
-        "falcon-new",
-        "cohere",
+        *["llama-tied", "qwen3", "gpt-neox", "opt", "gemma3", "falcon", "cohere"],
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "qwen2", "phi3", "gpt2", "gemma2", "falcon-new")
+        ],
     ],
 )
 def test_sliced_is_zeroed(family, model_of, text_file, tmp_path):
@@ -118,12 +110,14 @@ HEADS = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", HEADS)
 def test_the_numbers_of_heads_that_a_config_gives(family, model_of):
     source, skeleton, probed, sites = sites_of(model_of(family), "heads")
     assert legal_heads(source, skeleton, probed, sites) == [Width(*each) for each in HEADS[family]]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("family", [name for name, found in HEADS.items() if found])
 @pytest.mark.parametrize("width", [0, 1])
 def test_heads_sliced_are_heads_zeroed(family, width, model_of, text_file, tmp_path):
@@ -173,6 +167,7 @@ def apart(folder):
     return load_source(open_source(str(folder)), torch.float32, torch.device("cpu"), apart=True).eval()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "llama4_text"]
 )

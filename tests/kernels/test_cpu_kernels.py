@@ -286,7 +286,8 @@ def test_inputs_and_bias_of_any_strides(T):
         prepared = prepare(weight, "cpu")
         stacked = torch.stack([wide[:T, :70], wide[T:, :70]])
         assert linear(prepared, stacked).shape == (2, T, 6)
-        assert torch.equal(linear(prepared, stacked)[1], linear(prepared, wide[T:, :70].contiguous()))
+        # Of many tokens BLAS makes the sums, by their number.
+        torch.testing.assert_close(linear(prepared, stacked)[1], linear(prepared, wide[T:, :70].contiguous()))
 
 
 # --- the operators

@@ -71,10 +71,10 @@ if how == "transformers":
 else:
     model = secateur.load(folder, how.removesuffix(", plain layers"))
 if how.endswith("plain layers"):
-    from secateur.plugin.decode_steps import DecodingLayer
-    for layer in model.modules():
-        if isinstance(layer, DecodingLayer):
-            layer.__class__ = layer.original
+    from secateur.plugin.decode_steps import DecodingHead, DecodingModel
+    for part in model.modules():
+        if isinstance(part, (DecodingHead, DecodingModel)):
+            part.__class__ = part.original
 ids = torch.arange(3, 11)[None]
 clock = Clock()
 with torch.inference_mode():

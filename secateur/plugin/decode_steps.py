@@ -1,4 +1,4 @@
-"""Decoder layers that take a step of decoding in few calls: what comes before attention, attention, what comes after it.
+"""Models that take a step of decoding in one call of the compiled kernels: all layers, attention over the cache included.
 
 A layer of a small model is some sixty operations on a token, and calling them takes longer than what they compute.
 
@@ -9,128 +9,179 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules import module as torch_module
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from secateur.kernels.backends import Prepared
-from secateur.kernels.cpu.few_tokens import MOST_TOKENS, Weights, after_attention, attention_inputs
+from secateur.kernels.cpu.decoder_stack import MOST_TOKENS, DecoderStack, UnknownWeightError
 from secateur.kernels.module import PackedLinear
+from secateur.plugin.room_in_cache import room_in
 
-# Layers that do just that, by module and class.
-_LAYERS = (("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"),)
-_INPUTS = (("self_attn", "q_proj"), ("self_attn", "k_proj"), ("self_attn", "v_proj"))
-_REST = (("self_attn", "o_proj"), ("mlp", "gate_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"))
-_OTHERS = (("", "self_attn"), ("", "mlp"), ("", "input_layernorm"), ("", "post_attention_layernorm"), ("mlp", "act_fn"))
+# Models that are such layers between a table of embeddings and a norm, by module and class.
+_MODELS = (
+    ("transformers.models.llama.modeling_llama", "LlamaModel"),
+    ("transformers.models.mistral.modeling_mistral", "MistralModel"),
+    ("transformers.models.qwen2.modeling_qwen2", "Qwen2Model"),
+    ("transformers.models.qwen3.modeling_qwen3", "Qwen3Model"),
+)
+_LINEARS = (
+    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
+)
+_NORMS = (("", "input_layernorm"), ("", "post_attention_layernorm"))
+_NORMS_OF_HEADS = (("self_attn", "q_norm"), ("self_attn", "k_norm"))
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"}
 
-# In place of a step, where a layer has none.
+# In place of a step, where a model has none.
 _NONE = object()
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a layer was when this was made of it.
+    """What the layers of a model were when this was made of them.
 
     Attributes:
-        parts: its modules, each with the modules that its parent has, and by what name.
-        prepared: of its linears, in turn.
-        inputs, rest: their weights.
+        stack: computes them.
+        dicts, keys, things: where each of their parts and weights is found, and what was there.
+        hooks: dictionaries of all hooks that parts may have.
+        own: attributes of all parts, a `forward` in place of their class's not among them.
+        modules: all parts in turn, which are equal only where they are the same.
     """
 
-    parts: list[tuple[dict[str, Any], str, nn.Module]]
-    prepared: list[tuple[PackedLinear, Prepared]]
-    inputs: Weights
-    rest: Weights
+    stack: DecoderStack
+    dicts: list[dict[str, Any]]
+    keys: list[str]
+    things: list[Any]
+    hooks: list[dict[int, Any]]
+    own: list[dict[str, Any]]
+    modules: list[nn.Module]
 
     @classmethod
-    def of(cls, layer: nn.Module) -> _Step | None:
-        """None where a layer has other parts."""
-        parts = []
-        for parent, name in (*_INPUTS, *_REST, *_OTHERS):
-            modules: dict[str, Any] = (layer.get_submodule(parent) if parent else layer)._modules
-            if modules.get(name) is None:
-                return None
-            parts.append((modules, name, modules[name]))
-        linears = [module for _, _, module in parts[: len(_INPUTS) + len(_REST)]]
-        if any(not isinstance(linear, PackedLinear) or linear.transposed or linear.away for linear in linears):
+    def of(cls, model: Any) -> _Step | None:
+        """None where layers have other parts, weights without kernels, or none that is packed."""
+        if not any(isinstance(part, PackedLinear) for part in model.layers.modules()):
             return None
-        if any(linear.bias is not None or linear._fetch or linear.prepared is None for linear in linears):
+        try:
+            return cls._of(model)
+        except (UnknownWeightError, AttributeError, RuntimeError):
             return None
-        inputs = Weights.of([linear.prepared for linear in linears[: len(_INPUTS)]])
-        rest = Weights.of([linear.prepared for linear in linears[len(_INPUTS) :]])
-        if inputs is None or rest is None:
-            return None
-        return cls(parts, [(linear, linear.prepared) for linear in linears], inputs, rest)
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The modules in turn, which are equal only where they are the same."""
-        return [module for _, _, module in self.parts]
+    @classmethod
+    def _of(cls, model: Any) -> _Step | None:
+        norms: list[Tensor] = []
+        weights: list[tuple[Any, Tensor | None]] = []
+        found: list[tuple[dict[str, Any], str, Any]] = []
+        for layer in model.layers:
+            heads = _NORMS_OF_HEADS if hasattr(layer.self_attn, "q_norm") else ()
+            for parent, name in (*_NORMS, *heads):
+                norm = getattr(layer.get_submodule(parent), name)
+                norms.append(norm.weight)
+                found.append((norm._parameters, "weight", norm.weight))
+            for parent, name in _LINEARS:
+                linear = getattr(layer.get_submodule(parent), name)
+                if isinstance(linear, PackedLinear):
+                    if linear.transposed or linear.away or linear._fetch or linear.prepared is None:
+                        return None
+                    found += ((vars(linear), "prepared", linear.prepared), (vars(linear), "_fetch", False))
+                elif type(linear) is nn.Linear:
+                    found.append((linear._parameters, "weight", linear.weight))
+                else:
+                    return None
+                found.append((linear._parameters, "bias", linear.bias))
+                weights.append((linear.prepared if isinstance(linear, PackedLinear) else linear.weight, linear.bias))
+        attention, eps = model.layers[0].self_attn, model.norm.variance_epsilon
+        stack = DecoderStack(weights, norms, eps, attention.head_dim, attention.scaling)
+        within = [*model.layers.modules(), model.norm]
+        found += ((model._modules, name, model._modules[name]) for name in ("layers", "norm"))
+        for parent in within:
+            found += ((parent._modules, name, module) for name, module in parent._modules.items())
+        hooks = [hooks for module in within for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        dicts, keys, things = (list(each) for each in zip(*found, strict=True))
+        return cls(stack, dicts, keys, things, hooks, [vars(module) for module in within], within)
 
     def holds(self) -> bool:
-        """Whether the layer is still the same, and nobody looks at what goes between its parts."""
-        for modules, name, module in self.parts:
-            if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
-                return False
-            if "forward" in module.__dict__:
-                return False
-        return all(linear.prepared is prepared for linear, prepared in self.prepared)
-
-    def __call__(
-        self, layer: Any, x_B1H: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any
-    ) -> Tensor:
-        attention, first, second = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
-        B, D = len(x_B1H), attention.head_dim
-        y = attention_inputs(x_B1H, first.weight, first.variance_epsilon, turn, self.inputs)
-        outputs = [linear.out_features // D for linear, _ in self.prepared[: len(_INPUTS)]]
-        query, key, value = y.view(B, 1, -1, D).transpose(1, 2).split(outputs, 1)
-        key, value = cache.update(key, value, attention.layer_idx)
-        shared = outputs[0] != outputs[1]
-        a = scaled_dot_product_attention(query, key, value, mask, scale=attention.scaling, enable_gqa=shared)
-        z = after_attention(a.reshape(B, -1), x_B1H, second.weight, second.variance_epsilon, self.rest)
-        return z.view_as(x_B1H)
+        """Whether the layers are still the same, and nobody looks at what goes between their parts."""
+        return (
+            all(map(is_, map(dict.get, self.dicts, self.keys), self.things))
+            and not any(self.hooks)
+            and not any(map(contains, self.own, repeat("forward")))
+        )
 
 
-class DecodingLayer(nn.Module):
-    """What is mixed into the class of a decoder layer; everything but a step of decoding on a CPU goes the layer's own way."""
+class DecodingModel(nn.Module):
+    """What is mixed into the class of a model; everything but a step of decoding on a CPU goes the model's own way."""
 
-    #: The layer's own class.
+    #: The model's own class.
     original: type[nn.Module]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        turn: Any = kwargs.get("position_embeddings")
-        cache = kwargs.get("past_key_values")
-        possible = not args and turn is not None and type(cache) is DynamicCache
-        step = self._step() if possible and self._may_step(hidden_states, kwargs) else None
-        if step is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        if len(turn[0]) != len(hidden_states):
-            turn = tuple(each.expand(len(hidden_states), -1, -1) for each in turn)
-        return step(self, hidden_states, kwargs.get("attention_mask"), turn, cache)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        step = self._step() if not args and self._may_step(kwargs) else None
+        found = None if step is None else self._taken(step, kwargs)
+        return super().forward(*args, **kwargs) if found is None else found
 
-    def _may_step(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+    def _may_step(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call is such a step, as far as inputs tell."""
+        ids, at, mask = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs.get("attention_mask")
         return (
-            type(x) is Tensor
-            and x.ndim == 3
-            and x.shape[1] == 1
-            and 1 <= len(x) <= MOST_TOKENS
-            and x.device.type == "cpu"
+            type(ids) is Tensor
+            and ids.ndim == 2
+            and ids.shape[1] == 1
+            and 1 <= len(ids) <= MOST_TOKENS
+            and ids.device.type == "cpu"
+            and kwargs.get("past_key_values") is not None
+            and kwargs.get("inputs_embeds") is None
+            and (at is None or at.shape in ((1, 1), ids.shape))
+            and (mask is None or (type(mask) is Tensor and mask.ndim == 2 and len(mask) == len(ids)))
             and not torch.is_grad_enabled()
             and not self.training
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
-            and not kwargs.get("output_attentions")
-            and (kwargs.get("attention_mask") is None or kwargs["attention_mask"].ndim == 4)
             and not torch_module._has_any_global_hook()
+            and not any(value for key, value in kwargs.items() if key not in _INPUTS and key != "return_dict")
+            and kwargs.get("return_dict", True)
+            and self._is_usual()
         )
 
+    def _is_usual(self) -> bool:
+        """Whether all layers are gone through, by the usual attention, and nothing is asked of what is between them."""
+        me: Any = self
+        config = me.config
+        return (
+            getattr(config, "_attn_implementation", None) == "sdpa"
+            and config.num_hidden_layers == len(me.layers)
+            and not config.output_hidden_states
+            and not config.output_attentions
+        )
+
+    def _taken(self, step: _Step, kwargs: dict[str, Any]) -> BaseModelOutputWithPast | None:
+        """What a step gives; None where the cache or the mask are none for it."""
+        me: Any = self
+        ids_B1, cache = kwargs["input_ids"], kwargs["past_key_values"]
+        mask, at = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        attention, x_B1H = me.layers[0].self_attn, me.embed_tokens(ids_B1)
+        B, D = len(ids_B1), attention.head_dim
+        sizes = (len(me.layers), B, attention.k_proj.out_features // D, D)
+        room = room_in(cache, sizes, x_B1H.dtype)
+        if room is None or (mask is not None and mask.shape[1] != room.filled + 1):
+            return None
+        if at is None:
+            at = torch.full((1, 1), room.filled)
+        turn = me.rotary_emb(x_B1H, position_ids=at)
+        if len(turn[0]) != B:
+            turn = tuple(each.expand(B, -1, -1) for each in turn)
+        seen = None if mask is None else mask.bool()
+        y = step.stack.step(x_B1H, turn, seen, me.norm.weight, room.slab, room.filled)
+        room.grow(cache)
+        return BaseModelOutputWithPast(last_hidden_state=y.view_as(x_B1H), past_key_values=cache)
+
     def _step(self) -> _Step | None:
-        """The layer's step, made anew where the layer has changed; None where it has none."""
+        """The model's step, made anew where the model has changed; None where it has none."""
         old: Any = self.__dict__.get("_decoding")
         if old is _NONE:
             return None
@@ -139,7 +190,7 @@ class DecodingLayer(nn.Module):
         step = _Step.of(self)
         if step is not None and not step.holds():
             return None  # for as long as somebody looks
-        # Other weights in the same modules, as those that are read when they run, change nothing of what a layer does.
+        # Other weights in the same modules, as those that are read when they run, change nothing of what layers do.
         tried = old is not None and step is not None and step.modules == old.modules
         if step is not None and not tried and not self._agrees(step):
             step = None
@@ -147,29 +198,38 @@ class DecodingLayer(nn.Module):
         return step
 
     def _agrees(self, step: _Step) -> bool:
-        """Whether a step gives what the layer itself does, tried with random numbers, but for how that rounds."""
+        """Whether a step gives what the model and its layers do, tried on random numbers, but for how that rounds."""
         me: Any = self
-        attention, weight = me.self_attn, me.input_layernorm.weight
-        activation, implementation = type(me.mlp.act_fn), getattr(attention.config, "_attn_implementation", None)
-        if implementation != "sdpa" or weight.device.type != "cpu" or "SiLU" not in activation.__name__:
+        attention, activation = me.layers[0].self_attn, type(me.layers[0].mlp.act_fn)
+        if "SiLU" not in activation.__name__:
             return False
-        draw = torch.Generator().manual_seed(0)
-        x_11H = torch.randn(1, 1, len(weight), generator=draw).mul_(0.1).to(weight.dtype)
-        angle = torch.rand(1, 1, attention.head_dim // 2, generator=draw).repeat(1, 1, 2) * 6
-        turn = angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
-        heads = me.self_attn.k_proj.out_features // attention.head_dim
-        kept = torch.randn(2, 1, heads, 5, attention.head_dim, generator=draw).to(weight.dtype)
-        caches = DynamicCache(), DynamicCache()
+        draw, dtype = torch.Generator().manual_seed(0), me.norm.weight.dtype
+        heads, D = attention.k_proj.out_features // attention.head_dim, attention.head_dim
+        kept = torch.randn(len(me.layers), 2, 1, heads, 5, D, generator=draw).to(dtype)
+        caches = DynamicCache(config=me.config), DynamicCache(config=me.config)
         for cache in caches:
-            cache.update(kept[0], kept[1], attention.layer_idx)
-        want = super().forward(
-            x_11H, attention_mask=None, past_key_values=caches[0], use_cache=True, position_embeddings=turn
-        )
-        if not isinstance(want, Tensor):
+            for i, (keys, values) in enumerate(kept):
+                cache.update(keys, values, i)
+        ids, at = torch.tensor([[min(7, me.embed_tokens.num_embeddings - 1)]]), torch.full((1, 1), 5)
+        want = super().forward(input_ids=ids, position_ids=at, past_key_values=caches[0], use_cache=True)[0]
+        taken = self._taken(step, {"input_ids": ids, "position_ids": at, "past_key_values": caches[1]})
+        # What all layers make of random keys and values differs by far more than one layer's roundings.
+        eps = torch.finfo(want.dtype).eps
+        if taken is None or not _near(taken[0], want, max(64 * eps, 1e-3), want):
             return False
-        found = step(self, x_11H, None, turn, caches[1])
-        of = max(8 * torch.finfo(want.dtype).eps, 1e-4)
-        return float((found - want).float().norm()) <= of * float(want.float().norm() + x_11H.float().norm())
+        x_11H = torch.randn(1, 1, want.shape[-1], generator=draw).mul_(0.1).to(dtype)
+        turn = me.rotary_emb(x_11H, position_ids=at)
+        for i, layer in enumerate(me.layers):
+            cache, slab = DynamicCache(config=me.config), kept.new_empty(1, 2, 1, heads, 6, D)
+            cache.update(kept[i, 0], kept[i, 1], i)
+            slab[0, :, :, :, :5] = kept[i]
+            want = cast(Any, layer)(
+                x_11H, position_ids=at, past_key_values=cache, use_cache=True, position_embeddings=turn
+            )
+            found = step.stack.step(x_11H, turn, None, None, slab, 5, i)
+            if not isinstance(want, Tensor) or not _near(found.view_as(want), want, max(8 * eps, 1e-4), want, x_11H):
+                return False
+        return True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made here cannot be found by their names.
@@ -177,26 +237,61 @@ class DecodingLayer(nn.Module):
         return _restored, (self.original, state)
 
 
+def _near(found: Tensor, want: Tensor, of: float, *sizes: Tensor) -> bool:
+    """Whether two tensors differ by less than that share of the sizes."""
+    return float((found - want).float().norm()) <= of * sum(float(size.float().norm()) for size in sizes)
+
+
+class DecodingHead(nn.Linear):
+    """A dense head that multiplies a few tokens on a CPU by the compiled kernels; everything else goes its own way."""
+
+    original: type[nn.Module] = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        I, weight = self.in_features, self.weight
+        if (
+            1 <= x.numel() <= MOST_TOKENS * I
+            and x.shape[-1] == I
+            and x.dtype == weight.dtype
+            and x.device.type == weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            y: Tensor = torch.ops.secateur.dense_linear(x.reshape(-1, I), weight, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (self.original, self.__dict__)
+
+
 def decode_in_steps(model: nn.Module) -> None:
-    """Let the layers of a model that has packed linears, where they are of a kind that is known, take steps of decoding so."""
-    known = [getattr(sys.modules.get(module), name, None) for module, name in _LAYERS]
-    for layer in list(model.modules()):
-        if type(layer) in known and any(isinstance(part, PackedLinear) for part in layer.modules()):
-            layer.__class__ = _class_of(type(layer))
+    """Let a model that has packed linears, where it is of a kind that is known, take steps of decoding so."""
+    known = [getattr(sys.modules.get(module), name, None) for module, name in _MODELS]
+    for part in list(model.modules()):
+        if type(part) in known and any(isinstance(linear, PackedLinear) for linear in part.modules()):
+            part.__class__ = _class_of(type(part))
+            head = cast(Any, model).get_output_embeddings()
+            if type(head) is nn.Linear:
+                cast(Any, head).__class__ = _class_of(nn.Linear)
 
 
-_CLASSES: dict[type[nn.Module], type[DecodingLayer]] = {}
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _class_of(original: type[nn.Module]) -> type[DecodingLayer]:
-    """Of the same name, by which transformers knows what is not to be split between devices."""
+def _class_of(original: type[nn.Module]) -> type[nn.Module]:
+    """Of the same name, by which transformers knows it."""
     if original not in _CLASSES:
-        _CLASSES[original] = type(original.__name__, (DecodingLayer, original), {"original": original})
+        mixed = (DecodingHead,) if original is nn.Linear else (DecodingModel, original)
+        names = {"original": original, "__module__": original.__module__}
+        _CLASSES[original] = type(original.__name__, mixed, names)
     return _CLASSES[original]
 
 
-def _restored(original: type[nn.Module], state: dict[str, Any]) -> DecodingLayer:
+def _restored(original: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     cls = _class_of(original)
-    layer = cls.__new__(cls)
-    layer.__setstate__(state)
-    return layer
+    module = cls.__new__(cls)
+    module.__setstate__(state)
+    return module

@@ -4,6 +4,7 @@
 // usage: check_kernels [unpadded]    "unpadded" leaves out what has to follow values and codes: that must be found.
 
 #include "check_columns.h"
+#include "check_step.h"
 #include "products.h"
 #include "random_memory.h"
 
@@ -262,6 +263,7 @@ int main(int count, char** arguments) {
     check_coded(all, number);
     if (number % 4 == 0) check_trellis(all, number);
     check_columns(all, number);
+    check_step(all, number);
     for (const Products* products : {bf16_products(), amx_products()})
       if (products && number % 8 == 0) check_products(*products, number);
   }

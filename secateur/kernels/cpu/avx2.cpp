@@ -13,6 +13,7 @@
 
 #include "columns.h"
 #include "plain.h"
+#include "step.h"
 #include "trellis.h"
 
 #ifdef __clang__
@@ -511,7 +512,11 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
 
 #include "columns_avx2.inl"
 
-const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_avx2, &column_kernels};
+// --- what comes between products
+
+#include "step_math.inl"
+
+const Kernels kernels = {"AVX2", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_avx2, &column_kernels, &step_kernels};
 
 }  // namespace
 }  // namespace secateur

@@ -13,6 +13,7 @@
 
 #include "columns.h"
 #include "plain.h"
+#include "step.h"
 #include "trellis.h"
 
 #ifdef __clang__
@@ -51,39 +52,38 @@ inline __m512 load_some(Floats v, int64_t at, int64_t n) {
 
 // --- values under a bit mask
 
-// The products of 32 columns with T tokens, added up. bfloat16 values are taken apart into even and odd columns, as `x_split` is.
+inline __m512i both_halves(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+
+// 32 values of 16 bits to the places of a mask, by halves; moves on to the next values. Zen 4 takes twice as long for a whole register
+// of them, or where the compiler has them expanded out of memory.
+inline __m512i expand_32(const uint8_t*& values, uint32_t bits) {
+  __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 2 * __builtin_popcount(bits & 0xffff)));
+  __asm__("" : "+v"(low), "+v"(high));
+  values += 2 * __builtin_popcount(bits);
+  return both_halves(_mm256_maskz_expand_epi16(__mmask16(bits), low), _mm256_maskz_expand_epi16(__mmask16(bits >> 16), high));
+}
+
+// Values of 32 columns, in the order of the inputs that they are multiplied by: bfloat16 values are taken apart into even and odd
+// columns, as `x_split` is.
 enum class Kind { bf16, f16, f32 };
 
-template <Kind kind, int T>
-inline void sparse_step(const uint8_t*& values, uint32_t bits, const Inputs& in, int64_t t0, int64_t i, __m512* sum) {
+template <Kind kind>
+inline void expand(const uint8_t*& values, uint32_t bits, __m512* w) {
   if constexpr (kind == Kind::f32) {
-    const __m512 a = _mm512_maskz_expand_ps(__mmask16(bits), _mm512_loadu_ps(values));
+    w[0] = _mm512_maskz_expand_ps(__mmask16(bits), _mm512_loadu_ps(values));
     values += 4 * __builtin_popcount(bits & 0xffff);
-    const __m512 b = _mm512_maskz_expand_ps(__mmask16(bits >> 16), _mm512_loadu_ps(values));
+    w[1] = _mm512_maskz_expand_ps(__mmask16(bits >> 16), _mm512_loadu_ps(values));
     values += 4 * __builtin_popcount(bits >> 16);
-    for (int t = 0; t < T; t++) {
-      const float* x = in.x + (t0 + t) * in.stride + i;
-      sum[t] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x), sum[t]);
-      sum[t] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + 16), sum[t]);
-    }
     return;
   }
-  const __m512i w = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
-  values += 2 * __builtin_popcount(bits);
+  const __m512i both = expand_32(values, bits);
   if constexpr (kind == Kind::bf16) {
-    const __m512 even = even_bf16(w), odd = odd_bf16(w);
-    for (int t = 0; t < T; t++) {
-      const float* x = in.x_split + (t0 + t) * in.stride + i;
-      sum[t] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x), sum[t]);
-      sum[t] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + 16), sum[t]);
-    }
+    w[0] = even_bf16(both);
+    w[1] = odd_bf16(both);
   } else {
-    const __m512 a = _mm512_cvtph_ps(_mm512_castsi512_si256(w)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(w, 1));
-    for (int t = 0; t < T; t++) {
-      const float* x = in.x + (t0 + t) * in.stride + i;
-      sum[t] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x), sum[t]);
-      sum[t] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + 16), sum[t]);
-    }
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
   }
 }
 
@@ -98,13 +98,28 @@ inline void sparse_rows(const Sparse& w, const Inputs& in, int64_t first, int64_
     mask[j] = w.mask + (first + j * D) * B;
     for (int t = 0; t < T; t++) sum[j][t] = _mm512_setzero_ps();
   }
-  for (int64_t b = 0; b < B; b += 8)
+  const float* x = (kind == Kind::bf16 ? in.x_split : in.x) + t0 * in.stride;
+  for (int64_t b = 0; b < B; b += 8, x += 64) {
+    uint64_t bits[R];
     for (int j = 0; j < R; j++) {
-      const uint64_t bits = mask_word(mask[j], b, B);
+      bits[j] = mask_word(mask[j], b, B);
       _mm_prefetch(reinterpret_cast<const char*>(values[j] + PREFETCH), _MM_HINT_T0);
-      sparse_step<kind, T>(values[j], uint32_t(bits), in, t0, 8 * b, sum[j]);
-      sparse_step<kind, T>(values[j], uint32_t(bits >> 32), in, t0, 8 * b + 32, sum[j]);
     }
+    // Unrolled, or the sums would be kept in memory.
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      __m512 xs[T][2];
+      for (int t = 0; t < T; t++)
+        for (int i = 0; i < 2; i++) xs[t][i] = _mm512_loadu_ps(x + t * in.stride + 32 * half + 16 * i);
+#pragma GCC unroll 4
+      for (int j = 0; j < R; j++) {
+        __m512 weight[2];
+        expand<kind>(values[j], uint32_t(bits[j] >> (32 * half)), weight);
+        for (int t = 0; t < T; t++)
+          for (int i = 0; i < 2; i++) sum[j][t] = _mm512_fmadd_ps(weight[i], xs[t][i], sum[j][t]);
+      }
+    }
+  }
   for (int j = 0; j < R; j++)
     for (int t = 0; t < T; t++) y[(t0 + t) * O + first + j * D] = _mm512_reduce_add_ps(sum[j][t]);
 }
@@ -203,10 +218,9 @@ inline void tile_levels(const Coded& w, int64_t tile, float* level, int64_t stri
 }
 
 // Scales and zero points of 16 groups of a row, or of fewer at its end, with zeros after them. `at` counts the groups of all
-// rows, g those of this one. Folded, for codes c that were read as u + c/unit: unit · scale, and scale · (zero + unit · u).
-template <bool folded, bool end>
-inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const float* level, int64_t stride, float* scale,
-                    float* zero, float unit, float u) {
+// rows, g those of this one.
+template <bool end>
+inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const float* level, int64_t stride, __m512& scale, __m512& zero) {
   const __mmask16 some = end ? __mmask16((1u << n) - 1) : __mmask16(0xffff);
   __m512 s, z;
   if (w.scale.data) {
@@ -229,21 +243,29 @@ inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const floa
     s = _mm512_fmadd_ps(_mm512_loadu_ps(level), _mm512_cvtepi32_ps(c), _mm512_loadu_ps(level + stride));
     z = _mm512_fmadd_ps(_mm512_loadu_ps(level + 2 * stride), _mm512_cvtepi32_ps(d), _mm512_loadu_ps(level + 3 * stride));
   }
-  if (folded) {
-    z = _mm512_mul_ps(s, _mm512_add_ps(z, _mm512_set1_ps(unit * u)));
-    s = _mm512_mul_ps(s, _mm512_set1_ps(unit));
-  }
-  _mm512_storeu_ps(scale + g, end ? _mm512_maskz_mov_ps(some, s) : s);
-  _mm512_storeu_ps(zero + g, end ? _mm512_maskz_mov_ps(some, z) : z);
+  scale = end ? _mm512_maskz_mov_ps(some, s) : s;
+  zero = end ? _mm512_maskz_mov_ps(some, z) : z;
 }
 
-// The same for all n groups of a row, from that of number `at` on.
-template <bool folded = false>
-inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero,
-                 float unit = 1, float u = 0) {
+// Calls `body(g, scale, zero)` for all n groups of a row, 16 at a time, from that of number `at` on.
+template <class Body>
+inline void for_grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, const Body& body) {
+  __m512 s, z;
   int64_t g = 0;
-  for (; g + 16 <= n; g += 16) grid_16<folded, false>(w, at + g, g, 16, level, stride, scale, zero, unit, u);
-  if (g < n) grid_16<folded, true>(w, at + g, g, n - g, level, stride, scale, zero, unit, u);
+  for (; g + 16 <= n; g += 16) {
+    grid_16<false>(w, at + g, g, 16, level, stride, s, z);
+    body(g, s, z);
+  }
+  if (g == n) return;
+  grid_16<true>(w, at + g, g, n - g, level, stride, s, z);
+  body(g, s, z);
+}
+
+inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero) {
+  for_grid(w, at, n, level, stride, [&](int64_t g, __m512 s, __m512 z) {
+    _mm512_storeu_ps(scale + g, s);
+    _mm512_storeu_ps(zero + g, z);
+  });
 }
 
 // Numbers to weights, in place.
@@ -354,22 +376,35 @@ inline __m512 fractions_16(const uint8_t* p, __m512i shifts) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shifts, quads(p, bits)), fraction, one, and_or));
 }
 
-// Scales of the blocks of row r, for codes that are read as u + code/unit. What its zero points take away goes to y.
+// Scales of the blocks of row r, for codes c that are read as u + c/unit: unit · scale. What zero points and u take away, scale ·
+// (zero + unit · u) times the inputs of a group, begins the sums.
+template <int T>
 inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, float unit, float u,
-                                 int64_t t0, int64_t T, float* y, int64_t O, Stream& s) {
+                                 int64_t t0, Stream& s, __m512* sum) {
   const int64_t Gs = round_up(w.G + WIDTH);
-  if (w.table.data) {
-    for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = 0;
-    return s.repeated;
-  }
+  for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+  if (w.table.data) return s.repeated;
   if (w.second.data && r / w.tile_rows != s.tile) tile_levels(w, s.tile = r / w.tile_rows, s.levels, Gs);
-  grid<true>(w, groups_before(w, r), w.G, s.levels, Gs, s.scale, s.zero, unit, u);
-  for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = -dot(s.zero, in.group_sum + t * in.sums, w.G);
+  const float* group_sum = in.group_sum + t0 * in.sums;
+  for_grid(w, groups_before(w, r), w.G, s.levels, Gs, [&](int64_t g, __m512 scale, __m512 zero) {
+    const __m512 away = _mm512_mul_ps(scale, _mm512_add_ps(zero, _mm512_set1_ps(unit * u)));
+    for (int t = 0; t < T; t++) sum[t] = _mm512_fnmadd_ps(away, _mm512_loadu_ps(group_sum + t * in.sums + g), sum[t]);
+    _mm512_storeu_ps(s.scale + g, _mm512_mul_ps(scale, _mm512_set1_ps(unit)));
+  });
   const int64_t repeat = (w.group_size + block - 1) / block;
   if (repeat == 1) return s.scale;
   for (int64_t g = 0, b = 0; g < w.G; g++)
     for (const int64_t end = b + repeat < blocks ? b + repeat : blocks; b < end; b++) s.repeated[b] = s.scale[g];
   return s.repeated;
+}
+
+// The sums of four vectors.
+inline __m128 reduce_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 // R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2 to 8 bits, and
@@ -386,8 +421,7 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
     const int64_t r = first + j * D;
     p[j] = w.codes + w.start[r];
     table[j] = lookup ? row_table(w, r) : _mm512_setzero_ps();
-    scales[j] = block_scales(w, in, r, blocks, block, unit, u, t0, T, y, O, streams[j]);
-    for (int t = 0; t < T; t++) sum[j][t] = _mm512_setzero_ps();
+    scales[j] = block_scales<T>(w, in, r, blocks, block, unit, u, t0, streams[j], sum[j]);
   }
   const float* x = in.x + t0 * in.stride;
   // One offset for all rows: advanced each by itself, the compiler keeps pointers in vectors, and fetches them from memory.
@@ -409,10 +443,16 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
       for (int t = 0; t < T; t++) sum[j][t] = _mm512_fmadd_ps(part[j][t], s, sum[j][t]);
     }
   }
+  alignas(16) float totals[R][T];
+  if constexpr (R == 4 && T == 1)
+    _mm_store_ps(totals[0], reduce_four(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
+  else
+    for (int j = 0; j < R; j++)
+      for (int t = 0; t < T; t++) totals[j][t] = _mm512_reduce_add_ps(sum[j][t]);
   for (int j = 0; j < R; j++)
     for (int t = 0; t < T; t++) {
       const int64_t r = first + j * D;
-      y[(t0 + t) * O + r] += _mm512_reduce_add_ps(sum[j][t]) + some_outliers(w, r, in.x + (t0 + t) * in.stride);
+      y[(t0 + t) * O + r] = totals[j][t] + some_outliers(w, r, in.x + (t0 + t) * in.stride);
     }
 }
 
@@ -477,7 +517,11 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
 
 #include "columns_avx512.inl"
 
-const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi, &column_kernels,
+// --- what comes between products
+
+#include "step_math.inl"
+
+const Kernels kernels = {"AVX-512", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_vbmi, &column_kernels, &step_kernels,
                          sparse_bf16, coded_bf16_takes, coded_bf16};
 
 }  // namespace

@@ -6,22 +6,21 @@
 // How far ahead codes are fetched.
 constexpr int64_t ROWS_AHEAD = 4;
 
-inline __m512i both_halves(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
-
 void sparse_bf16(const Sparse& w, int64_t first, int64_t last, int64_t k0, int64_t k1, int64_t* at, uint16_t* to, int64_t stride) {
   const int64_t B = (w.I + 7) / 8;
   for (int64_t r = first; r < last; r++, at++, to += stride) {
     if (k0 == 0) *at = w.start[r];
-    const uint16_t* values = static_cast<const uint16_t*>(w.values.data) + *at;
+    const uint8_t* const start = static_cast<const uint8_t*>(w.values.data);
+    const uint8_t* values = start + 2 * *at;
     for (int64_t k = k0; k < k1; k += 64) {
       const uint64_t bits = mask_word(w.mask + r * B, k / 8, B);
-      _mm_prefetch(reinterpret_cast<const char*>(values) + PREFETCH, _MM_HINT_T0);
-      _mm512_storeu_si512(to + k - k0, _mm512_maskz_expand_epi16(uint32_t(bits), _mm512_loadu_si512(values)));
-      values += __builtin_popcount(uint32_t(bits));
-      if (k + 32 < k1) _mm512_storeu_si512(to + k - k0 + 32, _mm512_maskz_expand_epi16(uint32_t(bits >> 32), _mm512_loadu_si512(values)));
-      values += __builtin_popcount(uint32_t(bits >> 32));
+      _mm_prefetch(reinterpret_cast<const char*>(values + PREFETCH), _MM_HINT_T0);
+      _mm512_storeu_si512(to + k - k0, expand_32(values, uint32_t(bits)));
+      // Beyond the last columns no bits are set.
+      const __m512i rest = expand_32(values, uint32_t(bits >> 32));
+      if (k + 32 < k1) _mm512_storeu_si512(to + k - k0 + 32, rest);
     }
-    *at = values - static_cast<const uint16_t*>(w.values.data);
+    *at = (values - start) / 2;
   }
 }
 

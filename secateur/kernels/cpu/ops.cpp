@@ -2,13 +2,19 @@
 //
 // O: output features, I: input features, T: tokens, G: groups of a row.
 
-#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "by_blocks.h"
+#include "crew.h"
 #include "operators.h"
+#include "plain.h"
+#include "step.h"
 
 namespace secateur {
 namespace {
@@ -263,7 +269,8 @@ Tensor coded_linear(const Tensor& x_any, int64_t bits, const Tensor& codes, cons
   return finish(y, bias, x.scalar_type());
 }
 
-#include "step.inl"
+#include "linears.inl"
+#include "stack.inl"
 
 }  // namespace
 
@@ -276,10 +283,12 @@ STABLE_TORCH_LIBRARY(secateur, m) {
       "coded_linear(Tensor x, int bits, Tensor codes, Tensor start, Tensor? count, Tensor? group_start, int group_size, "
       "Tensor? scale, Tensor? zero, Tensor? pair, Tensor? second, int tile_rows, Tensor? table, Tensor? mask, Tensor? order, "
       "Tensor? outlier_start, Tensor? outlier_column, Tensor? outlier_value, Tensor? bias) -> Tensor");
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("make_stack(Tensor[] parts, int[] forms, Tensor[] norms, float eps, int head, float scale) -> int");
+  m.def("free_stack(int stack) -> bool");
   m.def(
-      "attention_inputs(Tensor x, Tensor norm, float eps, Tensor cos, Tensor sin, Tensor[] parts, int[] forms) -> Tensor");
-  m.def(
-      "after_attention(Tensor a, Tensor x, Tensor norm, float eps, Tensor[] parts, int[] forms) -> Tensor");
+      "stack_step(int stack, int first, int last, Tensor x, Tensor cos, Tensor sin, Tensor? mask, Tensor? norm, Tensor(a!) cache, "
+      "int filled) -> Tensor");
   m.def("use_instructions(str name) -> bool");
   m.def("instructions() -> str");
   m.def("use_products(str name) -> bool");
@@ -289,11 +298,13 @@ STABLE_TORCH_LIBRARY(secateur, m) {
 STABLE_TORCH_LIBRARY_IMPL(secateur, CPU, m) {
   m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
   m.impl("coded_linear", TORCH_BOX(&coded_linear));
-  m.impl("attention_inputs", TORCH_BOX(&attention_inputs));
-  m.impl("after_attention", TORCH_BOX(&after_attention));
+  m.impl("dense_linear", TORCH_BOX(&dense_linear));
+  m.impl("stack_step", TORCH_BOX(&stack_step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(secateur, CompositeExplicitAutograd, m) {
+  m.impl("make_stack", TORCH_BOX(&make_stack));
+  m.impl("free_stack", TORCH_BOX(&free_stack));
   m.impl("use_instructions", TORCH_BOX(&use));
   m.impl("instructions", TORCH_BOX(&using_now));
   m.impl("use_products", TORCH_BOX(&use_products));

@@ -2,6 +2,7 @@
 
 #include "columns.h"
 #include "plain.h"
+#include "step.h"
 #include "trellis.h"
 
 namespace secateur {
@@ -62,8 +63,10 @@ void row_to_bf16(const float* from, uint16_t* to, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
 }
 
+#include "step_math.inl"
+
 }  // namespace
 
-const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_plain, &columns_plain};
+const Kernels plain_kernels = {"plain C++", sparse_dot, sparse_row, coded_dot, coded_row, row_to_bf16, &trellis_plain, &columns_plain, &step_kernels};
 
 }  // namespace secateur

@@ -74,6 +74,7 @@ constexpr int64_t scratch_floats(int64_t I, int64_t G) { return 3 * round_up(I) 
 
 struct TrellisKernels;
 struct ColumnKernels;
+struct StepKernels;
 
 // Kernels for the rows from `first` to before `last`. `y` is [T, O], of which these columns are set.
 struct Kernels {
@@ -87,6 +88,7 @@ struct Kernels {
   void (*to_bf16)(const float* from, uint16_t* to, int64_t n);
   const TrellisKernels* trellis;
   const ColumnKernels* columns;
+  const StepKernels* step;
   // Columns from k0, a multiple of 64, to before k1, a multiple of 32, of the rows from `first` to before `last`, as bfloat16, each
   // `stride` values after the one before, which is 32 more than columns at least; with zeros after the last column. Null where
   // there are no such kernels. Values are bfloat16 themselves; `at` is where the row's next ones begin, and is kept from call to call.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -151,7 +152,9 @@ print(json.dumps({{"first": first, "token": sorted(gaps)[len(gaps) // 2]}}))
 
 
 def run(python: str, code: str, *args: str) -> dict[str, float]:
-    done = subprocess.run([python, "-c", code, *args], capture_output=True, text=True, check=False)
+    # Modules are compiled once, as those of installed packages are, and not by every process.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([python, "-c", code, *args], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{args}: {done.returncode}\n{done.stderr}")
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

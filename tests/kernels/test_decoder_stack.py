@@ -133,23 +133,45 @@ def test_layers_in_float64_are_what_a_stack_gives(kinds, B, dtype):
     close(layers.stack.step(x, turn, None, layers.last, cache, 5), normed(want, layers.last), dtype)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_with_biases_norms_of_heads_hidden_tokens_and_any_threads(instructions, threads):
+def test_with_biases_norms_of_heads_hidden_tokens_and_any_threads(instructions):
     layers = Layers(("coded", "sparse", "dense"), biases=True, norms_of_heads=True)
-    x, turn, cache = inputs(3, FP32, S=37, room=38)
-    seen = torch.rand(3, 38, generator=torch.Generator().manual_seed(4)) < 0.5
-    seen[1] = False
-    want = layers.want(x, turn, seen, cache, 37)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    for B in (1, 3):
+        x, turn, cache = inputs(B, FP32, S=37, room=38)
+        seen = torch.rand(B, 38, generator=torch.Generator().manual_seed(4)) < 0.5
+        seen[-1] = B == 1
+        want = layers.want(x, turn, seen, cache, 37)
         found = layers.stack.step(x, turn, seen, None, cache, 37)
         close(found, want, FP32)
         # The same to the bit, whoever computes what.
-        for _ in range(20):
-            assert torch.equal(layers.stack.step(x, turn, seen, None, cache, 37), found)
-    finally:
-        torch.set_num_threads(before)
+        try:
+            for threads in (1, 2, 5) * 10:
+                torch.set_num_threads(threads)
+                assert torch.equal(layers.stack.step(x, turn, seen, None, cache, 37), found)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_large_products_are_the_same_by_any_threads():
+    """Dealt out in chunks of which none is a multiple of the rows that kernels do side by side."""
+    O, M, I = 1030, 1031, 512
+    shapes = [(O, I), (O, I), (O, I), (I, O), (M, I), (M, I), (I, M)]
+    draw = torch.Generator().manual_seed(0)
+    for kind in ("coded", "sparse", "dense"):
+        made = [weight(kind, *shape, i)[0] for i, shape in enumerate(shapes)]
+        norms = [torch.rand(I, generator=draw) for _ in range(2)]
+        stack = DecoderStack([(each, None) for each in made], norms, EPS, 2, SCALE)
+        x, turn = torch.randn(1, I, generator=draw), (torch.rand(1, 2, generator=draw),) * 2
+        cache, found = torch.randn(1, 2, 1, O // 2, 4, 2, generator=draw), []
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(stack.step(x, turn, None, None, cache, 3))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
 
 
 def test_with_an_empty_cache_one_layer_and_many_tokens(instructions):

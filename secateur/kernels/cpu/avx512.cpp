@@ -444,8 +444,11 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
     }
   }
   alignas(16) float totals[R][T];
+  // One row is added up as four are: what is computed side by side does not show.
   if constexpr (R == 4 && T == 1)
     _mm_store_ps(totals[0], reduce_four(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
+  else if constexpr (R == 1 && T == 1)
+    totals[0][0] = _mm_cvtss_f32(reduce_four(sum[0][0], sum[0][0], sum[0][0], sum[0][0]));
   else
     for (int j = 0; j < R; j++)
       for (int t = 0; t < T; t++) totals[j][t] = _mm512_reduce_add_ps(sum[j][t]);

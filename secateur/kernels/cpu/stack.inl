@@ -50,7 +50,7 @@ class Stack {
   std::vector<Floats> scales_;
   float eps_, scale_;
   int64_t layers_, per_layer_, H_, D_;
-  std::mutex looking_;
+  std::mutex stepping_;  // one call at a time, since each looks where weights are
 };
 
 // One call of `Stack::step`: its memory, and the phases of each layer.
@@ -261,10 +261,8 @@ Tensor Stack::step(int64_t first, int64_t last, const Tensor& x_any, const Tenso
   }
   if (norm) STD_TORCH_CHECK(norm->numel() == H_, "secateur: the last norm's weight is not [", H_, "]");
   const Floats last_scale = norm ? floats_of(*norm, H_, "the last norm's weight") : Floats();
-  {
-    const std::lock_guard<std::mutex> lock(looking_);
-    look();
-  }
+  const std::lock_guard<std::mutex> lock(stepping_);
+  look();
   Step step(*this, first, last, T, filled, room, torch::stable::get_num_threads());
   with_values(x, [&](const auto* values) { step.set(values); });
   with_values(cache, [&](const auto* values) {

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from secateur.kernels.cpu.decoder_stack import MOST_TOKENS, DecoderStack, UnknownWeightError
 from secateur.kernels.module import PackedLinear
+from secateur.kernels.packed import FLOAT_DTYPES
 from secateur.plugin.room_in_cache import room_in
 
 # Models that are such layers between a table of embeddings and a norm, by module and class.
@@ -164,12 +165,12 @@ class DecodingModel(nn.Module):
         me: Any = self
         ids_B1, cache = kwargs["input_ids"], kwargs["past_key_values"]
         mask, at = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        attention, x_B1H = me.layers[0].self_attn, me.embed_tokens(ids_B1)
-        B, D = len(ids_B1), attention.head_dim
-        sizes = (len(me.layers), B, attention.k_proj.out_features // D, D)
-        room = room_in(cache, sizes, x_B1H.dtype)
+        attention, B = me.layers[0].self_attn, len(ids_B1)
+        D = attention.head_dim
+        room = room_in(cache, (len(me.layers), B, attention.k_proj.out_features // D, D))
         if room is None or (mask is not None and mask.shape[1] != room.filled + 1):
             return None
+        x_B1H = me.embed_tokens(ids_B1)
         if at is None:
             at = torch.full((1, 1), room.filled)
         turn = me.rotary_emb(x_B1H, position_ids=at)
@@ -250,9 +251,12 @@ class DecodingHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         I, weight = self.in_features, self.weight
         if (
-            1 <= x.numel() <= MOST_TOKENS * I
+            type(x) is Tensor
+            and type(weight) is nn.Parameter
+            and 1 <= x.numel() <= MOST_TOKENS * I
             and x.shape[-1] == I
             and x.dtype == weight.dtype
+            and x.dtype in FLOAT_DTYPES
             and x.device.type == weight.device.type == "cpu"
             and weight.is_contiguous()
             and not torch.is_grad_enabled()

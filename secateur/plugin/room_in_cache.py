@@ -10,10 +10,11 @@ from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from secateur.kernels.packed import FLOAT_DTYPES
 
 # Room for so many tokens more, or for a quarter of those that there are.
 _LEAST_ROOM = 64
@@ -57,25 +58,26 @@ class Room:
 _ROOMS: WeakKeyDictionary[DynamicCache, Room] = WeakKeyDictionary()
 
 
-def room_in(cache: Any, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Room | None:
+def room_in(cache: Any, shape: tuple[int, int, int, int]) -> Room | None:
     """The room of a cache; None where it is none that grows so, or is of other sizes.
 
     Args:
         cache: whatever a model was given.
         shape: (L, B, K, D).
-        dtype: of keys and values.
     """
     if type(cache) is not DynamicCache or len(cache.layers) != shape[0] or cache.offloading:
+        return None
+    if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
         return None
     held = list(chain.from_iterable((layer.keys, layer.values) for layer in cache.layers))
     room = _ROOMS.get(cache)
     if room is None or not room.is_of(held):
-        if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
-            return None
-        S = held[0].shape[-2] if held[0].ndim == 4 else 0
+        S, dtype = held[0].shape[-2] if held[0].ndim == 4 else 0, held[0].dtype
         want = (shape[1], shape[2], S, shape[3])
-        if not S or any(t.shape != want or t.dtype != dtype or t.device.type != "cpu" for t in held):
+        if not S or dtype not in FLOAT_DTYPES:
+            return None
+        if any(t.shape != want or t.dtype != dtype or t.device.type != "cpu" for t in held):
             return None
         room = _ROOMS[cache] = Room(held)
     L, _, B, K, _, D = room.slab.shape
-    return room if shape == (L, B, K, D) and room.slab.dtype == dtype else None
+    return room if shape == (L, B, K, D) else None

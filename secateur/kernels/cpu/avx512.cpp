@@ -11,6 +11,9 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "columns.h"
 #include "plain.h"
 #include "trellis.h"
@@ -203,10 +206,9 @@ inline void tile_levels(const Coded& w, int64_t tile, float* level, int64_t stri
 }
 
 // Scales and zero points of 16 groups of a row, or of fewer at its end, with zeros after them. `at` counts the groups of all
-// rows, g those of this one. Folded, for codes c that were read as u + c/unit: unit · scale, and scale · (zero + unit · u).
-template <bool folded, bool end>
-inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const float* level, int64_t stride, float* scale,
-                    float* zero, float unit, float u) {
+// rows, g those of this one.
+template <bool end>
+inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const float* level, int64_t stride, __m512& scale, __m512& zero) {
   const __mmask16 some = end ? __mmask16((1u << n) - 1) : __mmask16(0xffff);
   __m512 s, z;
   if (w.scale.data) {
@@ -229,21 +231,29 @@ inline void grid_16(const Coded& w, int64_t at, int64_t g, int64_t n, const floa
     s = _mm512_fmadd_ps(_mm512_loadu_ps(level), _mm512_cvtepi32_ps(c), _mm512_loadu_ps(level + stride));
     z = _mm512_fmadd_ps(_mm512_loadu_ps(level + 2 * stride), _mm512_cvtepi32_ps(d), _mm512_loadu_ps(level + 3 * stride));
   }
-  if (folded) {
-    z = _mm512_mul_ps(s, _mm512_add_ps(z, _mm512_set1_ps(unit * u)));
-    s = _mm512_mul_ps(s, _mm512_set1_ps(unit));
-  }
-  _mm512_storeu_ps(scale + g, end ? _mm512_maskz_mov_ps(some, s) : s);
-  _mm512_storeu_ps(zero + g, end ? _mm512_maskz_mov_ps(some, z) : z);
+  scale = end ? _mm512_maskz_mov_ps(some, s) : s;
+  zero = end ? _mm512_maskz_mov_ps(some, z) : z;
 }
 
-// The same for all n groups of a row, from that of number `at` on.
-template <bool folded = false>
-inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero,
-                 float unit = 1, float u = 0) {
+// Calls `body(g, scale, zero)` for all n groups of a row, 16 at a time, from that of number `at` on.
+template <class Body>
+inline void for_grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, const Body& body) {
+  __m512 s, z;
   int64_t g = 0;
-  for (; g + 16 <= n; g += 16) grid_16<folded, false>(w, at + g, g, 16, level, stride, scale, zero, unit, u);
-  if (g < n) grid_16<folded, true>(w, at + g, g, n - g, level, stride, scale, zero, unit, u);
+  for (; g + 16 <= n; g += 16) {
+    grid_16<false>(w, at + g, g, 16, level, stride, s, z);
+    body(g, s, z);
+  }
+  if (g == n) return;
+  grid_16<true>(w, at + g, g, n - g, level, stride, s, z);
+  body(g, s, z);
+}
+
+inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero) {
+  for_grid(w, at, n, level, stride, [&](int64_t g, __m512 s, __m512 z) {
+    _mm512_storeu_ps(scale + g, s);
+    _mm512_storeu_ps(zero + g, z);
+  });
 }
 
 // Numbers to weights, in place.
@@ -354,22 +364,35 @@ inline __m512 fractions_16(const uint8_t* p, __m512i shifts) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shifts, quads(p, bits)), fraction, one, and_or));
 }
 
-// Scales of the blocks of row r, for codes that are read as u + code/unit. What its zero points take away goes to y.
+// Scales of the blocks of row r, for codes c that are read as u + c/unit: unit · scale. What zero points and u take away, scale ·
+// (zero + unit · u) times the inputs of a group, begins the sums.
+template <int T>
 inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, float unit, float u,
-                                 int64_t t0, int64_t T, float* y, int64_t O, Stream& s) {
+                                 int64_t t0, Stream& s, __m512* sum) {
   const int64_t Gs = round_up(w.G + WIDTH);
-  if (w.table.data) {
-    for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = 0;
-    return s.repeated;
-  }
+  for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+  if (w.table.data) return s.repeated;
   if (w.second.data && r / w.tile_rows != s.tile) tile_levels(w, s.tile = r / w.tile_rows, s.levels, Gs);
-  grid<true>(w, groups_before(w, r), w.G, s.levels, Gs, s.scale, s.zero, unit, u);
-  for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = -dot(s.zero, in.group_sum + t * in.sums, w.G);
+  const float* group_sum = in.group_sum + t0 * in.sums;
+  for_grid(w, groups_before(w, r), w.G, s.levels, Gs, [&](int64_t g, __m512 scale, __m512 zero) {
+    const __m512 away = _mm512_mul_ps(scale, _mm512_add_ps(zero, _mm512_set1_ps(unit * u)));
+    for (int t = 0; t < T; t++) sum[t] = _mm512_fnmadd_ps(away, _mm512_loadu_ps(group_sum + t * in.sums + g), sum[t]);
+    _mm512_storeu_ps(s.scale + g, _mm512_mul_ps(scale, _mm512_set1_ps(unit)));
+  });
   const int64_t repeat = (w.group_size + block - 1) / block;
   if (repeat == 1) return s.scale;
   for (int64_t g = 0, b = 0; g < w.G; g++)
     for (const int64_t end = b + repeat < blocks ? b + repeat : blocks; b < end; b++) s.repeated[b] = s.scale[g];
   return s.repeated;
+}
+
+// The sums of four vectors.
+inline __m128 reduce_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 // R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2 to 8 bits, and
@@ -386,8 +409,7 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
     const int64_t r = first + j * D;
     p[j] = w.codes + w.start[r];
     table[j] = lookup ? row_table(w, r) : _mm512_setzero_ps();
-    scales[j] = block_scales(w, in, r, blocks, block, unit, u, t0, T, y, O, streams[j]);
-    for (int t = 0; t < T; t++) sum[j][t] = _mm512_setzero_ps();
+    scales[j] = block_scales<T>(w, in, r, blocks, block, unit, u, t0, streams[j], sum[j]);
   }
   const float* x = in.x + t0 * in.stride;
   // One offset for all rows: advanced each by itself, the compiler keeps pointers in vectors, and fetches them from memory.
@@ -409,10 +431,19 @@ void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int6
       for (int t = 0; t < T; t++) sum[j][t] = _mm512_fmadd_ps(part[j][t], s, sum[j][t]);
     }
   }
+  alignas(16) float totals[R][T];
+  // One row is added up as four are: what is computed side by side does not show.
+  if constexpr (R == 4 && T == 1)
+    _mm_store_ps(totals[0], reduce_four(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
+  else if constexpr (R == 1 && T == 1)
+    totals[0][0] = _mm_cvtss_f32(reduce_four(sum[0][0], sum[0][0], sum[0][0], sum[0][0]));
+  else
+    for (int j = 0; j < R; j++)
+      for (int t = 0; t < T; t++) totals[j][t] = _mm512_reduce_add_ps(sum[j][t]);
   for (int j = 0; j < R; j++)
     for (int t = 0; t < T; t++) {
       const int64_t r = first + j * D;
-      y[(t0 + t) * O + r] += _mm512_reduce_add_ps(sum[j][t]) + some_outliers(w, r, in.x + (t0 + t) * in.stride);
+      y[(t0 + t) * O + r] = totals[j][t] + some_outliers(w, r, in.x + (t0 + t) * in.stride);
     }
 }
 
@@ -440,7 +471,10 @@ void fused(const Coded& w, const Inputs& in, int64_t first, int64_t last, float*
   }
 }
 
+#include "turned_groups_avx512.inl"
+
 void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (turned_takes(w, in)) return any_turned_dot(w, in, first, last, y, O, scratch);
   if (!w.mask && (w.table.data || w.group_size >= w.I || w.group_size % 16 == 0)) {
     if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
     if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);

@@ -169,6 +169,22 @@ def test_coded(kind, O, I, T, bits, x_dtype, bias, seed, **options):
     check(weight, W_OI, inputs(T, I, x_dtype, seed), bias_of(O, x_dtype, bias))
 
 
+@every_set
+@pytest.mark.parametrize("T", [1, 2, 7])
+@pytest.mark.parametrize(("O", "I"), [(1, 17), (5, 250), (37, 256), (23, 530)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_groups_of_16(bits, O, I, T):
+    """A lane a group: some whole vectors of groups and one with few, and tiles that do not begin where rows are shared out."""
+    two_levels = {"group_size": 16, "outliers": "some", "order": True}
+    for weight, W_OI in (
+        load_coded("packed-int", O, I, bits, group_size=16),
+        load_coded("packed-int", O, I, bits, group_size=16, symmetric=True),
+        load_coded("spqr", O, I, bits, tile_rows=16, **two_levels),
+        load_coded("spqr", O, I, bits, tile_rows=3, scale_bits=7, **two_levels),
+    ):
+        check(weight, W_OI, inputs(T, I, BF16, T))
+
+
 LARGE = [
     (FP32, {}),
     (BF16, {}),

@@ -102,7 +102,7 @@ void check_coded(const std::vector<const Kernels*>& all, int64_t number) {
   if (kind == 0) {
     w.table = memory.values(O << w.bits, half, true);
   } else {
-    w.group_size = std::min<int64_t>(I, one_of<int64_t>({1, 3, 16, 32, 48, 64, 96, 128, 1000}));
+    w.group_size = std::min<int64_t>(I, one_of<int64_t>({1, 3, 16, 16, 16, 32, 48, 64, 96, 128, 1000}));
     w.G = (I + w.group_size - 1) / w.group_size;
     for (int64_t r = 0; r < O; r++) groups[r] = (K[r] + w.group_size - 1) / w.group_size;
     const std::vector<int64_t> group_start = running_sum<int64_t>(groups);

@@ -129,17 +129,20 @@ std::vector<T> running_sum(const std::vector<int64_t>& counts) {
 }
 
 Inputs random_inputs(Memory& memory, int64_t T, int64_t I, int64_t group_size, int64_t G, bool split) {
-  const int64_t stride = round_up(I), sums = G ? round_up(G) : 0;
-  std::vector<float> x(T * stride), x_split(T * stride), group_sum(T * sums);
+  const int64_t stride = round_up(I), sums = G ? round_up(G) : 0, turned = group_size == TURNED ? turned_floats(G) : 0;
+  std::vector<float> x(T * stride), x_split(T * stride), group_sum(T * sums), x_turned(T * turned);
   std::normal_distribution<float> normal;
-  for (int64_t t = 0; t < T; t++)
+  for (int64_t t = 0; t < T; t++) {
     for (int64_t i = 0; i < I; i++) {
       x[t * stride + i] = normal(draw);
       x_split[t * stride + i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = x[t * stride + i];
       if (G) group_sum[t * sums + i / group_size] += x[t * stride + i];
     }
+    if (turned) turn(&x[t * stride], I, G, &x_turned[t * turned]);
+  }
   const float* sum_of_groups = G ? memory.exactly(group_sum) : nullptr;
-  return {T, stride, memory.exactly(x), split ? memory.exactly(x_split) : nullptr, sum_of_groups, sums};
+  return {T, stride, memory.exactly(x), split ? memory.exactly(x_split) : nullptr, sum_of_groups, sums,
+          turned ? memory.exactly(x_turned) : nullptr, turned};
 }
 
 void fail(const char* what, const Kernels& kernels, int64_t weight) {

@@ -1,8 +1,7 @@
 // The kernels for processors with AVX2, F16C and FMA: x86-64-v3, nearly all since 2013. Inputs and sums are float32 whatever
 // the inputs were.
 //
-// AVX2 cannot expand values under the bits of a mask, so each byte of the mask looks up how to shuffle eight values to their
-// places. Eight codes of up to four bits lie in one 32-bit word: each lane has a copy of it and shifts its own code down.
+// Eight codes of up to four bits lie in one 32-bit word: each lane has a copy of it and shifts its own code down.
 // vpermps, which looks only at the low three bits of a lane, then finds what it stands for.
 
 #include "rows.h"
@@ -10,6 +9,9 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <immintrin.h>
+
+#include <algorithm>
+#include <utility>
 
 #include "columns.h"
 #include "plain.h"
@@ -72,143 +74,7 @@ inline float reduce_add(__m256 v) {
 
 // --- values under a bit mask
 
-// For each byte of a mask, which of the next eight values comes to each of eight columns: in bytes of 16-bit values, and in
-// numbers of 32-bit values. A high bit stands for a zero.
-struct Places {
-  uint8_t of_16[256][16] = {};
-  uint8_t of_32[256][8] = {};
-};
-
-constexpr Places find_places() {
-  Places places;
-  for (int byte = 0; byte < 256; byte++)
-    for (int i = 0, k = 0; i < 8; i++) {
-      const bool set = byte >> i & 1;
-      places.of_16[byte][2 * i] = set ? uint8_t(2 * k) : 128;
-      places.of_16[byte][2 * i + 1] = set ? uint8_t(2 * k + 1) : 128;
-      places.of_32[byte][i] = set ? uint8_t(k) : 128;
-      k += set;
-    }
-  return places;
-}
-
-alignas(64) constexpr Places PLACES = find_places();
-
-// Eight bytes of a mask, and how many values stand before each byte's first: one byte each.
-struct MaskWord {
-  uint64_t bits, before;
-
-  explicit MaskWord(uint64_t word) : bits(word) {
-    uint64_t n = word - (word >> 1 & 0x5555555555555555);
-    n = (n & 0x3333333333333333) + (n >> 2 & 0x3333333333333333);
-    n = (n + (n >> 4)) & 0x0f0f0f0f0f0f0f0f;
-    before = n * 0x0101010101010101 << 8;
-  }
-
-  int64_t count() const { return __builtin_popcountll(bits); }
-  unsigned byte(int b) const { return bits >> (8 * b) & 255; }
-  // At most 4 · 56 bytes: the product stays within its byte.
-  template <int size>
-  int64_t offset(int b) const { return before * size >> (8 * b) & 255; }
-};
-
-inline __m128i expand_16(const uint8_t* values, const MaskWord& word, int b) {
-  return _mm_shuffle_epi8(load_whole(values + word.offset<2>(b)), load_whole(PLACES.of_16[word.byte(b)]));
-}
-
-// Of two bytes' columns.
-inline __m256i expand_pair(const uint8_t* values, const MaskWord& word, int b) {
-  const __m256i found = _mm256_inserti128_si256(_mm256_castsi128_si256(load_whole(values + word.offset<2>(b))),
-                                                load_whole(values + word.offset<2>(b + 1)), 1);
-  const __m256i places = _mm256_inserti128_si256(_mm256_castsi128_si256(load_whole(PLACES.of_16[word.byte(b)])),
-                                                 load_whole(PLACES.of_16[word.byte(b + 1)]), 1);
-  return _mm256_shuffle_epi8(found, places);
-}
-
-inline __m256 expand_32(const uint8_t* values, const MaskWord& word, int b) {
-  const __m256i places = _mm256_cvtepi8_epi32(load_half(PLACES.of_32[word.byte(b)]));
-  const __m256 found = _mm256_loadu_ps(reinterpret_cast<const float*>(values + word.offset<4>(b)));
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(found, places), _mm256_setzero_ps(), _mm256_castsi256_ps(places));
-}
-
-enum class Kind { bf16, f16, f32 };
-
-// The weights of 32 columns, from those of byte b of the mask on: in the order of `x_split` for bfloat16, of `x` otherwise.
-template <Kind kind>
-inline void expand(const uint8_t* values, const MaskWord& word, int b, __m256* w) {
-  if constexpr (kind == Kind::bf16) {
-    const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-    for (int i = 0; i < 2; i++) {
-      const __m256i both = expand_pair(values, word, b + 2 * i);
-      w[i] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-      w[i + 2] = _mm256_castsi256_ps(_mm256_and_si256(both, odd));
-    }
-  } else {
-    for (int i = 0; i < 4; i++) {
-      if constexpr (kind == Kind::f16)
-        w[i] = _mm256_cvtph_ps(expand_16(values, word, b + i));
-      else
-        w[i] = expand_32(values, word, b + i);
-    }
-  }
-}
-
-// R rows, D apart, with T tokens.
-template <Kind kind, int T, int R>
-void sparse_rows(const Sparse& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O) {
-  constexpr int size = kind == Kind::f32 ? 4 : 2;
-  const int64_t B = (w.I + 7) / 8;
-  const uint8_t *values[R], *mask[R];
-  __m256 sum[R][T][2];
-  for (int j = 0; j < R; j++) {
-    values[j] = static_cast<const uint8_t*>(w.values.data) + w.start[first + j * D] * size;
-    mask[j] = w.mask + (first + j * D) * B;
-    for (int t = 0; t < T; t++) sum[j][t][0] = sum[j][t][1] = _mm256_setzero_ps();
-  }
-  const float* x = (kind == Kind::bf16 ? in.x_split : in.x) + t0 * in.stride;
-  for (int64_t b = 0; b < B; b += 8, x += 64) {
-    // Unrolled, or the sums would be kept in memory.
-#pragma GCC unroll 2
-    for (int j = 0; j < R; j++) {
-      const MaskWord word(mask_word(mask[j], b, B));
-      _mm_prefetch(reinterpret_cast<const char*>(values[j] + PREFETCH), _MM_HINT_T0);
-      for (int half = 0; half < 2; half++) {
-        __m256 weight[4];
-        expand<kind>(values[j], word, 4 * half, weight);
-        for (int t = 0; t < T; t++)
-          for (int i = 0; i < 4; i++) {
-            const __m256 xs = _mm256_loadu_ps(x + t * in.stride + 32 * half + 8 * i);
-            sum[j][t][i & 1] = _mm256_fmadd_ps(weight[i], xs, sum[j][t][i & 1]);
-          }
-      }
-      values[j] += word.count() * size;
-    }
-  }
-  for (int j = 0; j < R; j++)
-    for (int t = 0; t < T; t++)
-      y[(t0 + t) * O + first + j * D] = reduce_add(_mm256_add_ps(sum[j][t][0], sum[j][t][1]));
-}
-
-#include "sparse_dot.inl"
-
-// Values of a row to their columns.
-inline void place(const uint8_t* mask, int64_t I, const void* stored, Float dtype, float* row) {
-  const int64_t B = (I + 7) / 8;
-  const uint8_t* values = static_cast<const uint8_t*>(stored);
-  for (int64_t b = 0; b < B; b += 8) {
-    const MaskWord word(mask_word(mask, b, B));
-    for (int i = 0; i < 8 && b + i < B; i++) {
-      const __m256 w = dtype == Float::f32 ? expand_32(values, word, i) : widen(expand_16(values, word, i), dtype);
-      _mm256_storeu_ps(row + 8 * (b + i), w);
-    }
-    values += word.count() * (dtype == Float::f32 ? 4 : 2);
-  }
-}
-
-void sparse_row(const Sparse& w, int64_t r, float* row) {
-  const int64_t size = w.values.dtype == Float::f32 ? 4 : 2;
-  place(w.mask + r * ((w.I + 7) / 8), w.I, static_cast<const uint8_t*>(w.values.data) + w.start[r] * size, w.values.dtype, row);
-}
+#include "sparse_avx2.inl"
 
 // --- codes
 
@@ -285,38 +151,47 @@ inline void tile_levels(const Coded& w, int64_t tile, float* level, int64_t stri
   }
 }
 
-// Scales and zero points of n groups of a row, from that of number `at` on, and zeros up to the next eight.
+struct Grid8 {
+  __m256 scale, zero;
+};
+
+// Scales and zero points of 8 groups of a row, or of `left` at its end, with zeros after them. `at` counts the groups of all rows,
+// g those of this one.
+template <bool end>
+inline Grid8 grid_8(const Coded& w, int64_t at, int64_t g, int64_t left, const float* level, int64_t stride) {
+  if (!end) left = 8;
+  __m256 s, z;
+  if (w.scale.data) {
+    s = load_some(w.scale, at, left);
+    z = _mm256_set1_ps(float(1 << (w.bits - 1)));
+    if (w.zero) z = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_some(w.zero + at, left, 1)));
+    if (w.level.data) z = load_some(w.level, at, left);
+  } else {
+    __m256i c, d;
+    if (w.nibbles) {
+      const __m256i both = _mm256_cvtepu8_epi32(load_some(w.pair + at, left, 1));
+      c = _mm256_and_si256(both, _mm256_set1_epi32(15));
+      d = _mm256_srli_epi32(both, 4);
+    } else {
+      const __m256i both = _mm256_cvtepu16_epi32(load_some(w.pair + 2 * at, left, 2));
+      c = _mm256_and_si256(both, _mm256_set1_epi32(255));
+      d = _mm256_srli_epi32(both, 8);
+    }
+    level += g;
+    s = _mm256_fmadd_ps(_mm256_loadu_ps(level), _mm256_cvtepi32_ps(c), _mm256_loadu_ps(level + stride));
+    z = _mm256_fmadd_ps(_mm256_loadu_ps(level + 2 * stride), _mm256_cvtepi32_ps(d), _mm256_loadu_ps(level + 3 * stride));
+  }
+  if (!end) return {s, z};
+  const __m256 there = _mm256_castsi256_ps(first_lanes(left));
+  return {_mm256_and_ps(s, there), _mm256_and_ps(z, there)};
+}
+
+// The same for all n groups of a row, from that of number `at` on.
 inline void grid(const Coded& w, int64_t at, int64_t n, const float* level, int64_t stride, float* scale, float* zero) {
   for (int64_t g = 0; g < n; g += 8) {
-    const int64_t left = n - g;
-    __m256 s, z;
-    if (w.scale.data) {
-      s = load_some(w.scale, at + g, left);
-      z = _mm256_set1_ps(float(1 << (w.bits - 1)));
-      if (w.zero) z = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_some(w.zero + at + g, left, 1)));
-      if (w.level.data) z = load_some(w.level, at + g, left);
-    } else {
-      __m256i c, d;
-      if (w.nibbles) {
-        const __m256i both = _mm256_cvtepu8_epi32(load_some(w.pair + at + g, left, 1));
-        c = _mm256_and_si256(both, _mm256_set1_epi32(15));
-        d = _mm256_srli_epi32(both, 4);
-      } else {
-        const __m256i both = _mm256_cvtepu16_epi32(load_some(w.pair + 2 * (at + g), left, 2));
-        c = _mm256_and_si256(both, _mm256_set1_epi32(255));
-        d = _mm256_srli_epi32(both, 8);
-      }
-      const float* of_zero = level + 2 * stride;
-      s = _mm256_fmadd_ps(_mm256_loadu_ps(level + g), _mm256_cvtepi32_ps(c), _mm256_loadu_ps(level + stride + g));
-      z = _mm256_fmadd_ps(_mm256_loadu_ps(of_zero + g), _mm256_cvtepi32_ps(d), _mm256_loadu_ps(of_zero + stride + g));
-    }
-    if (left < 8) {
-      const __m256 there = _mm256_castsi256_ps(first_lanes(left));
-      s = _mm256_and_ps(s, there);
-      z = _mm256_and_ps(z, there);
-    }
-    _mm256_storeu_ps(scale + g, s);
-    _mm256_storeu_ps(zero + g, z);
+    const Grid8 found = g + 8 <= n ? grid_8<false>(w, at + g, g, 8, level, stride) : grid_8<true>(w, at + g, g, n - g, level, stride);
+    _mm256_storeu_ps(scale + g, found.scale);
+    _mm256_storeu_ps(zero + g, found.zero);
   }
 }
 
@@ -380,102 +255,11 @@ inline float some_outliers(const Coded& w, int64_t r, const float* x) {
   return reduce_add(sum) + rest;
 }
 
-// Σ scale · zero · Σx over the groups of a row: what the zero points take away.
-inline float zeros_dot(const float* scale, const float* zero, const float* sums, int64_t G) {
-  __m256 sum = _mm256_setzero_ps();
-  for (int64_t g = 0; g < G; g += 8) {
-    const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(scale + g), _mm256_loadu_ps(zero + g));
-    sum = _mm256_fmadd_ps(product, _mm256_loadu_ps(sums + g), sum);
-  }
-  return reduce_add(sum);
-}
-
-// Scales of the blocks of row r. What its zero points take away goes to y.
-inline const float* block_scales(const Coded& w, const Inputs& in, int64_t r, int64_t blocks, int64_t block, int64_t t0,
-                                 int64_t T, float* y, int64_t O, Stream& s) {
-  const int64_t Gs = round_up(w.G + WIDTH);
-  if (w.table.data) {
-    for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = 0;
-    return s.repeated;
-  }
-  if (w.second.data && r / w.tile_rows != s.tile) tile_levels(w, s.tile = r / w.tile_rows, s.levels, Gs);
-  grid(w, groups_before(w, r), w.G, s.levels, Gs, s.scale, s.zero);
-  for (int64_t t = t0; t < t0 + T; t++) y[t * O + r] = -zeros_dot(s.scale, s.zero, in.group_sum + t * in.sums, w.G);
-  const int64_t repeat = (w.group_size + block - 1) / block;
-  if (repeat == 1) return s.scale;
-  for (int64_t g = 0, b = 0; g < w.G; g++)
-    for (const int64_t end = b + repeat < blocks ? b + repeat : blocks; b < end; b++) s.repeated[b] = s.scale[g];
-  return s.repeated;
-}
-
-// R rows, D apart, whose codes are multiplied where they stand: all weights are stored, codes have 2 to 8 bits, and
-// groups are of whole blocks of columns, which have one scale.
-template <int bits, int block, int T, int R>
-void fused_rows(const Coded& w, const Inputs& in, int64_t first, int64_t D, int64_t t0, float* y, int64_t O, Stream* streams) {
-  const int64_t blocks = (w.I + block - 1) / block;
-  const __m256i shifts = shifts_8(bits);
-  const uint8_t* p[R];
-  const float* scales[R];
-  __m256 sum[R][T];
-  // Rows side by side have the same kind of grid, but each its own table.
-  const Meaning meaning[2] = {Meaning(w, first), Meaning(w, first + (R - 1) * D)};
-  for (int j = 0; j < R; j++) {
-    const int64_t r = first + j * D;
-    p[j] = w.codes + w.start[r];
-    scales[j] = block_scales(w, in, r, blocks, block, t0, T, y, O, streams[j]);
-    for (int t = 0; t < T; t++) sum[j][t] = _mm256_setzero_ps();
-  }
-  const float* x = in.x + t0 * in.stride;
-  for (int64_t b = 0; b < blocks; b++, x += block) {
-    __m256 part[R][T];
-    for (int j = 0; j < R; j++) _mm_prefetch(reinterpret_cast<const char*>(p[j] + PREFETCH), _MM_HINT_T0);
-    for (int i = 0; i < block; i += 8) {
-      __m256 xs[T];
-      for (int t = 0; t < T; t++) xs[t] = _mm256_loadu_ps(x + t * in.stride + i);
-      for (int j = 0; j < R; j++) {
-        const uint8_t* at = p[j] + i / 8 * bits;
-        const __m256 q = bits == 8 ? bytes_8(at) : meaning[j](codes_8(at, bits, shifts), bits);
-        for (int t = 0; t < T; t++)
-          part[j][t] = i == 0 ? _mm256_mul_ps(q, xs[t]) : _mm256_fmadd_ps(q, xs[t], part[j][t]);
-      }
-    }
-    for (int j = 0; j < R; j++) {
-      p[j] += block / 8 * bits;
-      const __m256 s = _mm256_set1_ps(scales[j][b]);
-      for (int t = 0; t < T; t++) sum[j][t] = _mm256_fmadd_ps(part[j][t], s, sum[j][t]);
-    }
-  }
-  for (int j = 0; j < R; j++)
-    for (int t = 0; t < T; t++) {
-      const int64_t r = first + j * D;
-      y[(t0 + t) * O + r] += reduce_add(sum[j][t]) + some_outliers(w, r, in.x + (t0 + t) * in.stride);
-    }
-}
-
-template <int bits, int block, int T>
-void fused_tokens(const Coded& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O,
-                  float* scratch) {
-  constexpr int R = T == 1 ? ROWS : 1;
-  const int64_t blocks = (w.I + block - 1) / block;
-  Stream streams[R];
-  for (Stream& s : streams) scratch = s.lay_out(w, blocks, scratch);
-  const int64_t D = (last - first) / R;
-  for (int64_t r = first; r < first + D; r++) fused_rows<bits, block, T, R>(w, in, r, D, t0, y, O, streams);
-  for (int64_t r = first + R * D; r < last; r++) fused_rows<bits, block, T, 1>(w, in, r, 1, t0, y, O, streams);
-}
-
-template <int bits>
-void fused(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
-  if (w.table.data || w.group_size >= w.I || w.group_size % 64 == 0) {
-    SECATEUR_BY_TOKENS((fused_tokens<bits, 64, T>(w, in, first, last, t0, y, O, scratch)))
-  } else if (w.group_size % 32 == 0) {
-    SECATEUR_BY_TOKENS((fused_tokens<bits, 32, T>(w, in, first, last, t0, y, O, scratch)))
-  } else {
-    SECATEUR_BY_TOKENS((fused_tokens<bits, 16, T>(w, in, first, last, t0, y, O, scratch)))
-  }
-}
+#include "fused_avx2.inl"
+#include "turned_groups_avx2.inl"
 
 void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (turned_takes(w, in)) return any_turned_dot(w, in, first, last, y, O, scratch);
   if (!w.mask && (w.table.data || w.group_size >= w.I || w.group_size % 16 == 0)) {
     if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
     if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);

@@ -11,6 +11,9 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "columns.h"
 #include "plain.h"
 #include "step.h"
@@ -483,7 +486,10 @@ void fused(const Coded& w, const Inputs& in, int64_t first, int64_t last, float*
   }
 }
 
+#include "turned_groups_avx512.inl"
+
 void coded_dot(const Coded& w, const Inputs& in, int64_t first, int64_t last, float* y, int64_t O, float* scratch) {
+  if (turned_takes(w, in)) return any_turned_dot(w, in, first, last, y, O, scratch);
   if (!w.mask && (w.table.data || w.group_size >= w.I || w.group_size % 16 == 0)) {
     if (w.bits == 2) return fused<2>(w, in, first, last, y, O, scratch);
     if (w.bits == 3) return fused<3>(w, in, first, last, y, O, scratch);

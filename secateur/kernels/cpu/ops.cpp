@@ -78,11 +78,12 @@ void lay_row(const X* x, const int32_t* order, int64_t I, float* to) {
 
 Laid lay_out(const Tensor& x, int64_t group_size, int64_t G, bool split, const int32_t* order) {
   const int64_t T = x.size(0), I = x.size(1), stride = round_up(I), sums = round_up(G);
-  const int64_t floats = stride * (split ? 2 : 1) + sums;
+  const int64_t turned = group_size == TURNED ? turned_floats(G) : 0, floats = stride * (split ? 2 : 1) + sums + turned;
   Laid laid{empty(T, floats, ScalarType::Float), {}};
   float* const rows = static_cast<float*>(laid.memory.data_ptr());
   float* const splits = rows + T * stride;
-  float* const group_sums = rows + T * (floats - sums);
+  float* const group_sums = rows + T * (floats - sums - turned);
+  float* const turns = rows + T * (floats - turned);
   for (int64_t t = 0; t < T; t++) {
     float* to = rows + t * stride;
     with_values(x, [&](const auto* values) { lay_row(values + t * I, order, I, to); });
@@ -92,8 +93,9 @@ Laid lay_out(const Tensor& x, int64_t group_size, int64_t G, bool split, const i
     for (int64_t g = 0; g < sums; g++) {
       group_sums[t * sums + g] = sum_of(to, std::min(g * group_size, I), std::min((g + 1) * group_size, I));
     }
+    if (turned) turn(to, I, G, turns + t * turned);
   }
-  laid.in = {T, stride, rows, split ? splits : nullptr, G ? group_sums : nullptr, sums};
+  laid.in = {T, stride, rows, split ? splits : nullptr, G ? group_sums : nullptr, sums, turned ? turns : nullptr, turned};
   return laid;
 }
 

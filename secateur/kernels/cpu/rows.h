@@ -64,7 +64,21 @@ struct Inputs {
   const float* x_split;        // of every 32 columns the even ones before the odd ones; null unless values are bfloat16
   const float* group_sum;      // [T, sums]: of each group; null where there are no groups
   int64_t sums;                // a multiple of WIDTH
+  const float* x_turned;       // [T, turned], see `turn`; null unless groups are of TURNED columns
+  int64_t turned;
 };
+
+// Groups of so many columns are multiplied as many at a time, a lane each.
+constexpr int64_t TURNED = 16;
+constexpr int64_t turned_floats(int64_t G) { return (G + TURNED - 1) / TURNED * TURNED * TURNED; }
+
+// Of each TURNED groups the first column of all, then the second, and so on; with zeros for what is beyond the last of I columns.
+inline void turn(const float* x, int64_t I, int64_t G, float* to) {
+  for (int64_t k = 0; k < turned_floats(G); k++) {
+    const int64_t within = k % (TURNED * TURNED), i = k - within + within % TURNED * TURNED + within / TURNED;
+    to[k] = i < I ? x[i] : 0;
+  }
+}
 
 // Rows that a kernel does side by side, at most.
 constexpr int MOST_ROWS = 4;

@@ -62,8 +62,10 @@ class Process:
         # As a daemon, it does not outlive the tests.
         given = (run, what, self._args, str(self._folder), *setting)
         self._process = CONTEXT.Process(target=_work, args=given, daemon=True)
-        # What computes does so on one thread, and threads do not survive a fork.
+        # What computes does so on one thread, and threads do not survive a fork. The server imports Triton, with the others, as
+        # who compiles needs it.
         with mock.patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):
+            os.environ.pop("TRITON_INTERPRET", None)
             self._process.start()
 
     @classmethod

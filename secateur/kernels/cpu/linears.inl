@@ -46,7 +46,7 @@ class Linear {
   int64_t scratch() const { return bits_ > 0 ? scratch_floats(I, coded_.G) : 0; }
 
   // Floats that `lay` takes for so many tokens.
-  int64_t laid_floats(int64_t T) const { return T * (2 * round_up(I) + round_up(coded_.G)); }
+  int64_t laid_floats(int64_t T) const { return T * (2 * round_up(I) + round_up(coded_.G) + turned()); }
 
   // Whether inputs that are laid out for one serve the other.
   bool reads_as(const Linear& other) const {
@@ -57,7 +57,7 @@ class Linear {
   Inputs lay(const float* rows, int64_t T, float* memory) const {
     const int64_t stride = round_up(I), sums = round_up(coded_.G);
     const StepKernels& kernels = *chosen()->step;
-    Inputs in = {T, stride, rows, nullptr, nullptr, sums};
+    Inputs in = {T, stride, rows, nullptr, nullptr, sums, nullptr, turned()};
     if (order_) {
       for (int64_t t = 0; t < T; t++) {
         lay_row(rows + t * stride, order_, I, memory + t * stride);
@@ -74,6 +74,11 @@ class Linear {
     if (coded_.G) {
       for (int64_t t = 0; t < T; t++) kernels.group_sums(in.x + t * stride, I, coded_.group_size, coded_.G, memory + t * sums);
       in.group_sum = memory;
+      memory += T * sums;
+    }
+    if (in.turned) {
+      for (int64_t t = 0; t < T; t++) turn(in.x + t * stride, I, coded_.G, memory + t * in.turned);
+      in.x_turned = memory;
     }
     return in;
   }
@@ -99,6 +104,7 @@ class Linear {
   // So that no product of sizes is too large for its type.
   static constexpr int64_t MOST_FEATURES = int64_t(1) << 28;
 
+  int64_t turned() const { return coded_.group_size == TURNED ? turned_floats(coded_.G) : 0; }
   bool splits() const { return bits_ == 0 && sparse_.values.dtype == Float::bf16; }
 
   int64_t bits_;

@@ -279,7 +279,7 @@ def _spare_head(model: Any) -> None:
     train to multiply that, and the head is the largest of all.
     """
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
+    if getattr(head, "original", type(head)) is nn.Linear:  # its own class, or that of `decode_steps`
         head.register_forward_pre_hook(_side_by_side)
 
 

@@ -99,8 +99,9 @@ def test_what_is_not_computed_on_as_it_lies_in_the_files(made, streamed):
 def test_mixtures(name, build, streamed, ids, tmp_path):
     source = build(tmp_path / "source", mixtures.config_of(name))
     secateur.compress(str(source), tmp_path / "out", secateur.Recipe(quantize="rtn"))
-    model = streamed(tmp_path / "out")
-    assert torch.equal(logits(model, ids), logits(secateur.load(tmp_path / "out"), ids))
+    model, whole = streamed(tmp_path / "out"), secateur.load(tmp_path / "out")
+    # BLAS may round by where a weight lies, as that of a shared expert's gate, which is dense.
+    torch.testing.assert_close(logits(model, ids), logits(whole, ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["dense", "bitmap", "nm"])

@@ -273,9 +273,11 @@ def compress_command(
     return [*command, "--quiet", "--json"]
 
 
-def compress(model: Path | str, out: Path, options: list[str], calibration: Path | str, threads: int) -> dict[str, Any]:
+def compress(
+    model: Path | str, out: Path, options: list[str], calibration: Path | str, threads: int, samples: int = SAMPLES
+) -> dict[str, Any]:
     """Run `secateur compress` in a process of its own; its report."""
-    command = compress_command(model, out, options, calibration)
+    command = compress_command(model, out, options, calibration, samples)
     env = {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env={**_environment(), **env}, check=False)
     if done.returncode:

@@ -134,6 +134,18 @@ class Plan:
         return self.match_dense or self.chooses_damping or (self.pruning is not None and self.pruning.refits)
 
     @property
+    def looks_first(self) -> bool:
+        """Whether what all linears of a block read is looked at before any of them changes.
+
+        Where nothing makes up for what goes, norms of inputs are all that counts, and what earlier linears have lost to N:M
+        counts in them as if it were signal.
+        """
+        pruning = self.pruning
+        if pruning is None or pruning.refiner is not None or self.match_dense or self.sparsifier is not None:
+            return False
+        return self.level == Level.MOMENTS and isinstance(pruning.pattern, NM)
+
+    @property
     def chooses_damping(self) -> bool:
         """Whether a method leaves its damping to be chosen, as `reconstruct` always does."""
         pruning = self.pruning

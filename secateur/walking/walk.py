@@ -1,8 +1,8 @@
 """The walk through one block: statistics, solving and propagation in one forward pass.
 
 Every batch runs up to the first linear of a stage and hands its input over. When all have arrived the stage is solved, its new
-weights are put in place, and the batches go on: every later linear sees what the earlier ones have become. Experts announce
-what some of them are about to read, which is one stage.
+weights are put in place, and the batches go on: every later linear sees what the earlier ones have become, but for methods that
+look first. Experts announce what some of them are about to read, which is one stage.
 
 T: tokens, I: input features, N: windows, S: tokens of a window.
 """
@@ -97,6 +97,7 @@ class Target:
         experts: how those of the block are visited.
         halves: whether statistics of even and of odd windows are kept apart.
         sizes: begins counting how large the inputs of some linears are, by their names; None where nobody asks.
+        first: whether the inputs of all stages are looked at before any of them is solved, which takes a second pass.
     """
 
     stages: list[Stage]
@@ -107,6 +108,7 @@ class Target:
     experts: ExpertsInTurn
     halves: bool = False
     sizes: Callable[[Sequence[str]], Histogram | None] | None = None
+    first: bool = False
 
     def way(self, pause: bool) -> Way:
         """How batches pass, where they may pause or not."""
@@ -163,14 +165,24 @@ def walk(passage: Passage, target: Target, way: Way, beside: Beside | None = Non
         batches = [left.enter_context(closing(_Batches(passage, target, way)))]
         if beside is not None:
             batches.append(left.enter_context(closing(beside.batches(target, way))))
+        seen: list[list[Gathered]] = []
         for number, stage in enumerate(target.stages):
             for each in batches:
                 each.stage = number
             gathered = _gather(passage, target, batches, stage)
-            if gathered:
+            if target.first:
+                seen.append(gathered)
+            elif gathered:
                 target.solve(gathered)
             for one in experts:
                 one.enter(stage)
+        if target.first:
+            left.close()
+            for gathered in filter(None, seen):
+                target.solve(gathered)
+            if passage.outputs is not None:
+                passage.run()
+            return
         for each, out in zip(batches, outputs, strict=True):
             each.stage = len(target.stages)
             for i in range(len(passage.calls) if out is not None else 0):
@@ -295,7 +307,8 @@ class _Batches:
 
     def inputs(self, i: int) -> Iterator[Sequence[Rows]]:
         """What the stage reads of batch i: one input, or all where linears are used again."""
-        batch = self._standing.pop(i, None) or self._start(i, last=self._way is Way.PAUSE)
+        last = self._way is Way.PAUSE and not self._target.first
+        batch = self._standing.pop(i, None) or self._start(i, last)
         if self._way is Way.REPEAT:
             while isinstance(arrival := self._go_on(batch), _Arrival):
                 yield arrival.rows

@@ -299,9 +299,9 @@ class Journey:
         block = walker.prepared.blocks[number]
         stages, again = walker.stages(block, probe[number], probe[0], linears, self.turns.at_once)
         experts = ExpertsInTurn(walker.prepared, self.turns, whole=again)
-        target = Target(
-            stages, linears, again, level, solve, experts, walker.prepared.plan.needs_halves, walker.prepared.sizes
-        )
+        plan, sizes = walker.prepared.plan, walker.prepared.sizes
+        first = plan.looks_first and not walker.prepared.has_experts(number)
+        target = Target(stages, linears, again, level, solve, experts, plan.needs_halves, sizes, first)
         way = target.way(self.pause)
         if way is Way.REPEAT:
             walker.read(number, whole=True)

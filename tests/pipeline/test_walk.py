@@ -53,6 +53,8 @@ def compress(source, out, wanted, **options):
 def reference(source, wanted, groups, prefix, dtype=torch.float32):
     """The walk as anyone would first write it: for each group of linears, run the whole model as it is by then.
 
+    Wanda alone, by N:M, has each block looked at before any of it changes.
+
     Returns:
         The weights `[O, I]` of every linear, and the relative squared error of its output.
     """
@@ -63,15 +65,21 @@ def reference(source, wanted, groups, prefix, dtype=torch.float32):
     ids_NS = windows(documents, tokenizer, SEQ_LEN, SAMPLES, seed=seed, bos=bos, named=Named("it"))
     pattern = parse_pattern(wanted.pattern, wanted.sparsity)
     weights, errors = {}, {}
+    looks_first = wanted.prune == "wanda" and wanted.pattern is not None and wanted.refine is None
+
+    def read_by(name):
+        inputs = []
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        model(input_ids=ids_NS, use_cache=False)
+        handle.remove()
+        return inputs[0].reshape(-1, inputs[0].shape[-1])
+
     for block in range(model.config.num_hidden_layers):
-        for group in groups:
+        seen = [read_by(f"{prefix}.{block}.{group[0]}") if looks_first else None for group in groups]
+        for group, before_TI in zip(groups, seen, strict=True):
             names = [f"{prefix}.{block}.{part}" for part in group]
             linears = [model.get_submodule(name) for name in names]
-            inputs = []
-            handle = linears[0].register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-            model(input_ids=ids_NS, use_cache=False)
-            handle.remove()
-            x_TI = inputs[0].reshape(-1, inputs[0].shape[-1])
+            x_TI = before_TI if looks_first else read_by(names[0])
             stats = InputStats.empty(x_TI.shape[1], Level.GRAM)
             stats.add(x_TI)
             for name, linear in zip(names, linears, strict=True):

@@ -60,7 +60,15 @@ PER_LAYER_SHARES = (0.25, 0.375)
 WIDTHS = {
     "all alike, neurons": [],
     "all alike, neurons,heads,blocks": ["--units", "neurons,heads,blocks"],
-    "per layer": ["--widths", "per-layer", "--allocation", "search"],
+    "per layer, neurons": ["--widths", "per-layer", "--allocation", "search", "--units", "neurons"],
+    "per layer, neurons,heads,blocks": [
+        "--widths",
+        "per-layer",
+        "--allocation",
+        "search",
+        "--units",
+        "neurons,heads,blocks",
+    ],
 }
 OURS = {
     "wanda, no refit": ["--prune", "wanda", "--no-refit"],

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.effects import LABELS
 from secateur.checkpoint.verify import verify
 from secateur.core.ranks import Ranks
 from secateur.core.stats import Level
@@ -50,7 +51,6 @@ from secateur.recipes.plan import plan
 from secateur.recipes.recipe import Recipe
 from secateur.runs.compress import put_together
 from secateur.runs.drop_experts import provisionally
-from secateur.search.effects import LABELS
 from secateur.search.goal import Goal, goal_of
 from secateur.search.searcher import TOKENS, Searcher
 from secateur.search.table_candidates import BITS as TABLE_BITS
@@ -307,8 +307,7 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     # Blocks of a mixture of experts may follow some without, so that weights tell more than their number.
     weights = searcher.weights
     ratio = sum(weights.values()) / max(sum(weights[name] for name in prepared.chosen_in(0)), 1)
-    seconds = opening + ratio * clock.seconds["solving"]
-    seconds += len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
+    seconds = ratio * clock.seconds["solving"] + len(ids_NS) / 2 * (spent["forward"] + spent["statistics"])
     shapes = {name: weight_matrix(prepared.linear(name)).shape for name in prepared.chosen}
     # On the tokens that effects are measured on: a forward pass through all parameters, backward passes that take twice as
     # long, and a product with the weights for each candidate.
@@ -317,6 +316,7 @@ def _searched(job: Job, goal: Goal, folder: Path) -> _Searched:
     measured = TABLE_TOKENS / ids_NS.shape[1] * (1 + len(searcher.tables) * len(TABLE_BITS))
     seconds += measured * whole * spent["forward"] if searcher.tables else 0.0
     rows = TOKENS * sum(searcher.reached_share(name) * (LABELS * O + I) for name, (O, I) in shapes.items())
+    seconds = opening + getattr(goal, "rounds", 1) * seconds
     return _Searched(seconds, prepared.whole_memory, int(2 * rows), result)
 
 

@@ -28,7 +28,8 @@ class Goal(Protocol):
         name: what `allocation` is then, or the field of the recipe that asks for it.
         models: that are made and measured on the way, at most.
 
-    An allocation that is one way to reach what another goal is for has `takes`, the name of that goal.
+    An allocation that is one way to reach what another goal is for has `takes`, the name of that goal. One that solves its
+    candidates, and measures what they do, several times says in `rounds` how often.
     """
 
     name: ClassVar[str]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.calibration.effects import Effects, gather_effects
 from secateur.calibration.tokens import cut
 from secateur.core.stats import InputStats, Level
 from secateur.folder.writer import entry_bytes
@@ -30,7 +31,6 @@ from secateur.prune.wanda import wanda_score
 from secateur.recipes.goals import also_tried, with_methods
 from secateur.recipes.recipe import UNTOUCHED, Choice, Recipe
 from secateur.search.candidates import Candidate, Library, bare, fitting, for_a_target, near_the_mean, quick
-from secateur.search.effects import Effects, gather_effects
 from secateur.search.outliers import outlier_share
 from secateur.search.shared_choices import SharedChoices
 from secateur.search.table_candidates import forms_of, open_tables, table_candidates, with_choices
@@ -299,8 +299,8 @@ def _each(look: Callable[[list[str], InputStats], object]) -> Solve:
     return all_of
 
 
-def pieces(ids_NS: Tensor, bos: list[int]) -> Tensor:
-    """Windows cut into pieces of at most `WINDOW` tokens, each with what a text begins with, as many as hold `TOKENS`."""
+def pieces(ids_NS: Tensor, bos: list[int], tokens: int = TOKENS) -> Tensor:
+    """Windows cut into pieces of at most `WINDOW` tokens, each with what a text begins with, as many as hold some tokens."""
     length = min(WINDOW, ids_NS.shape[1])
     found = [piece for ids in ids_NS.tolist() for piece in cut(ids, bos, length)]
-    return torch.tensor(found[: max(1, TOKENS // length)])
+    return torch.tensor(found[: max(1, tokens // length)])

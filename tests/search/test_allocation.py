@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 
 import secateur
 from secateur import Calibration, Choice, Recipe, UsageError
+from secateur.calibration.effects import gather_effects
 from secateur.evaluation.uncertainty import interval
 from secateur.pipeline.prepared import Prepared
 from secateur.recipes.plan import plan
 from secateur.search import searcher
 from secateur.search.budget import share_sparsity
-from secateur.search.effects import gather_effects
 from secateur.search.goal import goal_of
 from secateur.search.goals import perplexity_rise
 from secateur.search.goals.owl import by_outliers

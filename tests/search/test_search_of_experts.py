@@ -11,10 +11,10 @@ from test_allocation import true_divergence
 
 import secateur
 from secateur import Calibration, Choice, Recipe, UsageError
+from secateur.calibration.effects import gather_effects
 from secateur.mixture.unfuse import experts_in, fused_in, unfuse
 from secateur.model.block_names import without_expert
 from secateur.search.candidates import Candidate
-from secateur.search.effects import gather_effects
 from secateur.search.shared_choices import SharedChoices
 from secateur.search.unreached import expect_unreached, share_of
 

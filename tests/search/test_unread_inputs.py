@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import secateur
+from secateur.calibration.effects import Effects, gather_effects
 from secateur.gates.running import as_if_written, gates_of
-from secateur.search.effects import Effects, gather_effects
 from secateur.search.goals.unread_inputs import _smallest
 
 

@@ -235,13 +235,22 @@ def test_a_search_finds_the_share(units, model_of, text_file, tmp_path):
 
 
 def test_a_search_that_loses_no_more_than_all_alike(model_of, text_file, tmp_path, monkeypatch):
-    """Where the loss of blocks that are alike is least, they are made alike."""
-    from secateur.search.goals import per_layer
+    """Where blocks that are alike are nearest to the dense model, they are made alike."""
+    from secateur.search.rehearsal import Rehearsal
 
-    monkeypatch.setattr(per_layer._Trial, "loss", lambda self, widths: float(len(set(widths.values()))))
+    measured, make = Rehearsal.measure, Rehearsal.make
+    sets = []
+
+    def made(self, now, wider):
+        sets.append(dict(now))
+        make(self, now, wider)
+
+    monkeypatch.setattr(Rehearsal, "make", made)
+    monkeypatch.setattr(Rehearsal, "measure", lambda self: (float(len(set(sets[-1].values()))), measured(self)[1]))
     model = str(model_of("llama", num_hidden_layers=4))
     recipe = recipe_of(text_file, sparsity=0.35, units="neurons", allocation="search")
     secateur.compress(model, tmp_path / "out", recipe)
+    assert len(sets) > 1
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 

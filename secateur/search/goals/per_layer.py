@@ -1,8 +1,8 @@
 """Sharing what goes between blocks that each have widths of their own, so that the model's predictions change least.
 
-What a width of a linear costs is known from one backward pass, as far as nothing else changes. A quarter of a model is more
-than that: what goes at one place makes the rest matter more, or less. So costs are weighed by a few numbers, and each set of
-widths that these lead to is put into the model: the loss on text says which numbers are right.
+What a width costs is not to be told from the dense model: what goes before it, and how the rest makes up for that, changes
+what it is worth. So a model is made as a run makes it, and measured: how far is it from the dense model, and how much nearer
+would it be if each linear had a little more? Widths move as far as such slopes reach, the next model is made, and so on.
 
 N: windows, S: tokens of a window, O: output features, I: input features, K: features that stay.
 """
@@ -12,44 +12,39 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import ClassVar
 
 from secateur.core.patterns import Structured
-from secateur.core.stats import InputStats
 from secateur.errors import UsageError
-from secateur.model.structure import is_transposed
 from secateur.pipeline.calibrate import Windows
-from secateur.pipeline.solve import stacked
-from secateur.prune.refit import choose_damping, refit_with
 from secateur.recipes.goals import PER_LAYER
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.goal import goal
-from secateur.search.goals.shapes import known_structure, loss_without, pattern_of, result_bytes, sites_of
-from secateur.search.searcher import Searcher, pieces
+from secateur.search.goals.shapes import Priced, known_structure, pattern_of, prices, result_bytes, sites_of
+from secateur.search.rehearsal import Rehearsal, Widths
+from secateur.search.searcher import Searcher
 from secateur.solvers.knapsack import choose
 from secateur.structured.own_widths import Fitter
 from secateur.structured.sites import Site, Width
 from secateur.structured.structure_of import head_widths, multiple_for
-from secateur.walking.walk import Gathered
 
 _LOG = logging.getLogger(__name__)
 
-# How many widths of a linear's neurons are tried, at least and at most; between them as many as make steps of such a share of
-# all that the blocks have.
-_LEAST, _MOST, _STEP = 8, 24, 0.005
-# What costs are weighed by, one after the other, each the best that was measured so far times or plus one of these.
-_POWERS = (0.5, 0.75, 1.0, 1.5)
-_HEADS = (0.25, 0.5, 2.0, 4.0)
-_DEPTHS = (-1.5, -0.75, 0.75, 1.5)
-# Tokens that the loss of a set is measured on: all see the same.
-_TRIED = 1024
+# What a linear has lost grows or shrinks by no more than these from one model to the next, or by one width.
+_SHRINKS, _GROWS = 0.5, 1.5
+# What counts of what was measured one model ago, of what counts of the last.
+_FORGOTTEN = 0.6
+# Widths of a linear's neurons that are told apart, at most.
+_WIDTHS = 48
+# A linear is asked what it would be with this share of what it has lost, or more.
+_BACK = 0.2
+# A factor is not smaller than this share of the median of all; and where all are zero.
+_SMALL, _TINY = 0.1, 1e-30
+# Widths that a linear which loses nothing at first is tried with.
+_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -59,51 +54,28 @@ class _Option:
     Attributes:
         width: of it.
         left: how many weights then hang on it.
-        cost: nats a token, if nothing else changes.
+        gone: how many do no more.
     """
 
     width: Width
     left: int
-    cost: float
-
-
-@dataclass(frozen=True)
-class _Weighing:
-    """How costs are weighed.
-
-    Attributes:
-        power: that they are raised to: below 1, what costs much already may go as a whole.
-        heads: by which those of attention are multiplied.
-        depth: how much more what goes late counts than what goes early: the last block e to this power times as much as that in
-            the middle.
-    """
-
-    power: float = 1.0
-    heads: float = 1.0
-    depth: float = 0.0
-
-    def of(self, option: _Option, site: Site, mean: float, place: float) -> float:
-        """Of an option for a linear in a block at a place between −1 and 1."""
-        cost: float = (max(option.cost, 0.0) / mean) ** self.power
-        return cost * math.exp(self.depth * place) * (self.heads if site.coupling.kind == "heads" else 1.0)
-
-
-#: A width for each linear, by name.
-_Set = dict[str, Width]
+    gone: int
 
 
 @goal
 @dataclass(frozen=True)
 class PerLayer:
-    """The widths of each block that together lose a share of the blocks' weights, and with which the loss is least.
+    """The widths of each block that together lose a share of the blocks' weights, and with which predictions change least.
 
     Attributes:
         pattern: what is asked for.
+        rounds: how many sets of widths are made and measured, at most.
     """
 
     pattern: Structured
     name: ClassVar[str] = PER_LAYER
     models: ClassVar[int] = 0
+    rounds: ClassVar[int] = 6
 
     @classmethod
     def of(cls, recipe: Recipe) -> PerLayer:
@@ -113,209 +85,232 @@ class PerLayer:
         searcher.check_memory()
 
     def tried(self, searcher: Searcher) -> list[Choice]:
-        return [Choice((i + 1) / _LEAST) for i in range(_LEAST - 1)]
+        # As wide as it is, and wider.
+        return [Choice(0.5), Choice(0.25)]
 
     def result_bytes(self, searcher: Searcher) -> int | None:
         return result_bytes(searcher, self.pattern)
 
     def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
-        options = self._options(searcher, windows)
+        options = self._options(searcher)
         blocks = _Blocks.of(searcher, self.pattern, options)
-        trial = _Trial.of(searcher, windows)
-        best = _Weighing()
-        found = blocks.best(best)
-        least = trial.loss(found)
-        for tried in (_powers, _heads, _depths, _powers):
-            for weighing in tried(best):
-                widths = blocks.best(weighing)
-                loss = trial.loss(widths)
-                if loss < least:
-                    best, found, least = weighing, widths, loss
-        alike = blocks.alike()
-        if alike is not None and trial.loss(alike) < least:
-            found = alike
-        return {name: Choice(units=width.units, groups=width.groups) for name, width in found.items()}
+        curves = _Curves(options)
+        now = blocks.alike()
+        uncut = {
+            name: _tried(among)
+            for name, among in options.items()
+            if len(among) > 1 and (now is None or now[name] == among[0].width)
+        }
+        if uncut:
+            curves.learn_alone(prices(searcher, windows, uncut))
+        if now is None:
+            now = blocks.best(curves)
+        rehearsal = Rehearsal.of(searcher, windows)
+        made: list[tuple[float, Widths]] = []
+        for number in range(1, self.rounds + 1):
+            searcher.job.say(f"set {number} of widths")
+            wider = {name: width for name in now if (width := curves.wider(name, now[name])) is not None}
+            rehearsal.make(now, wider if number < self.rounds else {})
+            divergence, slopes = rehearsal.measure()
+            made.append((divergence, now))
+            _LOG.info("set %d of widths: %.4f nats a token from the dense model", number, divergence)
+            curves.learn(now, wider, slopes)
+            now = blocks.best(curves, now)
+            if any(now == before for _, before in made):
+                break
+        _, best = min(made, key=lambda each: each[0])
+        return {name: Choice(units=width.units, groups=width.groups) for name, width in best.items()}
 
-    def _widths(self, searcher: Searcher) -> dict[str, list[Width]]:
+    def _options(self, searcher: Searcher) -> dict[str, list[_Option]]:
         """What each linear may become, the widest first: what its block can be built with."""
         prepared, structure = searcher.prepared, known_structure(searcher)
         fitter = Fitter(prepared.source, prepared.model, structure.probed)
-        found = {}
         sites = sites_of(searcher)
         whole = sum(s.weights(s.width) - s.weights(Width(0)) for s in sites if s.coupling.kind == "neurons")
         alike = self.pattern.sparsity * structure.probed.weights / max(whole, 1)
+        found = {}
         for site in sites:
-            if site.coupling.kind == "neurons":
-                among = self._neurons(site, structure.probed.weights, alike)
-            else:
-                among = self._heads(site)
-            found[site.name] = [site.width, *(width for width in among if fitter.of(site, width) is not None)]
+            among = self._neurons(site, alike) if site.coupling.kind == "neurons" else self._heads(site)
+            full = site.weights(site.width)
+            fits = [site.width, *(width for width in among if fitter.of(site, width) is not None)]
+            each = [_Option(width, site.weights(width), full - site.weights(width)) for width in fits]
+            found[site.name] = sorted(each, key=lambda option: option.gone)
+        if all(len(each) == 1 for each in found.values()):
+            raise UsageError(
+                f"blocks of {prepared.source.name} cannot be built with widths of their own: leave `widths` out"
+            )
         return found
 
-    def _neurons(self, site: Site, total: int, alike: float) -> list[Width]:
+    def _neurons(self, site: Site, alike: float) -> list[Width]:
         """Fewer neurons: in steps, and as many as all blocks would lose if nothing else went."""
         none = [Width(0)] if self._may_be_none("neurons") else []
         if "neurons" not in self.pattern.units:
             return none
         own, multiple = site.width.units, multiple_for(site, self.pattern)
-        whole = site.weights(site.width) - site.weights(Width(0))
-        steps = min(max(_LEAST, math.ceil(whole / total / _STEP)), _MOST)
-        tried = {max(1, round(own * i / steps / multiple)) * multiple for i in range(1, steps)}
+        tried = {max(1, round(own * i / _WIDTHS / multiple)) * multiple for i in range(1, _WIDTHS)}
         if alike < 1:
             tried.add(max(1, round((1 - alike) * own / multiple)) * multiple)
-        return [*(Width(units) for units in sorted(tried, reverse=True) if units < own), *none]
+        return [*(Width(units) for units in tried if units < own), *none]
 
     def _heads(self, site: Site) -> list[Width]:
         none = [Width(0)] if self._may_be_none("heads") else []
-        return [*(sorted(head_widths(site), reverse=True) if "heads" in self.pattern.units else []), *none]
+        return [*(head_widths(site) if "heads" in self.pattern.units else []), *none]
 
     def _may_be_none(self, kind: str) -> bool:
         return kind in self.pattern.units or "blocks" in self.pattern.units
 
-    def _options(self, searcher: Searcher, windows: Windows) -> dict[str, list[_Option]]:
-        """What each linear may become, and what that costs on dense inputs; the weights then are kept in files."""
-        widths, sites = self._widths(searcher), {site.name: site for site in sites_of(searcher)}
-        if all(len(each) == 1 for each in widths.values()):
-            raise UsageError(
-                f"blocks of {searcher.prepared.source.name} cannot be built with widths of their own: leave `widths` out"
-            )
-        effects = searcher.effects(windows)
-        found: dict[str, list[_Option]] = {}
 
-        def look(gathered: list[Gathered]) -> None:
-            for (name, *_), stats in gathered:
-                site, narrower = sites[name], widths[name][1:]
-                changes = _changes(searcher, site, stats, narrower)
-                costs = effects.divergence(name, changes) if narrower else []
-                found[name] = [_Option(site.width, site.weights(site.width), 0.0)]
-                found[name] += [_Option(w, site.weights(w), c) for w, c in zip(narrower, costs, strict=True)]
+class _Curves:
+    """What each linear costs: as much as the square of what it has lost times a factor that is measured.
 
-        searcher.walk(windows.ids_NS[: max(2, len(windows.ids_NS) // 2)], look, searcher.level)
-        return found
-
-
-def _powers(best: _Weighing) -> list[_Weighing]:
-    return [replace(best, power=best.power * each) for each in _POWERS if each != 1.0]
-
-
-def _heads(best: _Weighing) -> list[_Weighing]:
-    return [replace(best, heads=best.heads * each) for each in _HEADS]
-
-
-def _depths(best: _Weighing) -> list[_Weighing]:
-    return [replace(best, depth=best.depth + each) for each in _DEPTHS]
-
-
-def _changes(searcher: Searcher, site: Site, stats: InputStats, widths: Sequence[Width]) -> Iterator[Tensor]:
-    """What each width changes of a linear's weight, solved when it is asked for and kept in a file.
-
-    By how much a refit is damped is chosen once, at the width in the middle: for all of them it would take many times as long.
+    Of several measurements the geometric mean counts, the later the more: one is right within a third or so.
     """
-    job = searcher.job
-    assert job.plan.pruning is not None
-    pruner: Any = job.plan.pruning.pruner
-    stack = stacked(job.plan, [searcher.prepared.problem(site.name, None)], stats.or_isotropic())
-    damping: float | None = math.inf
-    if job.plan.pruning.refits:
-        middle = site.units(widths[len(widths) // 2])
-        damping = choose_damping(stack, middle.spread(pruner.keep_units(stack, middle)), pruner.shifts)
-    for width in widths:
-        if not width.units:
-            yield -stack.W_OI
-            continue
-        units = site.units(width)
-        keep_I = units.spread(pruner.keep_units(stack, units))
-        W_OI = refit_with(stack, keep_I, math.inf if damping is None else damping, pruner.shifts)
-        stay_K = keep_I.nonzero()[:, 0]
-        kept = {"stay_K": stay_K.cpu(), "W_OK": W_OI[:, stay_K].bfloat16().cpu().contiguous()}
-        save_file(kept, _file(searcher.folder, site.name, width))
-        yield W_OI - stack.W_OI
+
+    def __init__(self, options: Mapping[str, list[_Option]]) -> None:
+        self._options = options
+        self._gone = {name: {option.width: option.gone for option in among} for name, among in options.items()}
+        # The logarithms of the factors that were measured, and how often all were since.
+        self._measured: dict[str, list[tuple[float, int]]] = {name: [] for name in options}
+        self._rounds = 0
+
+    def cost(self, name: str, option: _Option) -> float:
+        """Of an option for a linear, in nats a token."""
+        if not option.gone:
+            return 0.0
+        found = [(factor, _FORGOTTEN ** (self._rounds - number)) for factor, number in self._measured[name]]
+        mean = sum(factor * weight for factor, weight in found) / sum(weight for _, weight in found)
+        return math.exp(mean) * option.gone**2
+
+    def learn_alone(self, priced: Mapping[str, Priced]) -> None:
+        """From what widths cost in the dense model."""
+        found = {}
+        for name, each in priced.items():
+            costs = {**dict(zip(each.widths, each.costs, strict=True)), Width(0): each.whole}
+            known = [(cost, self._gone[name][width]) for width, cost in costs.items() if width in self._gone[name]]
+            found[name] = [cost / gone**2 for cost, gone in known]
+        self._note(found)
+
+    def learn(self, now: Widths, wider: Widths, slopes: Mapping[str, float]) -> None:
+        """From the slopes towards other widths in the model that has `now`.
+
+        A linear's weights are the best that it can have for its width. What those of more units improve is then half of what
+        the slope towards them promises.
+        """
+        self._rounds += 1
+        found = {}
+        for name, slope in slopes.items():
+            squares = self._gone[name][now[name]] ** 2 - self._gone[name][wider[name]] ** 2
+            found[name] = [-slope / 2 / squares]
+        self._note(found)
+
+    def _note(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Noise makes some of them negative; these are taken for small."""
+        least = _SMALL * median([abs(each) for of_linear in found.values() for each in of_linear] or [0.0]) or _TINY
+        for name, of_linear in found.items():
+            if of_linear:
+                mean = sum(math.log(max(each, least)) for each in of_linear) / len(of_linear)
+                self._measured[name].append((mean, self._rounds))
+
+    def wider(self, name: str, now: Width) -> Width | None:
+        """With at least a share of what it has lost back; None where it has lost nothing."""
+        gone = self._gone[name][now]
+        among = [option for option in self._options[name] if option.gone <= (1 - _BACK) * gone]
+        return among[-1].width if gone else None
+
+    def near(self, name: str, now: Width) -> list[_Option]:
+        """What it may become next, where it is so wide now."""
+        among, gone = self._options[name], self._gone[name][now]
+        number = next(i for i, option in enumerate(among) if option.width == now)
+        return [
+            option
+            for i, option in enumerate(among)
+            if abs(i - number) <= 1 or _SHRINKS * gone <= option.gone <= _GROWS * gone
+        ]
 
 
-def _file(folder: Path, name: str, width: Width) -> Path:
-    return folder / f"{name}-{width.units}-{width.groups}.safetensors"
+def _tried(among: Sequence[_Option]) -> list[Width]:
+    """Some of the widths of a linear, the narrowest among them."""
+    widths = [option.width for option in among[1:] if option.width.units]
+    return widths[:: -max(1, math.ceil(len(widths) / _TRIED))]
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What each block may become as a whole.
+    """What blocks may become as a whole.
 
     Attributes:
         sites: of each block that has any.
-        options: of each of these blocks, one option for each of its sites.
-        places: of these blocks between −1, the first, and 1, the last.
+        options: of each linear.
+        pattern: which of them go together.
         most: weights that may be left in all.
-        mean: of all costs.
     """
 
     sites: list[list[Site]]
-    options: list[list[tuple[_Option, ...]]]
-    places: list[float]
+    options: Mapping[str, list[_Option]]
+    pattern: Structured
     most: float
-    mean: float
 
     @classmethod
     def of(cls, searcher: Searcher, pattern: Structured, options: Mapping[str, list[_Option]]) -> _Blocks:
         """Raises UsageError where so much cannot go."""
-        names = searcher.prepared.block_names
-        by_block = [[site for site in sites_of(searcher) if site.prefix == name] for name in names]
-        here = [number for number, sites in enumerate(by_block) if sites]
-        every = [[options[site.name] for site in by_block[number]] for number in here]
-        together = [
-            [each for each in itertools.product(*of_sites) if _is_possible(by_block[number], each, pattern)]
-            for number, of_sites in zip(here, every, strict=True)
-        ]
-        full = sum(site.weights(site.width) for sites in by_block for site in sites)
+        by_block = [[s for s in sites_of(searcher) if s.prefix == name] for name in searcher.prepared.block_names]
+        sites = [of_block for of_block in by_block if of_block]
+        full = sum(site.weights(site.width) for of_block in sites for site in of_block)
         total = known_structure(searcher).probed.weights
-        least = sum(min(sum(option.left for option in each) for each in of_block) for of_block in together)
-        most = full - pattern.sparsity * total
-        if least > most:
+        found = cls(sites, options, pattern, full - pattern.sparsity * total)
+        least = sum(min(map(_left, found._together(of_block))) for of_block in sites)
+        if least > found.most:
             share = math.floor(1000 * (full - least) / total) / 10
             raise UsageError(
                 f"sparsity {pattern.sparsity:g} is out of reach: with `units` {','.join(pattern.units)} at most {share:g}% of "
                 "the blocks' weights can go"
             )
-        costs = [option.cost for of_sites in every for of_site in of_sites for option in of_site if option.cost > 0]
-        places = [2 * number / max(len(names) - 1, 1) - 1 for number in here]
-        mean = sum(costs) / len(costs) if costs else 1.0
-        return cls([by_block[number] for number in here], together, places, most, mean)
+        return found
 
-    def best(self, weighing: _Weighing) -> _Set:
-        """The set of widths that costs least, weighed."""
+    def best(self, curves: _Curves, now: Widths | None = None) -> Widths:
+        """The set of widths that costs least, of those that are near what linears have now, where they have any."""
+        near = self.options if now is None else {name: curves.near(name, width) for name, width in now.items()}
+        together = [self._together(of_block, near) for of_block in self.sites]
         costs = [
-            [
-                sum(weighing.of(option, site, self.mean, place) for option, site in zip(each, sites, strict=True))
-                for each in of_block
-            ]
-            for sites, of_block, place in zip(self.sites, self.options, self.places, strict=True)
+            [sum(curves.cost(site.name, option) for site, option in zip(of_block, each, strict=True)) for each in among]
+            for of_block, among in zip(self.sites, together, strict=True)
         ]
-        sizes = [[sum(option.left for option in each) for each in of_block] for of_block in self.options]
-        chosen = choose(costs, sizes, self.most)
-        return self._set([of_block[i] for of_block, i in zip(self.options, chosen, strict=True)])
+        chosen = choose(costs, [list(map(_left, among)) for among in together], self.most)
+        return self._set([among[i] for among, i in zip(together, chosen, strict=True)])
 
-    def alike(self) -> _Set | None:
+    def alike(self) -> Widths | None:
         """The set in which all blocks lose as many neurons and nothing else; None where that does not suffice."""
         widths = [
             [
                 each
-                for each in of_block
-                if all(o.width == s.width or s.coupling.kind == "neurons" for o, s in zip(each, sites, strict=True))
+                for each in self._together(of_block)
+                if all(o.width == s.width or s.coupling.kind == "neurons" for o, s in zip(each, of_block, strict=True))
             ]
-            for sites, of_block in zip(self.sites, self.options, strict=True)
+            for of_block in self.sites
         ]
-        count = min(map(len, widths))
-        for i in range(count):
+        for i in range(min(map(len, widths))):
             each = [of_block[i] for of_block in widths]
-            if sum(option.left for options in each for option in options) <= self.most * (1 + 1e-9):
+            if sum(map(_left, each)) <= self.most * (1 + 1e-9):
                 return self._set(each)
         return None
 
-    def _set(self, chosen: Sequence[tuple[_Option, ...]]) -> _Set:
+    def _together(
+        self, sites: Sequence[Site], options: Mapping[str, list[_Option]] | None = None
+    ) -> list[tuple[_Option, ...]]:
+        among = self.options if options is None else options
+        every = itertools.product(*(among[site.name] for site in sites))
+        return [each for each in every if _is_possible(sites, each, self.pattern)]
+
+    def _set(self, chosen: Sequence[tuple[_Option, ...]]) -> Widths:
         return {
             site.name: option.width
-            for sites, options in zip(self.sites, chosen, strict=True)
-            for site, option in zip(sites, options, strict=True)
+            for of_block, options in zip(self.sites, chosen, strict=True)
+            for site, option in zip(of_block, options, strict=True)
         }
+
+
+def _left(options: Sequence[_Option]) -> int:
+    return sum(option.left for option in options)
 
 
 def _is_possible(sites: Sequence[Site], options: Sequence[_Option], pattern: Structured) -> bool:
@@ -324,57 +319,3 @@ def _is_possible(sites: Sequence[Site], options: Sequence[_Option], pattern: Str
     if len(gone) == len(sites) and len(sites) > 1:
         return "blocks" in pattern.units or all(kind in pattern.units for kind in gone)
     return all(kind in pattern.units for kind in gone)
-
-
-@dataclass
-class _Trial:
-    """The model, with the widths that were last tried, to measure the loss of.
-
-    Attributes:
-        searcher: whose files have the weights.
-        model: all of it; what goes is zero.
-        ids_NS: the text.
-    """
-
-    searcher: Searcher
-    model: Any
-    ids_NS: Tensor
-    _now: _Set = field(default_factory=dict)
-    _known: dict[tuple[tuple[str, Width], ...], float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, searcher: Searcher, windows: Windows) -> _Trial:
-        """On windows that neither weights were solved nor costs measured on, where there are enough."""
-        model = searcher.prepared.load_whole()
-        ids_NS = pieces(windows.ids_NS[len(windows.ids_NS) // 2 :], windows.bos_ids)
-        return cls(
-            searcher, model, ids_NS[: max(1, _TRIED // ids_NS.shape[1])], {s.name: s.width for s in sites_of(searcher)}
-        )
-
-    def loss(self, widths: _Set) -> float:
-        """With such widths, in nats a token."""
-        key = tuple(sorted(widths.items()))
-        if key not in self._known:
-            self.searcher.job.say(f"measuring set {len(self._known) + 1} of widths")
-            for name, width in widths.items():
-                if width != self._now[name]:
-                    self._put(name, width)
-                    self._now[name] = width
-            self._known[key] = loss_without(self.model, [], self.ids_NS)
-            _LOG.info("set %d of widths: loss %.4f nats a token", len(self._known), self._known[key])
-        return self._known[key]
-
-    def _put(self, name: str, width: Width) -> None:
-        linear = self.model.get_submodule(name)
-        weight = linear.weight.data
-        file = _file(self.searcher.folder, name, width)
-        if file.exists():
-            kept = load_file(file)
-            W_OI = torch.zeros(weight.T.shape if is_transposed(linear) else weight.shape)
-            W_OI[:, kept["stay_K"]] = kept["W_OK"].float()
-        elif width.units:
-            W_OI = self.searcher.prepared.problem(name, None).W_OI
-        else:
-            weight.zero_()
-            return
-        weight.copy_(W_OI.T if is_transposed(linear) else W_OI)

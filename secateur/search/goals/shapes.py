@@ -38,7 +38,7 @@ _NEAR = 0.005
 
 
 @dataclass(frozen=True)
-class _Priced:
+class Priced:
     """What removing units of a site does to the predictions.
 
     Attributes:
@@ -110,7 +110,7 @@ class Shapes:
     def choose(self, searcher: Searcher, windows: Windows) -> dict[str, Choice]:
         sites = sites_of(searcher)
         heads = self._head_widths(searcher)
-        priced = self._prices(searcher, windows, heads)
+        priced = prices(searcher, windows, {site.name: self._tried_at(site, heads) for site in sites})
         shapes = list(self._shapes(searcher, heads, priced))
         if not shapes:
             raise UsageError(f"sparsity {self.pattern.sparsity:g} is out of reach: {self._most(searcher, heads)}")
@@ -142,21 +142,6 @@ class Shapes:
             )
         return found
 
-    def _prices(self, searcher: Searcher, windows: Windows, heads: Sequence[Width]) -> dict[str, _Priced]:
-        """What removing units costs at each site, on dense inputs."""
-        effects = searcher.effects(windows)
-        ids_NS = windows.ids_NS[: max(2, len(windows.ids_NS) // 2)]
-        sites = {site.name: site for site in sites_of(searcher)}
-        found: dict[str, _Priced] = {}
-
-        def look(gathered: list[Gathered]) -> None:
-            for (name, *_), stats in gathered:
-                widths = self._tried_at(sites[name], heads)
-                found[name] = _priced(searcher, effects, name, stats, widths)
-
-        searcher.walk(ids_NS, look, searcher.level)
-        return found
-
     def _tried_at(self, site: Site, heads: Sequence[Width]) -> list[Width]:
         if site.coupling.kind == "heads":
             return sorted(heads, reverse=True)
@@ -164,7 +149,7 @@ class Shapes:
             return []
         return [Width(max(1, round((1 - level) * site.width.units))) for level in _LEVELS]
 
-    def _shapes(self, searcher: Searcher, heads: Sequence[Width], priced: Mapping[str, _Priced]) -> Iterator[_Shape]:
+    def _shapes(self, searcher: Searcher, heads: Sequence[Width], priced: Mapping[str, Priced]) -> Iterator[_Shape]:
         """All that can be had: with every number of blocks and of heads, as many neurons as the share leaves."""
         structure = known_structure(searcher)
         blocks, total = searcher.prepared.block_names, structure.probed.weights
@@ -246,14 +231,32 @@ def _lost(site: Site, width: Width | None) -> int:
     return 0 if width is None else site.weights(site.width) - site.weights(width)
 
 
-def _priced(searcher: Searcher, effects: Any, name: str, stats: InputStats, widths: list[Width]) -> _Priced:
+def prices(searcher: Searcher, windows: Windows, widths: Mapping[str, list[Width]]) -> dict[str, Priced]:
+    """What it does to the dense model's predictions to give one linear alone fewer units, from one backward pass.
+
+    Args:
+        widths: that are tried, of each linear; that it goes as a whole is told, too.
+    """
+    effects = searcher.effects(windows)
+    found: dict[str, Priced] = {}
+
+    def look(gathered: list[Gathered]) -> None:
+        for (name, *_), stats in gathered:
+            if name in widths:
+                found[name] = _priced(searcher, effects, name, stats, widths[name])
+
+    searcher.walk(windows.ids_NS[: max(2, len(windows.ids_NS) // 2)], look, searcher.level)
+    return found
+
+
+def _priced(searcher: Searcher, effects: Any, name: str, stats: InputStats, widths: list[Width]) -> Priced:
     dense_OI = searcher.prepared.problem(name, None).W_OI.float()
     changes: list[Tensor] = []
     for (solution,) in searcher.solve([name], stats, [Choice(units=w.units, groups=w.groups) for w in widths]):
         assert solution.W_OI is not None
         changes.append(solution.W_OI.float() - dense_OI)
     *costs, whole = effects.divergence(name, [*changes, -dense_OI])
-    return _Priced(widths, costs, whole)
+    return Priced(widths, costs, whole)
 
 
 def _weights_of_blocks(searcher: Searcher) -> list[int]:
@@ -264,18 +267,18 @@ def _weights_of_blocks(searcher: Searcher) -> list[int]:
     return found
 
 
-def _cost_of_block(searcher: Searcher, priced: Mapping[str, _Priced], number: int) -> float:
+def _cost_of_block(searcher: Searcher, priced: Mapping[str, Priced], number: int) -> float:
     prefix = f"{searcher.prepared.block_names[number]}."
     return sum(each.whole for name, each in priced.items() if name.startswith(prefix))
 
 
-def _by_cost(searcher: Searcher, priced: Mapping[str, _Priced]) -> list[int]:
+def _by_cost(searcher: Searcher, priced: Mapping[str, Priced]) -> list[int]:
     """Numbers of blocks by what it costs to do without them, the cheapest first."""
     numbers = range(len(searcher.prepared.block_names))
     return sorted(numbers, key=lambda number: _cost_of_block(searcher, priced, number))
 
 
-def _sets(searcher: Searcher, priced: Mapping[str, _Priced], count: int) -> list[tuple[int, ...]]:
+def _sets(searcher: Searcher, priced: Mapping[str, Priced], count: int) -> list[tuple[int, ...]]:
     """The sets of so many blocks that cost least together."""
     among = _by_cost(searcher, priced)[: count + 2]
     sets = [tuple(sorted(each)) for each in combinations(among, count)]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from secateur.calibration.effects import Effects
 from secateur.core.histogram import FIRST, scores
 from secateur.errors import UsageError
 from secateur.gates.section import LARGEST, THRESHOLD, levels_for
@@ -22,7 +23,6 @@ from secateur.recipes.activation_plan import unread_of
 from secateur.recipes.methods import make
 from secateur.recipes.recipe import Choice, Recipe
 from secateur.search.budget import share_sparsity
-from secateur.search.effects import Effects
 from secateur.search.goal import UNREAD, goal
 from secateur.search.searcher import Searcher
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.model.structure import is_transposed
-from secateur.search.goals.per_layer import PerLayer, _Curves, _Option
+from secateur.search.goals.per_layer import PerLayer, _Curves, _is_enough, _Option
 from secateur.search.goals.shapes import sites_of
 from secateur.search.rehearsal import Rehearsal
 from secateur.structured.sites import Width
@@ -165,3 +165,12 @@ def test_widths_move_by_steps_that_a_slope_is_good_for():
     few = _Curves({"a": options_of(8, [0, 2, 4, 6])})
     assert [option.width.units for option in few.near("a", Width(8))] == [8, 6]
     assert [option.width.units for option in few.near("a", Width(2))] == [4, 2, 0]
+
+
+def test_a_search_ends_when_two_sets_bring_nothing():
+    assert not _is_enough([1.0])
+    assert not _is_enough([1.0, 2.0])
+    assert not _is_enough([1.0, 0.999, 0.98])
+    assert not _is_enough([1.0, 0.98, 0.979])
+    assert _is_enough([1.0, 0.995, 0.992])
+    assert _is_enough([1.0, 0.5, 0.51, 0.499])

@@ -35,6 +35,8 @@ _LOG = logging.getLogger(__name__)
 
 # What a linear has lost grows or shrinks by no more than these from one model to the next, or by one width.
 _SHRINKS, _GROWS = 0.5, 1.5
+# The search ends once two sets have brought no more than this share.
+_ENOUGH = 0.01
 # What counts of what was measured one model ago, of what counts of the last.
 _FORGOTTEN = 0.6
 # Widths of a linear's neurons that are told apart, at most.
@@ -75,7 +77,7 @@ class PerLayer:
     pattern: Structured
     name: ClassVar[str] = PER_LAYER
     models: ClassVar[int] = 0
-    rounds: ClassVar[int] = 6
+    rounds: ClassVar[int] = 8
 
     @classmethod
     def of(cls, recipe: Recipe) -> PerLayer:
@@ -116,7 +118,7 @@ class PerLayer:
             _LOG.info("set %d of widths: %.4f nats a token from the dense model", number, divergence)
             curves.learn(now, wider, slopes)
             now = blocks.best(curves, now)
-            if any(now == before for _, before in made):
+            if any(now == before for _, before in made) or _is_enough([each for each, _ in made]):
                 break
         _, best = min(made, key=lambda each: each[0])
         return {name: Choice(units=width.units, groups=width.groups) for name, width in best.items()}
@@ -226,6 +228,12 @@ class _Curves:
             for i, option in enumerate(among)
             if abs(i - number) <= 1 or _SHRINKS * gone <= option.gone <= _GROWS * gone
         ]
+
+
+def _is_enough(divergences: Sequence[float]) -> bool:
+    """Whether the last two are hardly less than the least before."""
+    *before, last, latest = [math.inf, math.inf, *divergences]
+    return min(last, latest) > (1 - _ENOUGH) * min(before, default=math.inf)
 
 
 def _tried(among: Sequence[_Option]) -> list[Width]:

@@ -33,6 +33,24 @@ def test_importing_it_loads_nothing_that_is_large():
     """)
 
 
+def test_loading_a_model_imports_its_own_layout_alone(packed_of):
+    """Importing others took longer than reading a small model did."""
+    found = run(
+        """
+        import sys
+        import secateur
+        secateur.load(sys.argv[1], "torch")
+        print(*sorted(name for name in sys.modules if name.startswith("secateur.")))
+        """,
+        packed_of("llama", "bitmap"),
+    ).split()
+    assert "secateur.formats.layouts.bitmap" in found
+    absent = ("packed_int", "columns", "trellis", "gguf_", "teal", "rsparse", "streaming", "column_weight", "low_rank")
+    assert [name for name in found if name.rpartition(".")[2].startswith(absent)] == ["secateur.folder.gguf_header"]
+    foreign = [name.rpartition(".")[2] for name in found if name.startswith("secateur.foreign.")]
+    assert foreign == ["format", "quick_gguf"]
+
+
 def test_every_name_is_there():
     for name in secateur.__all__:
         assert getattr(secateur, name) is getattr(secateur, name)

@@ -11,8 +11,7 @@ import yaml
 
 from secateur.checkpoint.front_matter import FRONT_MATTER, license_in_words, read_matter, renewed, write_matter
 from secateur.checkpoint.measured import Figure, model_index, table
-from secateur.foreign import FOREIGN
-from secateur.foreign.format import Foreign
+from secateur.foreign.format import FOREIGN, Foreign
 from secateur.formats.stored_weights import QUANT_METHOD
 from secateur.units import words
 

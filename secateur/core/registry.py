@@ -8,13 +8,7 @@ O: output features, I: input features.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from importlib.metadata import entry_points
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
@@ -25,7 +19,6 @@ from secateur.core.pruned import Pruned
 from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
 from secateur.core.stats import Level
-from secateur.errors import one_line
 
 
 class Pruner(Protocol):
@@ -217,29 +210,3 @@ def _register(table: dict[str, Any]) -> Callable[[_M], _M]:
 pruner, refiner, quantizer = _register(PRUNERS), _register(REFINERS), _register(QUANTIZERS)
 sparsifier, expert_score, low_ranker = _register(SPARSIFIERS), _register(EXPERT_SCORES), _register(LOW_RANKERS)
 factorizer = _register(FACTORIZERS)
-
-
-def import_all(package: str, path: Iterable[str], ending: str = "") -> None:
-    """Import every file of a package, at any depth, whose name ends so: what is in it registers itself."""
-    for module in pkgutil.walk_packages(path, f"{package}."):
-        if not module.ispkg and module.name.endswith(ending):
-            importlib.import_module(module.name)
-
-
-@cache
-def import_others(group: str, what: str) -> None:
-    """Import the modules of other packages that the entry points of a group name: what is in them registers itself.
-
-    One that cannot be imported is told, and left out.
-    """
-    for entry in _entry_points(tuple(sys.path)).select(group=group):
-        try:
-            entry.load()
-        except Exception as error:
-            warnings.warn(f"the {what} of {entry.value} cannot be loaded: {one_line(error)}", stacklevel=2)
-
-
-@cache
-def _entry_points(_: tuple[str, ...]) -> Any:
-    """All that packages in these places name: to look through hundreds of packages takes longer than to read a small model."""
-    return entry_points()

@@ -3,6 +3,6 @@
 Each method is a file of this folder and registers itself under the name that the user types.
 """
 
-from secateur.core.registry import import_all
+from secateur.core.discovery import import_all
 
 import_all(__name__, __path__)

@@ -22,12 +22,19 @@ _MOST_PIECES = 512
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes of a tensor in a file: `size` of them from `start` on."""
+    """Bytes of a tensor in a file: `size` of them from `start` on.
+
+    Attributes:
+        dtype: as the file's header calls it.
+        shape: as there; nobody has looked whether it fits.
+    """
 
     file: Path
     name: str
     start: int
     size: int
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
 
 
 def find_extents(file: Path) -> dict[str, Extent]:
@@ -50,7 +57,8 @@ def find_extents(file: Path) -> dict[str, Extent]:
             begin, end = about["data_offsets"]
             if not 0 <= begin <= end <= size - 8 - length:
                 raise ValueError(f"tensor {name!r} is said to lie beyond its end")
-            found[name] = Extent(file, name, 8 + length + begin, end - begin)
+            form = str(about["dtype"]), tuple(map(int, about["shape"]))
+            found[name] = Extent(file, name, 8 + length + begin, end - begin, *form)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is no safetensors file: {error}") from error
     return found

@@ -7,6 +7,7 @@ Nothing here trusts the files: safetensors checks every offset against the file,
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,8 +30,12 @@ MAPPED_BYTES = 64 * 2**20
 # many bytes of weights; real checkpoints have a thousandth.
 _SPARE_TEXT = 2**20
 _WEIGHTS_PER_TEXT = 16
+# Places in a file at which is looked whether it is in memory: 2 µs each.
+_SAMPLES = 32
 # torch can do next to nothing with them.
 _UNREADABLE = {torch.complex64, torch.float4_e2m1fn_x2}
+# Those that parts of packed weights have, as far as they are worth leaving where they are.
+_LASTING = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
 _STORED_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -111,6 +116,11 @@ class Tensors(Mapping[str, Tensor]):
         """Some of them, for longer than the others are there."""
         return {name: self[name] for name in names}
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether nothing has to wait for a disk."""
+        return True
+
 
 class LoadedTensors(dict[str, Tensor], Tensors):
     """Tensors in memory."""
@@ -172,15 +182,22 @@ class StoredTensors(Tensors):
             except RuntimeError as error:
                 raise CheckpointError(f"{file} cannot be mapped: {str(error).splitlines()[0]}") from error
         opened, whole, extents = self._lasting[file]
-        tensor = _tensor_of(opened, file, name)
         place = extents.get(name)
-        if place is None or place.size != tensor.nbytes or place.start + place.size + room > whole.nbytes():
-            return tensor
-        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        dtype = None if place is None else _LASTING.get(place.dtype)
+        if place is None or dtype is None or place.start + place.size + room > whole.nbytes():
+            return _tensor_of(opened, file, name)
+        count = math.prod(place.shape)
+        fits = min(place.shape, default=0) >= 0 and count * dtype.itemsize == place.size
+        if not fits or (whole.data_ptr() + place.start) % dtype.itemsize:
+            return _tensor_of(opened, file, name)
+        memory = torch.empty(0, dtype=dtype, device="cpu")
         memory.set_(whole[place.start : place.start + place.size + room])
-        if memory.data_ptr() % tensor.element_size():
-            return tensor
-        return memory[: place.size].view(tensor.dtype).view(tensor.shape)
+        return memory[:count].view(place.shape)
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the operating system has the files in memory, as far as samples tell; False where it does not say."""
+        return all(map(_in_memory, self.files))
 
     @property
     def files(self) -> list[Path]:
@@ -294,6 +311,18 @@ def _tensor_of(opened: Any, file: Path, name: str) -> Tensor:
     if tensor.dtype in _UNREADABLE:
         raise CheckpointError(f"tensor {name!r} in {file} is {tensor.dtype}, which no weight of a language model is")
     return tensor
+
+
+def _in_memory(file: Path) -> bool:
+    """Whether bytes all over a file can be read without waiting."""
+    try:
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            for i in range(_SAMPLES):
+                os.preadv(opened.fileno(), [bytearray(1)], size * i // _SAMPLES, os.RWF_NOWAIT)
+    except (OSError, AttributeError):  # it would have to wait; or it cannot be told here
+        return False
+    return True
 
 
 def _check_header(file: Path) -> None:

@@ -2,11 +2,3 @@
 
 Those of other packages are modules that the entry points of `format.GROUP` name.
 """
-
-from secateur.core.registry import import_all, import_others
-from secateur.foreign.format import FOREIGN, GROUP
-
-import_all(__name__, __path__)
-import_others(GROUP, "formats")
-
-__all__ = ["FOREIGN"]

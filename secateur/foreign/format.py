@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from secateur.core.discovery import Table
 from secateur.formats.layouts.packed_weight import PackedWeight
 
 #: Entry points of this group are modules of other packages, which register formats as ours do.
@@ -51,7 +52,7 @@ class Foreign(ABC):
         """
 
 
-FOREIGN: dict[str, type[Foreign]] = {}
+FOREIGN: Table[type[Foreign]] = Table(["secateur.foreign"], GROUP, "formats", {})
 _F = TypeVar("_F", bound=type[Foreign])
 
 

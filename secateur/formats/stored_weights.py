@@ -14,9 +14,9 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.folder.reader import StoredTensors, weight_files
-from secateur.foreign import FOREIGN
+from secateur.foreign.format import FOREIGN
 from secateur.formats.layouts.layout import LAYOUT_VERSION, Layout, layout_from_config, part_names
-from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
+from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
 
 #: What the `quantization_config` of a folder of ours calls it.
 QUANT_METHOD = "secateur"
@@ -55,6 +55,11 @@ class Entries(dict[str, tuple[Layout, bool]]):
         """Those that stand for several: a mixture of experts may have tens of thousands that do not."""
         return {pattern: entry for pattern, entry in self.items() if is_pattern(pattern)}
 
+    @property
+    def parts(self) -> set[str]:
+        """The parts of all their layouts."""
+        return {part for layout, _ in self.values() for part in layout.parts}
+
 
 def is_pattern(name: str) -> bool:
     """Whether a name in a config stands for several modules."""
@@ -71,10 +76,13 @@ def find_entry(modules: Entries, module: str) -> tuple[Layout, bool] | None:
 def packed_weights(stored: Mapping[str, Tensor], modules: Entries) -> dict[str, PackedWeight]:
     """The packed weights among stored names such as `….up_proj.weight.bitmask`."""
     parts_of: dict[str, dict[str, str]] = {}
-    known = part_names()
-    for name in stored:
-        weight, _, part = name.rpartition(".")
-        if part in known and weight.endswith(".weight"):
+    split = [(name, *name.rpartition(".")[::2]) for name in stored]
+    below = [(name, weight, part) for name, weight, part in split if weight.endswith(".weight")]
+    known = modules.parts
+    if not known.union(BESIDE).issuperset(part for _, _, part in below):
+        known = part_names()  # what the config does not name may be of any layout
+    for name, weight, part in below:
+        if part in known:
             parts_of.setdefault(weight, {})[part] = name
     packed = {}
     for weight, parts in parts_of.items():

@@ -4,7 +4,7 @@ Each backend is a file that is called `…_backend`, here or a folder below, and
 types; those of other packages are modules that the entry points of `backends.GROUP` name.
 """
 
-from secateur.core.registry import import_all, import_others
+from secateur.core.discovery import import_all, import_others
 from secateur.kernels.backends import AUTO, BACKENDS, GROUP, Prepared, check_backend, choose, linear, prepare
 
 import_all(__name__, __path__, "_backend")

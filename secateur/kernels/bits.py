@@ -46,8 +46,10 @@ def unpack_bits(stream_RB: Tensor, bits: int, count: int) -> Tensor:
     R, B = stream_RB.shape
     if _CODES % bits == 0:  # no code lies in two bytes
         byte_RB = stream_RB[:, : bytes_of(count, bits)]
-        code_RBC = torch.stack([(byte_RB >> shift).bitwise_and_(2**bits - 1) for shift in range(0, 8, bits)], 2)
-        return code_RBC.flatten(1)[:, :count]
+        code_RBC = byte_RB.new_empty(*byte_RB.shape, _CODES // bits)
+        for i in range(_CODES // bits):
+            code_RBC[:, :, i] = byte_RB >> (bits * i)
+        return code_RBC.bitwise_and_(2**bits - 1).flatten(1)[:, :count]
     words = -(-count // _CODES)
     byte_RWb = pad(stream_RB, (0, words * bits - B)).view(R, words, bits)
     word_RW = torch.zeros((R, words), dtype=torch.int64, device=stream_RB.device)

@@ -66,7 +66,9 @@ class PackedLinear(nn.Module):
         self._fetch = fetch
         if self.prepared is not None and self.prepared.device == device:
             return
-        weight = map_tensors(self.packed(), lambda tensor: tensor.to(device))
+        weight = self.packed()
+        if weight.device != device:
+            weight = map_tensors(weight, lambda tensor: tensor.to(device))
         self.prepared = prepare(weight, self.backend, device=device, dtype=self.dtype)
         self._source = weight if self.prepared.backend.packed(self.prepared.weight) is None else None
         self._reader = None

@@ -25,8 +25,7 @@ from secateur.kernels.expand import expand_bitmap, unpack_mask
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Bytes after the last value or code, of any value, so that a wide load that begins in the stream ends in the tensor.
 PADDING = 64
-# Which a CPU's caches hold on their way from codes.
-_WEIGHTS_AT_ONCE = 2**19
+_WEIGHTS_AT_ONCE = 2**19  # which a CPU's caches hold on their way from codes
 
 
 class Packed(ABC):
@@ -348,7 +347,7 @@ class CodedWeight(Packed):
 
 def largest(x: Tensor) -> float:
     """The greatest absolute value; 0 where there is none."""
-    return float(x.float().abs().max()) if x.numel() else 0.0
+    return max(abs(float(extreme)) for extreme in torch.aminmax(x)) if x.numel() else 0.0
 
 
 _T = TypeVar("_T")
@@ -361,8 +360,9 @@ def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     if isinstance(value, dict):
         return {key: map_tensors(each, change) for key, each in value.items()}  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
-        return replace(value, **fields)
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        changed = {name: new for name, old in fields.items() if (new := map_tensors(old, change)) is not old}
+        return replace(value, **changed) if changed else value
     return value
 
 

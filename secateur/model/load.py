@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,11 +21,8 @@ from secateur.memory.free_memory import free_memory
 from secateur.memory.room import limit_memory
 from secateur.mixture.skipping import skip_experts
 from secateur.mixture.unfuse import experts_in
-from secateur.model.dispatch import Placement, dispatch
 from secateur.model.repacked import place_repacked, repacked
 from secateur.model.source import Source, open_source, with_revision
-from secateur.model.stream_room import Limits
-from secateur.model.streaming import load_streamed
 from secateur.model.structure import build_skeleton
 from secateur.model.weights import ModelWeights, materialise, tie
 from secateur.offload.link import link_to
@@ -34,6 +31,10 @@ from secateur.plugin.offloaded import may_offload
 from secateur.plugin.quantization_config import SecateurConfig
 from secateur.plugin.quantizer import SecateurQuantizer, current_backend
 from secateur.plugin.quantizer import backend as for_backend
+
+if TYPE_CHECKING:
+    from secateur.model.dispatch import Placement
+    from secateur.model.stream_room import Limits
 
 _LOG = logging.getLogger(__name__)
 # What people call devices whose name is another.
@@ -130,6 +131,8 @@ def load(  # noqa: PLR0913 - users name them
             raise UsageError("device and device_map both say where the model goes: leave one of them out")
         if isinstance(max_memory, str | int):
             raise UsageError("with a device_map max_memory says what each device may hold: {'cpu': '4GiB'}")
+        from secateur.model.dispatch import Placement
+
         placement = Placement(device_map, max_memory, offload_folder)
     elif offload_folder is not None:
         raise UsageError("offload_folder is for a device_map: add device_map='auto', or leave it out")
@@ -195,6 +198,8 @@ def load_source(
     if not apart and (quantizer is None or backend == "dense"):
         fuse_again(model, experts_in(model))
     if placement is not None:
+        from secateur.model.dispatch import dispatch
+
         dispatch(model, placement)
     else:
         model.to(device)  # buffers that are computed, not stored
@@ -219,6 +224,8 @@ def load_within(
     """A model of an open source that takes no more memory than it may, see `load` and `load_streamed`."""
     if source.loaded is not None:
         raise UsageError(f"{source.name} is in memory already: leave `max_memory` out")
+    from secateur.model.streaming import load_streamed
+
     limits = _limits(max_memory, device)
     model = load_streamed(source, dtype, limits, backend, **({} if tokens is None else {"tokens": tokens}))
     _set_generation(source, model)
@@ -232,6 +239,8 @@ def _limits(max_memory: str | int | Mapping[Any, Any], device: torch.device) -> 
     Raises:
         UsageError: the words are no size, or a device cannot be used.
     """
+    from secateur.model.stream_room import Limits
+
     asked = dict(max_memory) if isinstance(max_memory, Mapping) else {"cpu": max_memory}
     here = limit_memory(asked.pop("cpu", None))
     here = free_memory() if here is None else here

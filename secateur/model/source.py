@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -41,7 +41,6 @@ from secateur.formats.stored_weights import (
 )
 from secateur.model.companions import copy_companions, download
 from secateur.model.dialects import in_all_dialects, save_tokenizer, set_dtype
-from secateur.model.gguf_source import read_gguf
 from secateur.model.limits import check_config
 from secateur.plugin.block_widths import BlockWidths, parse_widths, with_widths
 
@@ -144,7 +143,7 @@ class Source:
 def open_tokenizer(name: str, folder: Path, trust_remote_code: bool, from_hub: bool = False, **options: Any) -> Any:
     """The tokenizer of a folder. Raises CheckpointError, calling the model by its name, when there is no usable one."""
     try:
-        return AutoTokenizer.from_pretrained(
+        return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=not from_hub, **options
         )
     except Exception as error:
@@ -332,6 +331,8 @@ def _demo_file() -> Path:
 
 
 def _open_gguf(name: str, file: Path, dtype: torch.dtype | None, codes: bool) -> Source:
+    from secateur.model.gguf_source import read_gguf
+
     config, weights, stored, quantization = read_gguf(file, dtype, codes)
     rounded = matrix_dtype(file) is None
     return Source(name, config, weights, stored, stored, (file,), None, quantization=quantization, rounded=rounded)

@@ -239,7 +239,8 @@ class _Loading:
         if self._backend != "dense":
             # Not even `auto` is to find a form that is another than the files'.
             backend = "torch" if self._link is not None and self._backend == AUTO else self._backend
-            for name in replace_linears(self._model, readers, backend, self._device, self._dtype):
+            where = backend, self._device, self._dtype
+            for name in replace_linears(self._model, readers, *where, weights.stored_tensors.at_hand):
                 self._model.get_submodule(name).backend = self._backend
         materialise(block, prefix, list(block.state_dict()), weights, _CPU, check_finite=False)
         return memory_footprint_of(block)

@@ -25,6 +25,7 @@ from secateur.model.located import stored_names
 from secateur.model.source import Source
 from secateur.model.weights import place
 from secateur.plugin.block_widths import fit_blocks
+from secateur.plugin.computed_buffers import buffers_from_nothing, compute_buffers
 
 #: What counts as a linear: GPT-2's Conv1D is one that keeps its weight as `[I, O]`.
 LINEARS = (nn.Linear, Conv1D)
@@ -45,17 +46,19 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> nn.Module:
     options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
     config = _config_for(source.config, dtype)
     try:
+        model: Any = None
         # On the meta device first, where even a model that would not fit anywhere takes no memory. Classes of transformers can
         # all be made there; code of a checkpoint, which the user trusts, need not.
         if not (source.trust_remote_code and hasattr(source.config, "auto_map")):
             with torch.device("meta"), no_init_weights(), few_parameters(source.name, source.weights):
-                bare = AutoModelForCausalLM.from_config(config, **options)
-            fit_blocks(bare, source.widths, meta=True)
-            check_sizes(source.name, bare, source.files)
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, **options)
-        fit_blocks(model, source.widths)
-        _compute_buffers(model)
+                model = AutoModelForCausalLM.from_config(config, **options)
+            fit_blocks(model, source.widths, meta=True)
+            check_sizes(source.name, model, source.files)
+        if model is None or not buffers_from_nothing(model):
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                model = AutoModelForCausalLM.from_config(config, **options)
+            fit_blocks(model, source.widths)
+            compute_buffers(model)
     except CheckpointError:
         raise
     except Exception as error:
@@ -76,18 +79,6 @@ def _config_for(config: Any, dtype: torch.dtype) -> Any:
         if part is not None:
             part.dtype = dtype
     return config
-
-
-def _compute_buffers(model: Any) -> None:
-    """Compute the buffers of a model anew, as `from_pretrained` does, in float32.
-
-    While a model is made, the dtype of its weights is torch's default, in which positions above a few hundred and their sines
-    are rounded. Parameters, which have no memory, are passed over: drawing nothing takes torch a millisecond for each.
-    """
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
-    with torch.no_grad():
-        model.initialize_weights()
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError, RepeatedError, one_line
-from secateur.folder.reader import LoadedTensors
+from secateur.folder.reader import LoadedTensors, Tensors
 from secateur.formats.layouts.layout import Stored, all_finite, describe_dense
 from secateur.formats.layouts.packed_weight import DecodedWeights, PackedWeight
 from secateur.memory.room import trim
@@ -187,7 +187,7 @@ class ModelWeights:
         return replace(found, layout=whole.layout.name, bytes=size * math.prod(found.shape) // count)
 
     @property
-    def stored_tensors(self) -> Mapping[str, Tensor]:
+    def stored_tensors(self) -> Tensors:
         """All tensors as the files have them, of packed weights their parts."""
         return self._weights.stored
 

@@ -46,6 +46,7 @@ def replace_linears(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
+    at_hand: bool,
 ) -> list[str]:
     """Let the linears of a model, which may be on the meta device, compute on packed weights.
 
@@ -58,6 +59,9 @@ def replace_linears(
         backend: `auto` or a name.
         device: where most of the model will be.
         dtype: of the inputs.
+        at_hand: whether the files are in memory, see `Tensors.at_hand`. Reading is checking, a hundred microseconds of Python
+            a weight, for which threads would only wait for each other; where a disk has to be waited for, they read several
+            weights at once.
 
     Returns:
         The names of the modules that were replaced.
@@ -67,13 +71,14 @@ def replace_linears(
         UsageError: there is no such backend, or it cannot be used.
     """
     replaced = []
-    plain = [name for name in weights if type(model.get_submodule(name)) in (nn.Linear, Conv1D)]
+    modules = dict(model.named_modules())
+    plain = [name for name in weights if type(modules[name]) in (nn.Linear, Conv1D)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        # Reading is checking, which other threads do while this one waits for the first.
-        for name, (weight, form) in zip(plain, pool.map(lambda name: weights[name](), plain), strict=True):
-            module = model.get_submodule(name)
+        found = (map if at_hand else pool.map)(lambda name: weights[name](), plain)
+        for name, (weight, form) in zip(plain, found, strict=True):
+            module = modules[name]
             transposed = isinstance(module, Conv1D)
-            shape = module.get_parameter("weight").shape
+            shape = module._parameters["weight"].shape
             wanted = (shape[1], shape[0]) if transposed else tuple(shape)
             if weight.shape != wanted:
                 raise CheckpointError(
@@ -97,15 +102,16 @@ def place_linears(model: Any) -> None:
     Raises:
         UsageError: a backend cannot be used there.
     """
-    places = getattr(model, "hf_device_map", None) or {}
+    places = _places(model)
     several = len(set(places.values())) > 1
     kept = []
     for name, module in packed_linears(model):
         if module.away and module.prepared is not None:
             continue
-        if place_named(model, name) == "disk":
+        place = _place_in(places, name)
+        if place == "disk":
             kept.append(module.nbytes)
-        module.place(place_of(model, name), fetch=several)
+        module.place(_computing(place), fetch=several)
     if kept:
         warnings.warn(
             f"{len(kept)} packed linears, {sum(kept) / 1e6:.1f} MB, stay in memory: it is blocks that are read when they run",
@@ -115,13 +121,23 @@ def place_linears(model: Any) -> None:
 
 def place_of(model: Any, name: str) -> torch.device:
     """Where a module of a model computes; what is offloaded to disk, in the CPU's memory."""
-    place = place_named(model, name)
+    return _computing(place_named(model, name))
+
+
+def _computing(place: Any) -> torch.device:
     return torch.device("cpu" if place == "disk" else place)
 
 
 def place_named(model: Any, name: str) -> Any:
     """Where the model's `hf_device_map` has a module; without one, where the model is."""
-    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    return _place_in(_places(model), name)
+
+
+def _places(model: Any) -> dict[str, Any]:
+    return getattr(model, "hf_device_map", None) or {"": model.device}
+
+
+def _place_in(places: Mapping[str, Any], name: str) -> Any:
     parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
     return next((places[parent] for parent in [*parents, ""] if parent in places), "cpu")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from secateur.errors import CheckpointError
 from secateur.folder.extents import MappedFiles
 from secateur.folder.reader import StoredTensors
-from secateur.formats.layouts.layout import Layout, part_names
+from secateur.formats.layouts.layout import Layout
 from secateur.formats.layouts.packed_weight import BESIDE, DecodedWeights, PackedWeight
 from secateur.formats.stored_weights import (
     QUANT_METHOD,
@@ -159,9 +159,10 @@ class SecateurQuantizer(HfQuantizer):
                     name: self._offloaded.reader(name, self._linear(model, name), read)
                     for name, read in readers.items()
                 }
-            with torch.device("cpu"):  # transformers makes everything on the meta device here
+            # transformers makes everything on the meta device here; a context that is not wanted would slow every operation.
+            with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
                 where = current_backend(), main_device(device_map), model.dtype
-                replaced = replace_linears(model, readers, *where)
+                replaced = replace_linears(model, readers, *where, weights.stored.at_hand)
                 replaced += replace_tables(model, readers, *where)
             if self._offloaded is not None:
                 self._offloaded.let_go(model)
@@ -173,7 +174,8 @@ class SecateurQuantizer(HfQuantizer):
                 self._sized = show_sizes(model)
             self._all_replaced = len(replaced) == len(readers)
             if replaced:
-                ignore_in_files(model, rf"\.weight(\.({'|'.join(sorted({*part_names(), *BESIDE}))}))?$")
+                parts = {part for packed in self.packed.values() for part in packed.parts}
+                ignore_in_files(model, rf"\.weight(\.({'|'.join(sorted({*parts, *BESIDE}))}))?$")
         self.put_gates(model, self.stored)
         if self._experts and checkpoint_files:
             check_names_sort(self._experts)

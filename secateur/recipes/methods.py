@@ -12,9 +12,10 @@ import secateur.factorize
 import secateur.gates
 import secateur.lowrank
 import secateur.prune
-import secateur.quant  # noqa: F401 - all register what is in them
+import secateur.quant  # all register what is in them, but for gates
+from secateur.core.discovery import import_all, import_others
 from secateur.core.options import options_of, types_of
-from secateur.core.registry import ROLES, import_others
+from secateur.core.registry import ROLES
 from secateur.errors import UsageError, did_you_mean
 from secateur.shares import parse_share
 
@@ -40,6 +41,8 @@ _WORDS = {
 _TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
+# Not by the package itself: a model that is loaded needs what a checkpoint says of gates, and none of the methods.
+import_all("secateur.gates", secateur.gates.__path__)
 import_others(GROUP, "methods")
 
 

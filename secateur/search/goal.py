@@ -6,7 +6,7 @@ from functools import cache
 from typing import ClassVar, Protocol, TypeVar
 
 import secateur.search.goals
-from secateur.core.registry import import_all, import_others
+from secateur.core.discovery import import_all, import_others
 from secateur.errors import UsageError, did_you_mean
 from secateur.pipeline.calibrate import Windows
 from secateur.recipes.goals import PER_LAYER, is_open

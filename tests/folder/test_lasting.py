@@ -13,6 +13,7 @@ from secateur.folder.reader import StoredTensors
 from secateur.kernels.packed import PADDING, padded
 from secateur.model.source import open_source
 from secateur.plugin import names
+from secateur.plugin.packed_modules import packed_linears
 
 TENSORS = {"a": torch.arange(200, dtype=torch.int16).view(torch.bfloat16), "z": torch.arange(50, dtype=torch.uint8)}
 
@@ -45,6 +46,42 @@ def test_odd_places(tmp_path):
     found = StoredTensors([file]).lasting("a", PADDING)
     assert found.view(torch.uint8).tolist() == [*range(250), *range(150)]
     assert padded(found).data_ptr() % 2 == 0
+
+
+def test_other_dtypes_are_read(tmp_path):
+    save_file({"i": torch.arange(6, dtype=torch.int32).view(2, 3), "a": TENSORS["a"]}, tmp_path / "model.safetensors")
+    found = StoredTensors([tmp_path / "model.safetensors"]).lasting("i", PADDING)
+    assert found.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_files_are_at_hand_unless_a_disk_has_to_be_waited_for(tmp_path, monkeypatch):
+    tensors = stored(tmp_path)
+    read = []
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    monkeypatch.setattr(os, "preadv", lambda file, into, at, flags: read.append((at, flags)), raising=False)
+    assert tensors.at_hand
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert read[0] == (0, 8)
+    assert size * 0.9 < read[-1][0] < size
+
+    def waits(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "preadv", waits, raising=False)
+    assert not tensors.at_hand
+    monkeypatch.delattr(os, "preadv")
+    assert not tensors.at_hand
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_weights_are_the_same_whether_threads_read_them_or_not(packed_of, at_hand, monkeypatch):
+    folder = packed_of("llama", "bitmap")
+    expected = dict(secateur.load(folder, "dense").named_parameters())
+    monkeypatch.setattr(StoredTensors, "at_hand", at_hand)
+    model = secateur.load(folder, "torch")
+    found = {f"{name}.weight": linear.dense() for name, linear in packed_linears(model)}
+    assert len(found) == 14
+    assert all(torch.equal(W_OI, expected[name]) for name, W_OI in found.items())
 
 
 def test_a_file_that_was_cut_off(tmp_path):

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from secateur.core.quantized import BITS, Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.layouts import LAYOUTS, layout_from_config
 from secateur.formats.layouts.choose import layout_for
 from secateur.formats.layouts.codebook import Codebook, Table
+from secateur.formats.layouts.layout import LAYOUTS, layout_from_config
 from secateur.formats.layouts.packed_int import PackedInt, Uniform
 from secateur.formats.layouts.sparse_int import SparseInt
 from secateur.formats.layouts.two_level_int import SpQRLayout, TwoLevel

@@ -15,12 +15,12 @@ from random_examples import tries
 
 from secateur.core.quantized import Outliers, Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.layouts import LAYOUTS, layout_from_config
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_by_inputs, layout_for
 from secateur.formats.layouts.columns import Columns
 from secateur.formats.layouts.columns_bitmap import ColumnsBitmap
 from secateur.formats.layouts.columns_int import ColumnsInt
+from secateur.formats.layouts.layout import LAYOUTS, layout_from_config
 from secateur.formats.layouts.packed_int import Uniform
 from secateur.kernels.packed import nbytes
 

@@ -13,9 +13,9 @@ from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
 from secateur.errors import CheckpointError
-from secateur.formats.layouts import layout_from_config
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.layout import layout_from_config
 from secateur.formats.layouts.packed_weight import StoredForm
 from secateur.kernels.backends import linear, prepare
 from secateur.quant.rtn import RTN

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from random_examples import tries
 
 from secateur.errors import CheckpointError
-from secateur.formats.layouts import LAYOUTS, layout_from_config
 from secateur.formats.layouts.bitmap import Bitmap
+from secateur.formats.layouts.layout import LAYOUTS, layout_from_config
 from secateur.formats.layouts.nm import NMBits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

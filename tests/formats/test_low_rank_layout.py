@@ -17,9 +17,9 @@ from secateur import kernels
 from secateur.composite_layouts.low_rank import LowRank
 from secateur.core.factors import WithFactors
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.layouts import layout_from_config
 from secateur.formats.layouts.bitmap import Bitmap
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.layout import layout_from_config
 from secateur.formats.layouts.nm import NMBits
 from secateur.kernels.backends import why_not
 from secateur.kernels.chosen_rows import chosen_rows

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.folder.reader import read_json
-from secateur.formats.layouts import LAYOUTS
 from secateur.formats.layouts.block_types import BLOCK_TYPES
-from secateur.formats.layouts.layout import layout_from_config
+from secateur.formats.layouts.layout import LAYOUTS, layout_from_config
 from secateur.model.source import open_source
 
 pytestmark = pytest.mark.usefixtures("dense_backend")

@@ -13,8 +13,8 @@ from random_examples import tries
 
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
-from secateur.formats.layouts import layout_from_config
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.layout import layout_from_config
 from secateur.formats.layouts.packed_int import PackedInt
 from secateur.formats.layouts.trellis_rings import Trellis, TrellisCodes
 from secateur.kernels.backends import linear, prepare

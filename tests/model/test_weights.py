@@ -11,6 +11,7 @@ from every_family import tiny_config, tiny_families
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 import secateur
 from secateur.checkpoint.export import export
@@ -79,6 +80,33 @@ def test_tensors_and_buffers_are_those_of_transformers(model_type, tmp_path):
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     check_family(model_type, tmp_path / "model")
+
+
+@pytest.mark.parametrize("filled", ["all", "some", "none"])
+def test_a_model_is_made_once_where_its_buffers_can_be_computed_afterwards(filled, tmp_path, monkeypatch):
+    """Here they cannot be where what transformers does for those that files lack leaves any number of one unset."""
+    AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path)
+    wanted = dict(stock(tmp_path, torch.float32).named_buffers())
+    made = []
+    rotary = type(AutoModelForCausalLM.from_config(tiny_config("llama")).model.rotary_emb)
+    build, init = rotary.__init__, LlamaPreTrainedModel._init_weights
+
+    def count(self, *args, **kwargs):
+        made.append(1)
+        build(self, *args, **kwargs)
+
+    def partly(self, module):
+        if filled == "all":
+            init(self, module)
+        elif filled == "some" and isinstance(module, rotary):
+            module.inv_freq[:-1] = wanted["model.rotary_emb.inv_freq"][:-1]
+
+    monkeypatch.setattr(rotary, "__init__", count)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", partly)
+    found = dict(secateur.load(tmp_path).named_buffers())
+    assert len(made) == (1 if filled == "all" else 2)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.slow

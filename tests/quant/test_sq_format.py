@@ -11,8 +11,8 @@ from secateur.core.quantized import Quantized
 from secateur.core.stack import Stack
 from secateur.core.stats import InputStats, Level
 from secateur.errors import CheckpointError, UsageError
-from secateur.formats.layouts import layout_from_config
 from secateur.formats.layouts.choose import layout_for
+from secateur.formats.layouts.layout import layout_from_config
 from secateur.formats.layouts.packed_weight import StoredForm
 from secateur.formats.layouts.two_precisions import Banks, TwoPrecisions, high_count
 from secateur.kernels.backends import linear, prepare

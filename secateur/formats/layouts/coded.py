@@ -192,7 +192,7 @@ def is_half_vector(tensor: Tensor) -> bool:
 def check_finite(tensors: Mapping[str, Tensor], *parts: str) -> None:
     """Raise ValueError when one of these parts, which must be there, holds NaN or infinity."""
     for part in parts:
-        if not torch.isfinite(tensors[part]).all():
+        if not all_finite(tensors[part]):
             raise ValueError(f"its {part} holds values that are not finite")
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from secateur.core.discovery import Table
 from secateur.core.quantized import Quantized
 from secateur.errors import CheckpointError
 from secateur.kernels.packed import FLOAT_DTYPES, Packed
@@ -161,7 +162,29 @@ class Layout(Decoder):
         return self, {part: tensor.clone() for part, tensor in tensors.items()}
 
 
-LAYOUTS: dict[str, type[Layout]] = {}
+_HERE, _COMPOSITE = "secateur.formats.layouts", "secateur.composite_layouts"
+LAYOUTS: Table[type[Layout]] = Table(
+    [_HERE, _COMPOSITE],
+    GROUP,
+    "layouts",
+    {
+        "bitmap": f"{_HERE}.bitmap",
+        "blocks": f"{_HERE}.block_codes",
+        "codebook": f"{_HERE}.codebook",
+        "columns": f"{_HERE}.columns",
+        "columns-bitmap": f"{_HERE}.columns_bitmap",
+        "columns-int": f"{_HERE}.columns_int",
+        "dictionary": f"{_COMPOSITE}.dictionary",
+        "low-rank": f"{_COMPOSITE}.low_rank",
+        "nm": f"{_HERE}.nm",
+        "packed-int": f"{_HERE}.packed_int",
+        "sparse-int": f"{_HERE}.sparse_int",
+        "spqr": f"{_HERE}.two_level_int",
+        "sq": f"{_HERE}.two_precisions",
+        "ternary-dict": f"{_HERE}.ternary_dict",
+        "trellis": f"{_HERE}.trellis_rings",
+    },
+)
 _L = TypeVar("_L", bound=type[Layout])
 
 
@@ -205,7 +228,7 @@ def check_parts(tensors: Mapping[str, Tensor], wanted: Mapping[str, Callable[[Te
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: both show in the extremes, which one pass without a copy finds."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(widened(tensor)))).all())
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(widened(tensor)))
 
 
 def only_finite(tensor: Tensor) -> Tensor:

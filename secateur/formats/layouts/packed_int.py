@@ -114,7 +114,7 @@ class PackedInt(QuantizedLayout):
         if tensors["scale"].numel() != total:
             raise ValueError(f"its scale has {tensors['scale'].numel()} values for {total} groups")
         check_finite(tensors, "scale")
-        if (tensors["scale"] <= 0).any():
+        if total and tensors["scale"].min() <= 0:
             raise ValueError("its scale holds values that are not positive")
         if self.symmetric and "zero" in tensors:
             raise ValueError("it has a zero part, but the config says that it is symmetric")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.core.quantized import Quantized
 from secateur.formats.layouts.coded import FAMILIES, QuantizedLayout, read_stored_shape
-from secateur.formats.layouts.layout import Layout, check_parts, layout
+from secateur.formats.layouts.layout import LAYOUTS, Layout, check_parts, layout
 from secateur.formats.layouts.rows import Rows
 from secateur.kernels.expand import count_rows
 from secateur.kernels.packed import CodedWeight
@@ -91,6 +91,7 @@ class SparseInt(Layout):
         if not isinstance(codes, Mapping):
             raise ValueError(f"codes is {codes!r}")
         name = codes.get("layout")
-        if not isinstance(name, str) or name not in FAMILIES:
+        # Asked for among all layouts first, which imports its file, and that makes it one of the families.
+        if not isinstance(name, str) or name not in LAYOUTS or name not in FAMILIES:
             raise ValueError(f"the kept weights are said to have layout {name!r}")
         return cls(FAMILIES[name].from_config(codes))

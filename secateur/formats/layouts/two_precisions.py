@@ -120,7 +120,7 @@ class TwoPrecisions(Layout):
     def _rows(self, shape: tuple[int, int]) -> tuple[Rows, Rows]:
         """The weights of each row in high and in low bits."""
         H = high_count(shape[1], self.bank, self.high)
-        return tuple(Rows(shape, torch.tensor(count).expand(shape[0])) for count in (H, shape[1] - H))  # type: ignore[return-value]
+        return tuple(Rows(shape, count) for count in (H, shape[1] - H))  # type: ignore[return-value]
 
     def pack(self, weight: Quantized) -> dict[str, Tensor]:
         codes: Any = weight.codes

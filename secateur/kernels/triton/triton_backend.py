@@ -11,16 +11,17 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.kernels.backends import backend
-from secateur.kernels.column_weight import chunk_starts
 from secateur.kernels.packed import FLOAT_DTYPES, CodedWeight, Packed, SparseWeight, map_tensors
-from secateur.kernels.trellis_weight import TrellisWeight
 from secateur.kernels.triton.triton_weight import TritonWeight
+
+if TYPE_CHECKING:
+    from secateur.kernels.trellis_weight import TrellisWeight
 
 
 @backend
@@ -75,6 +76,8 @@ class Triton:
 
 def _sparse(weight: SparseWeight) -> TritonWeight:
     """N:M goes the same way: to know where its rows start saves nothing once chunks have starts."""
+    from secateur.kernels.column_weight import chunk_starts  # models on a CPU need nothing of it
+
     bitmask_OB = weight.bitmask_OB
     start_OW = _starts(weight, chunk_starts(bitmask_OB))
     return TritonWeight(

@@ -26,7 +26,7 @@ class Extent:
 
     Attributes:
         dtype: as the file's header calls it.
-        shape: as there; nobody has looked whether it fits.
+        shape: as there, of which nobody has looked whether it fits.
     """
 
     file: Path
@@ -57,8 +57,10 @@ def find_extents(file: Path) -> dict[str, Extent]:
             begin, end = about["data_offsets"]
             if not 0 <= begin <= end <= size - 8 - length:
                 raise ValueError(f"tensor {name!r} is said to lie beyond its end")
-            form = str(about["dtype"]), tuple(map(int, about["shape"]))
-            found[name] = Extent(file, name, 8 + length + begin, end - begin, *form)
+            shape = tuple(about["shape"])
+            if not all(type(count) is int and count >= 0 for count in shape):
+                raise ValueError(f"tensor {name!r} is said to be {list(shape)}")
+            found[name] = Extent(file, name, 8 + length + begin, end - begin, str(about["dtype"]), shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is no safetensors file: {error}") from error
     return found

@@ -187,8 +187,7 @@ class StoredTensors(Tensors):
         if place is None or dtype is None or place.start + place.size + room > whole.nbytes():
             return _tensor_of(opened, file, name)
         count = math.prod(place.shape)
-        fits = min(place.shape, default=0) >= 0 and count * dtype.itemsize == place.size
-        if not fits or (whole.data_ptr() + place.start) % dtype.itemsize:
+        if count * dtype.itemsize != place.size or (whole.data_ptr() + place.start) % dtype.itemsize:
             return _tensor_of(opened, file, name)
         memory = torch.empty(0, dtype=dtype, device="cpu")
         memory.set_(whole[place.start : place.start + place.size + room])

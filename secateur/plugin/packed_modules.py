@@ -71,7 +71,7 @@ def replace_linears(
         UsageError: there is no such backend, or it cannot be used.
     """
     replaced = []
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     plain = [name for name in weights if type(modules[name]) in (nn.Linear, Conv1D)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = (map if at_hand else pool.map)(lambda name: weights[name](), plain)

@@ -198,6 +198,8 @@ def test_short_reads_are_completed(made, monkeypatch, tmp_path):
         (lambda content: (10**9).to_bytes(8, "little") + content[8:], "header is longer"),
         (lambda content: content[:-100], "beyond its end"),
         (lambda content: content[:8] + b"[" + content[9:], "no safetensors file"),
+        (lambda content: content.replace(b'"shape":[', b'"shape":[-', 1), "is said to be"),
+        (lambda content: content.replace(b'"shape":[', b'"shape":[.', 1), "no safetensors file"),
     ],
 )
 def test_files_that_are_none(change, message, model_of, tmp_path):

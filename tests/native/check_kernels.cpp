@@ -163,19 +163,19 @@ void check_coded(const std::vector<const Kernels*>& all, int64_t number) {
 void check_products(const Products& products, int64_t number) {
   Memory memory;
   const int64_t O = 1 + below(ROWS_AT_ONCE), I = random_columns(), T = 1 + below(100), groups = (T + GROUP - 1) / GROUP;
-  const int64_t depth = (I + STEP - 1) / STEP * STEP, rows = (O + GROUP - 1) / GROUP * GROUP, stride = depth + APART;
+  const int64_t depth = (I + STEP - 1) / STEP * STEP, rows = (O + GROUP - 1) / GROUP * GROUP;
   const int64_t columns = STEP * (1 + below(depth / STEP)), y_stride = groups * GROUP + below(2) * GROUP;
   const uint16_t* const x = static_cast<const uint16_t*>(memory.values(T * I, Float::bf16, true).data);
-  std::vector<uint16_t> w(rows * stride);
+  std::vector<uint16_t> w((rows - 1) * ROW_STRIDE + depth);
   for (int64_t r = 0; r < O; r++)
-    for (int64_t i = 0; i < I; i++) w[r * stride + i] = to_bf16(float(int(below(512)) - 256) / 64);
+    for (int64_t i = 0; i < I; i++) w[r * ROW_STRIDE + i] = to_bf16(float(int(below(512)) - 256) / 64);
   const uint16_t* const weights = memory.exactly(w);
   uint16_t* const laid = memory.exactly(std::vector<uint16_t>(groups * GROUP * depth));
   for (int64_t g = 0; g < groups; g++)
     products.lay(x + g * GROUP * I, std::min(GROUP, T - g * GROUP), I, depth, laid + g * GROUP * depth);
   float* const y = memory.floats(rows * y_stride);
   for (int64_t k0 = 0; k0 < depth; k0 += columns)
-    products.multiply({weights + k0, stride, rows, laid + k0 * GROUP, GROUP * depth, groups, std::min(columns, depth - k0), y, y_stride, k0 > 0});
+    products.multiply({weights + k0, rows, laid + k0 * GROUP, GROUP * depth, groups, std::min(columns, depth - k0), y, y_stride, k0 > 0});
   const float* const bias = chance(0.5) ? static_cast<const float*>(memory.values(O, Float::f32, true).data) : nullptr;
   uint16_t* const out = memory.exactly(std::vector<uint16_t>(T * O));
   products.finish(y, y_stride, O, T, bias, out, O);
@@ -183,7 +183,7 @@ void check_products(const Products& products, int64_t number) {
     for (int64_t r = 0; r < O; r++) {
       double sum = bias ? bias[r] : 0, size = std::fabs(sum);
       for (int64_t i = 0; i < I; i++) {
-        const double product = double(from_bits(uint32_t(x[t * I + i]) << 16)) * from_bits(uint32_t(w[r * stride + i]) << 16);
+        const double product = double(from_bits(uint32_t(x[t * I + i]) << 16)) * from_bits(uint32_t(w[r * ROW_STRIDE + i]) << 16);
         sum += product;
         size += std::fabs(product);
       }

@@ -215,7 +215,7 @@ inline void one_row(const Coded& w, int64_t r, const float* levels, float* row, 
     grid(w, groups_before(w, r), (K + w.group_size - 1) / w.group_size, levels, Gs, scale, zero);
     apply_grid(K, w.group_size, scale, zero, stored);
   }
-  if (w.mask) place(w.mask + r * ((w.I + 7) / 8), w.I, stored, Float::f32, row);
+  if (w.mask) place<Kind::f32>(w.mask + r * ((w.I + 7) / 8), w.I, reinterpret_cast<const uint8_t*>(stored), row);
   add_outliers(w, r, row);
 }
 

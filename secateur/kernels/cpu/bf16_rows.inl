@@ -44,15 +44,35 @@ struct Words {
   }
 };
 
-// What codes of up to five bits stand for, for `_mm512_permutexvar_epi16`, which looks at five bits.
-inline __m512i values_of_codes(int bits, __m512 scale, __m512 zero) {
-  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i mask = _mm512_set1_epi32((1 << bits) - 1);
-  const __m256i half = nearest_bf16(_mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(low, mask)), zero), scale));
-  if (bits < 5) return both_halves(half, half);
-  const __m512 high = _mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_set1_epi32(16)));
-  return both_halves(half, nearest_bf16(_mm512_mul_ps(_mm512_sub_ps(high, zero), scale)));
-}
+// What codes of up to five bits stand for in a group, for `_mm512_permutexvar_epi16`, which looks at five bits.
+class CodeValues {
+ public:
+  explicit CodeValues(int bits) : one_(bits < 5) {
+    const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    low_ = _mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32((1 << bits) - 1)));
+    high_ = _mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_set1_epi32(16)));
+    alignas(64) uint16_t upper[32];
+    for (int j = 0; j < 32; j++) upper[j] = uint16_t(2 * j + 1);
+    upper_ = _mm512_load_si512(upper);
+  }
+  __m512i operator()(__m512 scale, __m512 zero) const {
+    const __m512i low = rounded(_mm512_mul_ps(_mm512_sub_ps(low_, zero), scale));
+    const __m512i high = one_ ? low : rounded(_mm512_mul_ps(_mm512_sub_ps(high_, zero), scale));
+    return _mm512_permutex2var_epi16(low, upper_, high);
+  }
+
+ private:
+  // The nearest bfloat16 in the upper halves, as `nearest_bf16` but for NaN, which no grid has.
+  static __m512i rounded(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+
+  bool one_;
+  __m512 low_, high_;
+  __m512i upper_;
+};
 
 inline __m512i row_table_bf16(const Coded& w, int64_t r) {
   alignas(64) uint16_t table[32];
@@ -80,6 +100,7 @@ bool coded_bf16_takes(const Coded& w) {
 
 void coded_bf16(const Coded& w, int64_t first, int64_t last, int64_t k0, int64_t k1, uint16_t* to, int64_t stride, float* scratch) {
   const Words words(w.bits);
+  const CodeValues values(w.bits);
   const int64_t Gs = round_up(w.G + WIDTH), end = k1 < w.I ? k1 : w.I;
   float *levels = scratch, *scale = levels + 4 * Gs, *zero = scale + Gs;
   const int64_t g0 = w.table.data ? 0 : k0 / w.group_size, g1 = w.table.data ? 0 : (end - 1) / w.group_size + 1;
@@ -100,7 +121,7 @@ void coded_bf16(const Coded& w, int64_t first, int64_t last, int64_t k0, int64_t
         const int64_t stop = (g + 1) * w.group_size < end ? (g + 1) * w.group_size : end;
         // What is beyond the group is written over by the next.
         if (w.bits <= 5) {
-          const __m512i table = values_of_codes(w.bits, s, z);
+          const __m512i table = values(s, z);
           for (; k < stop; k += 32) _mm512_storeu_si512(to + k - k0, _mm512_permutexvar_epi16(words(codes + k * w.bits / 8), table));
         } else {
           for (; k < stop; k += 32) _mm512_storeu_si512(to + k - k0, computed(words(codes + k * w.bits / 8), w.bits, s, z));

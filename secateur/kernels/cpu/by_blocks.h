@@ -19,7 +19,7 @@ namespace {
 
 // Groups of tokens that rows are unpacked once for, and what inputs and sums of a block may take: half the second-level cache.
 constexpr int64_t GROUPS_AT_ONCE = 32, INPUT_BYTES = 1 << 19, SUM_BYTES = 1 << 19;
-constexpr int64_t LEAST_COLUMNS = 512, MOST_COLUMNS = 8192;
+constexpr int64_t LEAST_COLUMNS = 512;
 
 inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -51,8 +51,7 @@ void do_share(const Share& s, const Products& products, int64_t scratch, const U
   const int64_t padded = s.groups * GROUP + GROUP;
   const int64_t columns = std::min(s.depth, std::clamp(INPUT_BYTES / (2 * GROUP * s.groups), LEAST_COLUMNS, MOST_COLUMNS) / 64 * 64);
   const int64_t rows = std::min(up_to(s.last - s.first, GROUP), std::max(ROWS_AT_ONCE, SUM_BYTES / (4 * padded) / ROWS_AT_ONCE * ROWS_AT_ONCE));
-  const int64_t stride = columns + APART;
-  Lines<uint16_t> weights(ROWS_AT_ONCE * stride);
+  Lines<uint16_t> weights(ROWS_AT_ONCE * ROW_STRIDE);
   Lines<float> sums(rows * padded), spare(scratch);
   std::unique_ptr<int64_t[]> at(new int64_t[rows]);
   for (int64_t top = s.first; top < s.last; top += rows) {
@@ -61,10 +60,10 @@ void do_share(const Share& s, const Products& products, int64_t scratch, const U
       const int64_t k1 = std::min(k0 + columns, s.depth);
       for (int64_t r = top; r < bottom; r += ROWS_AT_ONCE) {
         const int64_t count = std::min(ROWS_AT_ONCE, bottom - r), whole = up_to(count, GROUP);
-        unpack(r, r + count, k0, k1, at.get() + r - top, weights.data(), stride, spare.data());
+        unpack(r, r + count, k0, k1, at.get() + r - top, weights.data(), ROW_STRIDE, spare.data());
         // Rows that are not there have sums, too, which nobody reads; they are not to be slow.
-        for (int64_t j = count; j < whole; j++) std::fill_n(weights.data() + j * stride, k1 - k0, uint16_t(0));
-        products.multiply({weights.data(), stride, whole, s.x + k0 * GROUP, s.depth * GROUP, s.groups, k1 - k0,
+        for (int64_t j = count; j < whole; j++) std::fill_n(weights.data() + j * ROW_STRIDE, k1 - k0, uint16_t(0));
+        products.multiply({weights.data(), whole, s.x + k0 * GROUP, s.depth * GROUP, s.groups, k1 - k0,
                            sums.data() + (r - top) * padded, padded, k0 > 0});
       }
     }

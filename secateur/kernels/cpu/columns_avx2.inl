@@ -18,7 +18,7 @@ inline V load_values(Floats v, int64_t at) {
 }
 inline V load_bytes(const uint8_t* p) { return bytes_8(p); }
 
-// bfloat16 outputs are taken apart: of every 32 the even ones stand before the odd ones.
+// bfloat16 outputs are taken apart, but under a mask: of every 32 the even ones stand before the odd ones.
 enum Order { NATURAL, SPLIT };
 
 inline void join(float* y) {
@@ -70,7 +70,7 @@ struct Values {
 template <Float dtype>
 struct Masked {
   static constexpr int SIZE = dtype == Float::f32 ? 4 : 2, N = 4;
-  static constexpr Order ORDER = dtype == Float::bf16 ? SPLIT : NATURAL;
+  static constexpr Order ORDER = NATURAL;
   const uint8_t *p, *mask;
 
   Masked() = default;
@@ -85,9 +85,7 @@ struct Masked {
     uint32_t bits = 0;
     std::memcpy(&bits, mask, end ? ((left < 32 ? left : 32) + 7) / 8 : 4);
     mask += 4;
-    const MaskWord word(bits);
-    expand<KIND<dtype>>(p, word, 0, w);
-    p += word.count() * SIZE;
+    for (int n = 0; n < N; n++) w[n] = expand<KIND<dtype>>(p, bits, n);
   }
 };
 

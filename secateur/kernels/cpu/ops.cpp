@@ -88,8 +88,7 @@ Laid lay_out(const Tensor& x, int64_t group_size, int64_t G, bool split, const i
     float* to = rows + t * stride;
     with_values(x, [&](const auto* values) { lay_row(values + t * I, order, I, to); });
     std::fill(to + I, to + stride, 0.0f);
-    if (split)
-      for (int64_t i = 0; i < stride; i++) splits[t * stride + (i & ~31) + (i & 1) * 16 + (i % 32) / 2] = to[i];
+    if (split) chosen()->step->split(to, stride, splits + t * stride);
     for (int64_t g = 0; g < sums; g++) {
       group_sums[t * sums + g] = sum_of(to, std::min(g * group_size, I), std::min((g + 1) * group_size, I));
     }

@@ -11,14 +11,13 @@ namespace secateur {
 
 // Tokens lie in groups of so many, and columns in steps of so many, with zeros where there are no more.
 constexpr int64_t GROUP = 16, STEP = 32;
-// Rows are multiplied so many at a time, at most; what is unpacked of them lies this many values further apart than it is long,
-// so that rows are not all of the same few lines of the first-level cache.
-constexpr int64_t ROWS_AT_ONCE = 32, APART = 32;
+// Rows are multiplied so many at a time, at most, and so many columns. What is unpacked of rows lies a bit further apart, so that
+// they are not all of the same few lines of the first-level cache; and always as far, so that no product needs a register a row.
+constexpr int64_t ROWS_AT_ONCE = 32, MOST_COLUMNS = 2048, ROW_STRIDE = MOST_COLUMNS + 32;
 
 // Some columns of some rows, and the same columns of some groups of tokens.
 struct Block {
-  const uint16_t* w;  // [rows, stride], of which `depth` columns
-  int64_t stride;
+  const uint16_t* w;   // [rows, ROW_STRIDE], of which `depth` columns
   int64_t rows;        // GROUP or ROWS_AT_ONCE
   const uint16_t* x;   // [groups, depth / 2, GROUP, 2], each group `apart` values after the one before
   int64_t apart;

@@ -29,8 +29,8 @@ struct alignas(64) Config {
 // A times 16 rows, and G groups.
 template <int A, int G>
 inline void part(const Block& b, int64_t group) {
-  const int64_t w_bytes = 2 * b.stride, y_bytes = 4 * b.y_stride;
-  const uint16_t *w = b.w, *w_below = w + GROUP * b.stride;
+  const int64_t w_bytes = 2 * ROW_STRIDE, y_bytes = 4 * b.y_stride;
+  const uint16_t *w = b.w, *w_below = w + GROUP * ROW_STRIDE;
   const uint16_t *x = b.x + group * b.apart, *x_after = x + b.apart;
   float *const y = b.y + group * GROUP, *const y_below = y + GROUP * b.y_stride;
   if (b.more) {

@@ -55,7 +55,7 @@ void lay(const uint16_t* x, int64_t tokens, int64_t I, int64_t depth, uint16_t* 
 // R rows and G groups.
 template <int R, int G>
 inline void part(const Block& b, int64_t row, int64_t group) {
-  const uint16_t* const w = b.w + row * b.stride;
+  const uint16_t* const w = b.w + row * ROW_STRIDE;
   const uint16_t* const x = b.x + group * b.apart;
   float* const y = b.y + row * b.y_stride + group * GROUP;
   __m512 sum[R][G];
@@ -65,7 +65,7 @@ inline void part(const Block& b, int64_t row, int64_t group) {
     __m512bh xs[G];
     for (int g = 0; g < G; g++) xs[g] = (__m512bh)_mm512_loadu_si512(x + g * b.apart + k * GROUP);
     for (int r = 0; r < R; r++) {
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int*>(w + r * b.stride + k));
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int*>(w + r * ROW_STRIDE + k));
       for (int g = 0; g < G; g++) sum[r][g] = _mm512_dpbf16_ps(sum[r][g], xs[g], pair);
     }
   }

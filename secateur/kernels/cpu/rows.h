@@ -61,7 +61,7 @@ struct Inputs {
   int64_t T;
   int64_t stride;
   const float* x;              // [T, stride]
-  const float* x_split;        // of every 32 columns the even ones before the odd ones; null unless values are bfloat16
+  const float* x_split;        // of every 32 columns the even ones before the odd ones, for AVX-512; null unless values are bfloat16
   const float* group_sum;      // [T, sums]: of each group; null where there are no groups
   int64_t sums;                // a multiple of WIDTH
   const float* x_turned;       // [T, turned], see `turn`; null unless groups are of TURNED columns

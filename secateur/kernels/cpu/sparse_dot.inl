@@ -1,5 +1,5 @@
 // How the vector kernels go over rows and tokens, whatever their instructions. Each includes this inside its namespace, under
-// its own target, once it has ROWS and
+// its own target, once it has
 //
 //   template <Kind kind, int T, int R>
 //   void sparse_rows(const Sparse&, const Inputs&, int64_t first, int64_t D, int64_t t0, float* y, int64_t O);
@@ -8,7 +8,7 @@
 
 template <Kind kind, int T>
 void sparse_tokens(const Sparse& w, const Inputs& in, int64_t first, int64_t last, int64_t t0, float* y, int64_t O) {
-  constexpr int R = T == 1 ? ROWS : 1;
+  constexpr int R = T == 1 ? MOST_ROWS : 1;
   const int64_t D = (last - first) / R;
   for (int64_t r = first; r < first + D; r++) sparse_rows<kind, T, R>(w, in, r, D, t0, y, O);
   for (int64_t r = first + R * D; r < last; r++) sparse_rows<kind, T, 1>(w, in, r, 1, t0, y, O);

@@ -13,7 +13,7 @@ namespace secateur {
 constexpr int64_t GROUP = 16, STEP = 32;
 // Rows are multiplied so many at a time, at most, and so many columns. What is unpacked of rows lies a bit further apart, so that
 // they are not all of the same few lines of the first-level cache; and always as far, so that no product needs a register a row.
-constexpr int64_t ROWS_AT_ONCE = 32, MOST_COLUMNS = 2048, ROW_STRIDE = MOST_COLUMNS + 32;
+constexpr int64_t ROWS_AT_ONCE = 32, MOST_COLUMNS = 8192, ROW_STRIDE = MOST_COLUMNS + 32;
 
 // Some columns of some rows, and the same columns of some groups of tokens.
 struct Block {

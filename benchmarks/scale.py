@@ -3,6 +3,7 @@
     python -m benchmarks.scale bounded --text wiki.test.raw          # 7 B under 4 GiB; 13 GB of disk, half an hour
     python -m benchmarks.scale bounded --text wiki.test.raw --size mixture --methods wanda --max-memory 3GiB
     python -m benchmarks.scale plan --text wiki.test.raw             # foretold against measured, three sizes
+    python -m benchmarks.scale plan --text wiki.test.raw --sizes few,wide --methods wanda,gptq,sparsegpt --threads 1
     python -m benchmarks.scale resume --text wiki.test.raw           # SmolLM2, killed in five places
     python -m benchmarks.scale ranks --text wiki.test.raw            # SmolLM2, two processes of one thread, one of two
     python -m benchmarks.scale verify --text wiki.test.raw           # `verify` and its hashes against reading the files
@@ -42,6 +43,8 @@ from benchmarks.protocol import (
 )
 
 SIZES = {
+    "few": {"hidden": 1024, "inner": 2816, "blocks": 3, "heads": 16, "kv_heads": 8},
+    "wide": {"hidden": 768, "inner": 6144, "blocks": 3, "heads": 12, "kv_heads": 4},
     "0.3b": {"hidden": 1024, "inner": 2816, "blocks": 16, "heads": 16, "kv_heads": 8},
     "1.5b": {"hidden": 2048, "inner": 6144, "blocks": 28, "heads": 16, "kv_heads": 8},
     "7b": {"hidden": 4096, "inner": 11008, "blocks": 32, "heads": 32, "kv_heads": 32},
@@ -109,7 +112,8 @@ def plan(args: argparse.Namespace, calibration: Path) -> None:
     for size in args.sizes.split(","):
         model, out = model_of(args, size), args.work / f"out-{size}"
         for method in args.methods.split(","):
-            command = compress_command(model, out, prune_options(method, "0.5"), calibration, samples=args.samples)
+            options = ["--quantize", "gptq"] if method == "gptq" else prune_options(method, "0.5")
+            command = compress_command(model, out, options, calibration, samples=args.samples)
             limit = ["--max-memory", args.max_memory] if args.max_memory else []
             asked = [part for part in command if part != "--overwrite"]
             asked[asked.index("compress") : asked.index("compress") + 3] = ["plan", str(model), "--out", str(args.work)]

@@ -48,7 +48,7 @@ def _with_numbers(source: Source, wanted: Calibration) -> Calibration:
 
 
 def calibration_ids(
-    source: Source, wanted: Calibration, device: torch.device, say: Callable[[str], None]
+    source: Source, wanted: Calibration, device: torch.device, say: Callable[[str], None], frugal: bool = False
 ) -> tuple[Tensor, Calibration, list[int]]:
     """The windows that a recipe's calibration names, and the calibration with its numbers filled in.
 
@@ -57,6 +57,7 @@ def calibration_ids(
         wanted: the recipe's words.
         device: where a model that writes its own text runs.
         say: told what is going on.
+        frugal: whether no more memory is to be taken than a model takes that writes its own text, whatever time that costs.
 
     Returns:
         ids_NS (int64, on the CPU), the calibration as it was carried out, and the tokens that the tokenizer puts before a
@@ -69,7 +70,7 @@ def calibration_ids(
     assert settings.samples is not None
     assert settings.seq_len is not None
     if settings.source == SELF:
-        ids_NS, begin = _self_sampled(source, settings, device, say)
+        ids_NS, begin = _self_sampled(source, settings, device, say, frugal)
         return ids_NS, settings, begin
     say(f"reading {settings.source}")
     # A choice of windows sixteen times as many as are taken; no more of a data set is read.
@@ -104,9 +105,9 @@ def cache_folder() -> Path:
 
 def _writing_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a model writes its text: in half precision only where the processor computes in it by itself."""
-    if device.type == "cuda" or (stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+    if device.type == "cuda":
         return stored
-    return torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def _kept_file(source: Source, settings: Calibration, device: torch.device) -> Path:
@@ -118,7 +119,7 @@ def _kept_file(source: Source, settings: Calibration, device: torch.device) -> P
 
 
 def _self_sampled(
-    source: Source, settings: Calibration, device: torch.device, say: Callable[[str], None]
+    source: Source, settings: Calibration, device: torch.device, say: Callable[[str], None], frugal: bool
 ) -> tuple[Tensor, list[int]]:
     """Text that the model wrote, and what its tokenizer puts before one, if windows are to begin with that."""
     samples, seq_len = settings.samples, settings.seq_len
@@ -142,6 +143,7 @@ def _self_sampled(
         settings.seed,
         lambda done, total: say(f"letting the model write its calibration text: {done} of {total} tokens"),
         settings.bos,
+        frugal,
     )
     if settings.expert_balance > 1:
         say("choosing windows that even out the experts' use")

@@ -98,6 +98,7 @@ class Footprint:
         experts: how many a layer of a mixture has.
         processes: of the run.
         streams: of hidden states: two where the dense model's go along, whose weights of a block stay until it is done.
+        keeps: whether the C library keeps what is freed within a block, as it does where there is no limit: see `return_freed`.
     """
 
     base: int
@@ -115,6 +116,7 @@ class Footprint:
     experts: int = 0
     processes: int = 1
     streams: int = 1
+    keeps: bool = False
 
     @property
     def waiting(self) -> int:
@@ -130,13 +132,17 @@ class Footprint:
         near = waiting if settings.hidden == "device" else 2 * self.streams * batch * S * self.hidden
         # A batch stands half way while the other stream's runs.
         running = self.streams * batch * self.forward(S)
-        stages = [self.embeddings + block + near + running]
-        for group in self.groups:
-            kept = self.streams * windows * group.held(S) if settings.pause else near
+        stages = [(self.embeddings + block + near + running) * _MARGIN]
+        held = [self.streams * windows * group.held(S) if settings.pause else near for group in self.groups]
+        for group, kept, earlier in zip(self.groups, held, [0, *held], strict=False):
             together = settings.experts if group.expert else 1
             experts = together * (group.stats + self.streams * group.expert)
-            stages.append(block + kept + experts + max(running, group.solve))
-        computing = max(stages) * _MARGIN
+            live = block + kept + experts + max(running, group.solve)
+            # What windows held before, and what one took on its way, is freed by now, in pieces between those that stay; what
+            # operators take for themselves finds room there. Where nothing stands half way, the block has given all back.
+            freed = earlier + running if self.keeps and kept and self.device != "cuda" else 0
+            stages.append(max(live * _MARGIN, live + freed))
+        computing = max(stages)
         before = self.base + self.mapped + self.outside
         within = self.base + self.mapped + self.written
         if self.device == "cuda":

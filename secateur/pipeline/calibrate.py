@@ -41,11 +41,9 @@ class Windows:
 
 def windows_of(job: Job) -> Windows:
     """The windows of a recipe, in this process."""
-    wanted = job.recipe.calibration
+    asked = job.recipe.calibration, job.device, job.say, job.limit is not None
     known = job.shared or job.text
-    if known is not None:
-        return Windows(*known.calibration_ids(wanted, job.device, job.say))
-    return Windows(*calibration_ids(job.source, wanted, job.device, job.say))
+    return Windows(*(calibration_ids(job.source, *asked) if known is None else known.calibration_ids(*asked)))
 
 
 def calibrate(job: Job, prepared: Prepared) -> tuple[Job, Windows | None]:

@@ -171,6 +171,7 @@ def measure(walker: Walker, catcher: Catcher, ids_NS: Tensor, exact: bool) -> Fo
         experts=max((module.count for module in prepared.experts.values()), default=0),
         processes=walker.ranks.size,
         streams=2 if prepared.plan.match_dense else 1,
+        keeps=walker.room.limit is None,
     )
 
 

@@ -37,11 +37,11 @@ class Shared:
     _windows: dict[Calibration, tuple[Tensor, Calibration, list[int]]] = field(default_factory=dict)
 
     def calibration_ids(
-        self, wanted: Calibration, device: torch.device, say: Callable[[str], None]
+        self, wanted: Calibration, device: torch.device, say: Callable[[str], None], frugal: bool = False
     ) -> tuple[Tensor, Calibration, list[int]]:
         """The same as the function of that name, for the open model."""
         if wanted not in self._windows:
-            self._windows[wanted] = calibration_ids(self.source, wanted, device, say)
+            self._windows[wanted] = calibration_ids(self.source, wanted, device, say, frugal)
         return self._windows[wanted]
 
     def fisher_file(self, ids_NS: Tensor, begin: list[int], names: Iterable[str], experts: Mapping[str, Any]) -> Path:

@@ -253,12 +253,14 @@ class _SweepRun:
 
     def _read_calibration(self) -> None:
         """Find out before anything is run whether the text of all recipes can be had."""
-        device = open_device(self.asked.runner.device)
+        device, frugal = open_device(self.asked.runner.device), self.asked.max_memory is not None
+
+        def say(stage: str) -> None:
+            self.progress(Progress(stage))
+
         for _, recipe in self.asked.recipes:
             if plan(recipe).needs_text:
-                self.shared(recipe).calibration_ids(
-                    recipe.calibration, device, lambda stage: self.progress(Progress(stage))
-                )
+                self.shared(recipe).calibration_ids(recipe.calibration, device, say, frugal)
 
     def _identity(self) -> dict[str, Any]:
         """What a sweep has to have in common with one that it goes on with."""

@@ -49,7 +49,7 @@ class Walker:
     def __init__(self, job: Job, prepared: Prepared, clock: Clock) -> None:
         self.prepared, self.clock = prepared, clock
         self.ranks = job.ranks
-        self._room = job.room
+        self.room = job.room
         self._ahead = Ahead(prepared.weights, prepared.device) if prepared.device.type in _READ_AHEAD else None
 
     # --- what is before the blocks
@@ -68,7 +68,7 @@ class Walker:
             return BlockCalls(prepared.model, prepared.blocks, probe_1S)
         except NotInTurn as error:
             instead = "`prune` magnitude or `quantize` rtn, which look at no text"
-            self._room.check(prepared.whole_memory, f"calibrating {prepared.source.name}, where {error},", instead)
+            self.room.check(prepared.whole_memory, f"calibrating {prepared.source.name}, where {error},", instead)
         with self.clock("opening"):
             for number in range(len(prepared.blocks)):
                 self.read(number, whole=True)

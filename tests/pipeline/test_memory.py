@@ -198,6 +198,24 @@ def test_blocks_and_what_is_outside_them_are_not_there_together(need, device):
     assert replace(need, outside=2**40).peaks(settings)[0] == need.base + need.mapped + 2**40
 
 
+def test_what_is_freed_half_way_is_there_still_without_a_limit(need):
+    """Of linears whose windows hold 4 and 8 KiB a token, what is kept is the first's and what a batch took on its way."""
+    groups = [Group(Polynomial(size, 0), 0, 0) for size in (4096, 8192)]
+    need, settings = replace(need, groups=tuple(groups), outside=0), Settings(128, True, "device")
+    outside = need.base + need.mapped + need.written
+    running, live = 128 * 40_000, need.block + need.tokens * 8192 + 128 * 40_000
+    assert need.peaks(settings) == (int(outside + 1.15 * live), 0)
+    kept = replace(need, keeps=True).peaks(settings)[0]
+    assert kept == outside + live + need.tokens * 4096 + running
+    # Less than the margin is no more than the margin; where nothing stands half way, all was given back; GPUs keep otherwise.
+    little = replace(need, keeps=True, block=2**32)
+    assert little.peaks(settings) == replace(little, keeps=False).peaks(settings)
+    alone = replace(need, keeps=True, groups=(Group(Polynomial(0, 0), 0, 2**30),))
+    assert alone.peaks(settings) == replace(alone, keeps=False).peaks(settings)
+    on_device = replace(need, keeps=True, device="cuda")
+    assert on_device.peaks(settings) == replace(on_device, keeps=False).peaks(settings)
+
+
 def test_on_a_gpu_the_host_holds_no_more_than_what_waits_there(need):
     need = replace(need, device="cuda")
     within = need.base + need.mapped + need.written

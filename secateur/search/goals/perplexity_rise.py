@@ -205,7 +205,8 @@ def _unseen(searcher: Searcher, ids_NS: Tensor) -> list[Tensor]:
         return f"`max_perplexity_rise` measures on {count} windows besides those of `samples`"
 
     def drawn(wanted: Calibration, windows: int) -> Tensor:
-        return calibration_ids(job.source, replace(wanted, samples=windows), job.device, job.say)[0]
+        wanted = replace(wanted, samples=windows)
+        return calibration_ids(job.source, wanted, job.device, job.say, job.limit is not None)[0]
 
     try:
         more_NS = drawn(wanted, len(ids_NS) + count)

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from secateur.kernels.cpu import cpu_backend
 from secateur.kernels.cpu.decoder_stack import MOST_TOKENS, DecoderStack, UnknownWeightError
 from secateur.kernels.module import PackedLinear
 from secateur.kernels.packed import FLOAT_DTYPES
@@ -286,7 +287,9 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _class_of(original: type[nn.Module]) -> type[nn.Module]:
-    """Of the same name, by which transformers knows it."""
+    """Of the same name, by which transformers knows it; where there are no compiled kernels it stays as it is."""
+    if cpu_backend.missing() is not None:  # which loads them, whatever backend the linears have
+        return original
     if original not in _CLASSES:
         mixed = (DecodingHead,) if original is nn.Linear else (DecodingModel, original)
         names = {"original": original, "__module__": original.__module__}

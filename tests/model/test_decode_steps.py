@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import processes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -280,3 +281,24 @@ def test_copies_and_dense_models(packed_of, counted):
     before = len(counted)
     torch.testing.assert_close(scores(model), want, rtol=1e-4, atol=1e-4)
     assert len(counted) == before
+
+
+_OTHER_BACKEND = """
+import sys, torch, secateur
+model = secateur.load(sys.argv[1], "torch")
+with torch.no_grad():
+    print(model(torch.arange(2, 6)[None]).logits.isfinite().all().item())
+"""
+
+
+def test_another_backend_alone_needs_no_kernels(packed_of, monkeypatch, tmp_path):
+    """Nothing else has loaded the compiled kernels in a process of its own; and where there are none, nothing asks for them."""
+    folder = packed_of("llama", "bitmap")
+    done = processes.script(_OTHER_BACKEND, folder, cwd=tmp_path)
+    assert done.stdout.split() == ["True"], done.stderr
+    monkeypatch.setattr(cpu_backend, "missing", lambda: "none here")
+    model = secateur.load(folder, "torch")
+    assert steps_of(model) is None
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    with torch.no_grad():
+        assert model(IDS_NS[:, :4]).logits.isfinite().all()

@@ -201,8 +201,7 @@ def gather_effects(
         rows: dict[str, Tensor] = {}
         handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
         handles += [_note_rows(name, module, rows) for name, module in experts_in(model).items()]
-        # The first linear's output has to hang on something that wants a gradient.
-        handles.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True)))
+        handles.append(want_gradients(model))
         try:
             with torch.enable_grad():
                 logits_SV = model(input_ids=ids_S[None].to(model.device), use_cache=False).logits[0].float()
@@ -218,6 +217,14 @@ def gather_effects(
         _write(files[-1], inputs, gradients, rows, len(ids_S))
         progress(n + 1, len(ids_NS))
     return Effects(files)
+
+
+def want_gradients(model: Any) -> RemovableHandle:
+    """Until it is removed, gradients reach the outputs of linears, though no parameter wants any: those of embeddings do."""
+    handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, out: out.requires_grad_(True)
+    )
+    return handle
 
 
 def _note_rows(name: str, module: Experts, rows: dict[str, Tensor]) -> RemovableHandle:

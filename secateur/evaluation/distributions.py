@@ -112,6 +112,12 @@ def window_of(
     return Window(count, vocabulary, rows, routing)
 
 
+def log_predictions(model: Any, ids_S: Tensor) -> Tensor:
+    """Log-probabilities of what comes after each token of one window, `[S, V]`, float32."""
+    logits_SV: Tensor = model(input_ids=ids_S[None].to(model.device), use_cache=False).logits[0]
+    return logits_SV.log_softmax(1, dtype=torch.float32)
+
+
 def shortened(whole: Distributions, tokens: int) -> Distributions:
     """The likeliest tokens of whole distributions, and the mass of the rest."""
     top = whole.log_p_BT.topk(tokens, dim=1)

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from secateur.calibration.effects import want_gradients
 from secateur.core.stack import Stack
+from secateur.evaluation.distributions import log_predictions
 from secateur.evaluation.kl import kl, log_rest
 from secateur.model.structure import is_transposed
 from secateur.model.weights import place
@@ -53,6 +55,7 @@ class Rehearsal:
     held_NS: Tensor
     dense: list[tuple[Tensor, Tensor, Tensor]]
     _dampings: dict[str, float] = field(default_factory=dict)
+    _wider: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, searcher: Searcher, windows: Windows) -> Rehearsal:
@@ -63,7 +66,7 @@ class Rehearsal:
         found = cls(searcher, model, windows.ids_NS[:half], held, [])
         with torch.no_grad():
             for ids_S in held:
-                log_p_BV = found._log_p(ids_S)
+                log_p_BV = log_predictions(model, ids_S)
                 top = log_p_BV.topk(min(_LIKELIEST, log_p_BV.shape[1] - 1), dim=1)
                 found.dense.append((top.values, top.indices, log_rest(log_p_BV, top.indices)))
         return found
@@ -77,6 +80,7 @@ class Rehearsal:
         """
         searcher, job = self.searcher, self.searcher.job
         assert searcher.prepared.structure is not None
+        self._wider = tuple(wider)
         sites = {site.name: site for site in searcher.prepared.structure.probed.sites}
 
         def look(gathered: list[Gathered]) -> None:
@@ -91,8 +95,6 @@ class Rehearsal:
                     save_file({key: x.cpu().contiguous() for key, x in change.items()}, self._file(name))
                 self._put(name, W_OI, shift_O)
 
-        for name in now:
-            self._file(name).unlink(missing_ok=True)
         searcher.walk(self.ids_NS, look, searcher.level)
 
     def measure(self) -> tuple[float, dict[str, float]]:
@@ -102,33 +104,21 @@ class Rehearsal:
             KL(dense ‖ this) in nats a token, and for each linear that was solved for another width, too, the slope of that
             towards it: what it would change by, if it went on as it begins.
         """
-        names = [site.name for site in self._sites() if self._file(site.name).exists()]
-        slopes = dict.fromkeys(names, 0.0)
+        slopes = dict.fromkeys(self._wider, 0.0)
         total = 0.0
         with ExitStack() as left:
-            for name in names:
+            for name in slopes:
                 hook = self.model.get_submodule(name).register_forward_hook(_slope(slopes, name, self._file(name)))
                 left.callback(hook.remove)
-            # The first linear's output has to hang on something that wants a gradient.
-            embeddings = self.model.get_input_embeddings()
-            left.callback(embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_(True)).remove)
+            left.callback(want_gradients(self.model).remove)
             for ids_S, (log_p_BT, kept_BT, rest_B) in zip(self.held_NS, self.dense, strict=True):
-                with torch.set_grad_enabled(bool(names)):
-                    divergence = kl(log_p_BT, self._log_p(ids_S), kept_BT, rest_B).mean()
-                    if names:
+                with torch.set_grad_enabled(bool(slopes)):
+                    divergence = kl(log_p_BT, log_predictions(self.model, ids_S), kept_BT, rest_B).mean()
+                    if slopes:
                         divergence.backward()
                 total += divergence.item()
         count = len(self.held_NS)
         return total / count, {name: slope / count for name, slope in slopes.items()}
-
-    def _log_p(self, ids_S: Tensor) -> Tensor:
-        logits_SV: Tensor = self.model(input_ids=ids_S[None].to(self.model.device), use_cache=False).logits[0]
-        return logits_SV.log_softmax(1, dtype=torch.float32)
-
-    def _sites(self) -> list[Site]:
-        structure = self.searcher.prepared.structure
-        assert structure is not None
-        return structure.probed.sites
 
     def _file(self, name: str) -> Path:
         return self.searcher.folder / f"{name}-wider.safetensors"

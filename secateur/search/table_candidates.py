@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from secateur.evaluation.distributions import log_predictions
 from secateur.evaluation.kl import kl
 from secateur.model.vocabulary import Table, find_tables
 from secateur.pipeline.prepared import Prepared
@@ -68,7 +69,7 @@ def table_candidates(
     files = [scratch / f"dense-{n:04d}.safetensors" for n in range(len(ids_NS))]
     for file, ids_S in zip(files, ids_NS, strict=True):
         if not file.exists():
-            save_file({_DENSE: _predictions(model, ids_S).cpu().contiguous()}, file)
+            save_file({_DENSE: log_predictions(model, ids_S).cpu().contiguous()}, file)
     dense = model.get_submodule(table.name).weight
     dtype = prepared.dtype_of(table.weight) or prepared.weights[table.weight].dtype
     found = []
@@ -78,7 +79,7 @@ def table_candidates(
         weight = quantize_table(dense.detach(), form, dtype, prepared.device)
         _put(model, table, nn.Parameter(weight.dequantize().to(dense), requires_grad=False))
         divergence = sum(
-            kl(load_file(file)[_DENSE].to(model.device), _predictions(model, ids_S)).sum().item()
+            kl(load_file(file)[_DENSE].to(model.device), log_predictions(model, ids_S)).sum().item()
             for file, ids_S in zip(files, ids_NS, strict=True)
         )
         cost = max(divergence / ids_NS.numel(), 0.0)
@@ -90,12 +91,6 @@ def table_candidates(
 def _put(model: nn.Module, table: Table, weight: nn.Parameter) -> None:
     for name in (table.weight, *table.twins):
         model.get_submodule(name.rpartition(".")[0])._parameters["weight"] = weight
-
-
-def _predictions(model: Any, ids_S: Tensor) -> Tensor:
-    """The logarithms of what a model thinks likely behind each token."""
-    found: Tensor = model(input_ids=ids_S[None], use_cache=False).logits[0].float().log_softmax(1)
-    return found
 
 
 def with_dense_table(prepared: Prepared, table: Table, found: list[Candidate]) -> list[Candidate]:

@@ -97,7 +97,7 @@ class Target:
         experts: how those of the block are visited.
         halves: whether statistics of even and of odd windows are kept apart.
         sizes: begins counting how large the inputs of some linears are, by their names; None where nobody asks.
-        first: whether the inputs of all stages are looked at before any of them is solved, which takes a second pass.
+        looks_first: whether the inputs of all stages are looked at before any of them is solved, which takes a second pass.
     """
 
     stages: list[Stage]
@@ -108,7 +108,7 @@ class Target:
     experts: ExpertsInTurn
     halves: bool = False
     sizes: Callable[[Sequence[str]], Histogram | None] | None = None
-    first: bool = False
+    looks_first: bool = False
 
     def way(self, pause: bool) -> Way:
         """How batches pass, where they may pause or not."""
@@ -170,13 +170,13 @@ def walk(passage: Passage, target: Target, way: Way, beside: Beside | None = Non
             for each in batches:
                 each.stage = number
             gathered = _gather(passage, target, batches, stage)
-            if target.first:
+            if target.looks_first:
                 seen.append(gathered)
             elif gathered:
                 target.solve(gathered)
             for one in experts:
                 one.enter(stage)
-        if target.first:
+        if target.looks_first:
             left.close()
             for gathered in filter(None, seen):
                 target.solve(gathered)
@@ -307,7 +307,7 @@ class _Batches:
 
     def inputs(self, i: int) -> Iterator[Sequence[Rows]]:
         """What the stage reads of batch i: one input, or all where linears are used again."""
-        last = self._way is Way.PAUSE and not self._target.first
+        last = self._way is Way.PAUSE and not self._target.looks_first
         batch = self._standing.pop(i, None) or self._start(i, last)
         if self._way is Way.REPEAT:
             while isinstance(arrival := self._go_on(batch), _Arrival):

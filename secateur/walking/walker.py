@@ -300,8 +300,8 @@ class Journey:
         stages, again = walker.stages(block, probe[number], probe[0], linears, self.turns.at_once)
         experts = ExpertsInTurn(walker.prepared, self.turns, whole=again)
         plan, sizes = walker.prepared.plan, walker.prepared.sizes
-        first = plan.looks_first and not walker.prepared.has_experts(number)
-        target = Target(stages, linears, again, level, solve, experts, plan.needs_halves, sizes, first)
+        looks_first = plan.looks_first and not walker.prepared.has_experts(number)
+        target = Target(stages, linears, again, level, solve, experts, plan.needs_halves, sizes, looks_first)
         way = target.way(self.pause)
         if way is Way.REPEAT:
             walker.read(number, whole=True)

@@ -233,7 +233,7 @@ class _Curves:
 def _is_enough(divergences: Sequence[float]) -> bool:
     """Whether the last two are hardly less than the least before."""
     *before, last, latest = [math.inf, math.inf, *divergences]
-    return min(last, latest) > (1 - _ENOUGH) * min(before, default=math.inf)
+    return min(last, latest) > (1 - _ENOUGH) * min(before)
 
 
 def _tried(among: Sequence[_Option]) -> list[Width]:

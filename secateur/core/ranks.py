@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from secateur.core.histogram import Histogram
-from secateur.core.stats import InputStats
+from secateur.core.stats import InputStats, upper_panels
 from secateur.errors import ReportedError, SecateurError, UsageError
 
 # A rank may wait for another for as long as that one solves; one that is gone is noticed by its connection.
@@ -81,9 +81,15 @@ class Ranks:
         if self.size == 1:
             return
         tokens = torch.tensor([stats.tokens, stats.borrowed], device=self.device)
-        for tensor in (tokens, stats.sum_I, stats.square_I, stats.upper_II, stats.drift_II):
-            if tensor is not None:
-                self.add(tensor)
+        sums = [stats.sum_I, stats.square_I]
+        sums += [] if stats.upper_II is None else upper_panels(stats.upper_II)
+        sums += [] if stats.drift_II is None else [stats.drift_II]
+        # All in one message.
+        together = torch.cat([tensor.flatten() for tensor in sums])
+        for tensor in (tokens, together):
+            self.add(tensor)
+        for tensor, total in zip(sums, together.split([tensor.numel() for tensor in sums]), strict=True):
+            tensor.copy_(total.view_as(tensor))
         stats.tokens, stats.borrowed = tokens.tolist()
         stats.forget()
 

@@ -30,6 +30,17 @@ class Level(enum.IntEnum):
     GRAM = 2
 
 
+def add_products(upper_II: Tensor, x_TI: Tensor) -> None:
+    """Add Σxᵀx of float32 inputs to the upper triangle of a matrix; below it may be anything afterwards."""
+    for i, panel in zip(range(0, len(upper_II), _PANEL), upper_panels(upper_II), strict=True):
+        panel.addmm_(x_TI[:, i : i + _PANEL].T, x_TI[:, i:])
+
+
+def upper_panels(upper_II: Tensor) -> list[Tensor]:
+    """Views of some rows each that hold the upper triangle of a matrix, and little of what is below it."""
+    return [upper_II[i : i + _PANEL, i:] for i in range(0, len(upper_II), _PANEL)]
+
+
 @dataclass
 class InputStats:
     """Sums over the inputs `x_TI` of one linear, or of several that read the same input.
@@ -95,7 +106,12 @@ class InputStats:
         return self if self.tokens else self.isotropic(self.features, self.level, self.square_I.device)
 
     def add(
-        self, x_TI: Tensor, weight_T: Tensor | None = None, borrowed: int = 0, dense_TI: Tensor | None = None
+        self,
+        x_TI: Tensor,
+        weight_T: Tensor | None = None,
+        borrowed: int = 0,
+        dense_TI: Tensor | None = None,
+        add_products: Callable[[Tensor, Tensor], None] = add_products,
     ) -> None:
         """Count the tokens `x_TI` of any floating dtype in. Values that are not finite leave traces: see `finite`.
 
@@ -103,6 +119,7 @@ class InputStats:
             weight_T: by which the squares of each token's inputs count; None: 1.
             borrowed: how many of them are.
             dense_TI: the inputs of the same tokens in the dense model, where the drift is gathered.
+            add_products: adds what the tokens make of the Gram matrix to its upper triangle.
         """
         if self.level == Level.NONE:
             return
@@ -125,8 +142,7 @@ class InputStats:
             self.drift_II.addmm_(away_TI.T, x_TI)
         if self.upper_II is None:
             return
-        for i in range(0, self.features, _PANEL):
-            self.upper_II[i : i + _PANEL, i:].addmm_(x_TI[:, i : i + _PANEL].T, x_TI[:, i:])
+        add_products(self.upper_II, x_TI)
         self.square_I = self.upper_II.diagonal().clone()
 
     def __add__(self, other: InputStats) -> InputStats:

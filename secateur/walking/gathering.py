@@ -5,12 +5,14 @@ T: tokens, N: windows, I: input features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from secateur.core.histogram import FIRST, Histogram
 from secateur.core.ranks import Ranks
-from secateur.core.stats import InputStats, Level
+from secateur.core.stats import InputStats, Level, add_products
 from secateur.mixture.experts import Rows
 
 
@@ -24,6 +26,7 @@ class Gathering:
         drift: whether what the linears read in the dense model is known.
         device: that it is computed on.
         histogram: where sizes are counted, if they are.
+        add_products: adds inputs to the Gram matrix, see `InputStats.add`.
     """
 
     def __init__(
@@ -34,8 +37,9 @@ class Gathering:
         drift: bool,
         device: torch.device,
         histogram: Histogram | None = None,
+        add_products: Callable[[Tensor, Tensor], None] = add_products,
     ) -> None:
-        self._histogram = histogram
+        self._histogram, self._add_products = histogram, add_products
         self._parts = [InputStats.empty(features, level, device) for _ in range(2 if halves else 1)]
         if drift:
             self._parts = [part.with_drift() for part in self._parts]
@@ -54,14 +58,15 @@ class Gathering:
         x_TI = rows.x_TI.reshape(-1, rows.x_TI.shape[-1])
         dense_TI = None if dense_TI is None else dense_TI.reshape(x_TI.shape)
         if len(self._parts) == 1:
-            self._parts[0].add(x_TI, rows.weight_T, rows.borrowed, dense_TI)
+            self._parts[0].add(x_TI, rows.weight_T, rows.borrowed, dense_TI, self._add_products)
             return
         part_T = (_window_of(rows, len(x_TI), windows).to(x_TI.device) + first) % 2
         for number, part in enumerate(self._parts):
             chosen_T = part_T == number
             borrowed = int(chosen_T[len(x_TI) - rows.borrowed :].sum())
             weight_T = None if rows.weight_T is None else rows.weight_T[chosen_T]
-            part.add(x_TI[chosen_T], weight_T, borrowed, None if dense_TI is None else dense_TI[chosen_T])
+            dense = None if dense_TI is None else dense_TI[chosen_T]
+            part.add(x_TI[chosen_T], weight_T, borrowed, dense, self._add_products)
 
     @property
     def finite(self) -> bool:

@@ -29,7 +29,7 @@ from secateur.unfinished.hidden import HiddenStates
 from secateur.walking.capture import BlockCall, Stage
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn
-from secateur.walking.forward import forward
+from secateur.walking.forward import forward, products
 from secateur.walking.gathering import Gathering
 from secateur.walking.twin import Twin
 
@@ -210,7 +210,9 @@ def _gather(passage: Passage, target: Target, batches: Sequence[_Batches], stage
                     if name not in found:
                         drift = dense_TI is not None
                         sizes = target.sizes(_group_of(stage, name)) if target.sizes is not None else None
-                        found[name] = Gathering(features, target.level, target.halves, drift, device, sizes)
+                        found[name] = Gathering(
+                            features, target.level, target.halves, drift, device, sizes, products(passage.dtype)
+                        )
                     found[name].add(given, dense_TI, windows, of_batch)
                     if not found[name].finite:
                         raise RepeatedError(_where_not_finite(name, given.x_TI, windows - passage.first, passage.ranks))

@@ -178,7 +178,9 @@ void check_products(const Products& products, int64_t number) {
     products.multiply({weights + k0, rows, laid + k0 * GROUP, GROUP * depth, groups, std::min(columns, depth - k0), y, y_stride, k0 > 0});
   const float* const bias = chance(0.5) ? static_cast<const float*>(memory.values(O, Float::f32, true).data) : nullptr;
   uint16_t* const out = memory.exactly(std::vector<uint16_t>(T * O));
+  float* const sums = memory.floats(T * O);
   products.finish(y, y_stride, O, T, bias, out, O);
+  products.finish_floats(y, y_stride, O, T, bias, sums, O);
   for (int64_t t = 0; t < T; t++)
     for (int64_t r = 0; r < O; r++) {
       double sum = bias ? bias[r] : 0, size = std::fabs(sum);
@@ -188,8 +190,27 @@ void check_products(const Products& products, int64_t number) {
         size += std::fabs(product);
       }
       const double got = from_bits(uint32_t(out[t * O + r]) << 16);
-      if (!(std::fabs(got - sum) <= std::fabs(sum) / 256 + 1e-5 * size)) {
+      if (!(std::fabs(got - sum) <= std::fabs(sum) / 256 + 1e-5 * size && std::fabs(sums[t * O + r] - sum) <= 1e-5 * size)) {
         std::printf("products of %s are wrong at %ld\n", products.name, long(number));
+        std::exit(1);
+      }
+    }
+}
+
+// Columns laid out as inputs and as rows are those of the tokens, with zeros behind the last.
+void check_columns_laid(const Products& products, int64_t number) {
+  Memory memory;
+  const int64_t T = 1 + below(100), I = GROUP * (1 + below(4)), depth = (T + STEP - 1) / STEP * STEP, first = GROUP * below(I / GROUP);
+  const uint16_t* const x = static_cast<const uint16_t*>(memory.values(T * I, Float::bf16, true).data);
+  uint16_t* const laid = memory.exactly(std::vector<uint16_t>(GROUP * depth));
+  uint16_t* const rows = memory.exactly(std::vector<uint16_t>((GROUP - 1) * ROW_STRIDE + depth));
+  products.lay_columns(x + first, T, I, depth, laid);
+  products.columns_as_rows(laid, depth, rows);
+  for (int64_t t = 0; t < depth; t++)
+    for (int64_t c = 0; c < GROUP; c++) {
+      const uint16_t want = t < T ? x[t * I + first + c] : 0;
+      if (laid[(t / 2 * GROUP + c) * 2 + t % 2] != want || rows[c * ROW_STRIDE + t] != want) {
+        std::printf("columns laid by %s are wrong at %ld\n", products.name, long(number));
         std::exit(1);
       }
     }
@@ -265,7 +286,10 @@ int main(int count, char** arguments) {
     check_columns(all, number);
     check_step(all, number);
     for (const Products* products : {bf16_products(), amx_products()})
-      if (products && number % 8 == 0) check_products(*products, number);
+      if (products && number % 8 == 0) {
+        check_products(*products, number);
+        check_columns_laid(*products, number);
+      }
   }
   std::printf("all agree\n");
 }

@@ -20,6 +20,8 @@ namespace {
 // Groups of tokens that rows are unpacked once for, and what inputs and sums of a block may take: half the second-level cache.
 constexpr int64_t GROUPS_AT_ONCE = 32, INPUT_BYTES = 1 << 19, SUM_BYTES = 1 << 19;
 constexpr int64_t LEAST_COLUMNS = 512;
+// A thread is not woken for fewer products of a weight and an input.
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 20;
 
 inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -35,18 +37,19 @@ class Lines {
 };
 
 // What a thread does for the rows from `first` to before `last` and some groups of tokens.
+template <class Out>
 struct Share {
   int64_t first, last, I, depth, groups, tokens;
   const uint16_t* x;  // as `Block` has it, all columns
   const float* bias;  // of all rows, or null
-  uint16_t* out;      // [tokens, O]
+  Out* out;           // [tokens, O]
   int64_t O;
 };
 
 // `unpack(first, last, k0, k1, at, to, stride, scratch)` gives columns of rows as bfloat16; `at` is a number of each row, which
 // it may keep from the columns before.
-template <class Unpack>
-void do_share(const Share& s, const Products& products, int64_t scratch, const Unpack& unpack) {
+template <class Out, class Unpack>
+void do_share(const Share<Out>& s, const Products& products, int64_t scratch, const Unpack& unpack) {
   // Rows of sums begin in different lines of the first-level cache.
   const int64_t padded = s.groups * GROUP + GROUP;
   const int64_t columns = std::min(s.depth, std::clamp(INPUT_BYTES / (2 * GROUP * s.groups), LEAST_COLUMNS, MOST_COLUMNS) / 64 * 64);
@@ -67,12 +70,16 @@ void do_share(const Share& s, const Products& products, int64_t scratch, const U
                            sums.data() + (r - top) * padded, padded, k0 > 0});
       }
     }
-    products.finish(sums.data(), padded, bottom - top, s.tokens, s.bias ? s.bias + top : nullptr, s.out + top, s.O);
+    const float* const added = s.bias ? s.bias + top : nullptr;
+    if constexpr (std::is_same_v<Out, float>)
+      products.finish_floats(sums.data(), padded, bottom - top, s.tokens, added, s.out + top, s.O);
+    else
+      products.finish(sums.data(), padded, bottom - top, s.tokens, added, s.out + top, s.O);
   }
 }
 
-// x Wᵀ + bias for bfloat16 inputs.
-template <class Unpack>
+// x Wᵀ + bias for inputs that are rounded to bfloat16: as bfloat16, or as float32 sums.
+template <class Out = uint16_t, class Unpack>
 Tensor by_blocks(const Tensor& x, const int32_t* order, Maybe bias, int64_t O, int64_t scratch, const Unpack& unpack) {
   const Products& products = *multiplying();
   const int64_t T = x.size(0), I = x.size(1), depth = up_to(I, STEP), groups = up_to(T, GROUP) / GROUP;
@@ -90,13 +97,13 @@ Tensor by_blocks(const Tensor& x, const int32_t* order, Maybe bias, int64_t O, i
     added.reset(new float[O]);
     with_values(whole, [&](const auto* values) { std::transform(values, values + O, added.get(), [](auto v) { return float(v); }); });
   }
-  Tensor y = empty(T, O, ScalarType::BFloat16);
-  uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
+  Tensor y = empty(T, O, std::is_same_v<Out, float> ? ScalarType::Float : ScalarType::BFloat16);
+  Out* const out = static_cast<Out*>(y.data_ptr());
   const int64_t pieces = up_to(O, ROWS_AT_ONCE) / ROWS_AT_ONCE;
   for (int64_t g = 0; g < groups; g += GROUPS_AT_ONCE) {
     const int64_t some = std::min(GROUPS_AT_ONCE, groups - g), t = g * GROUP, tokens = std::min(some * GROUP, T - t);
-    torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, grain(I) / ROWS_AT_ONCE), [&](int64_t begin, int64_t end) {
-      do_share({begin * ROWS_AT_ONCE, std::min(end * ROWS_AT_ONCE, O), I, depth, some, tokens, laid.data() + t * depth, added.get(),
+    torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, PRODUCTS_PER_THREAD / (ROWS_AT_ONCE * depth * tokens)), [&](int64_t begin, int64_t end) {
+      do_share<Out>({begin * ROWS_AT_ONCE, std::min(end * ROWS_AT_ONCE, O), I, depth, some, tokens, laid.data() + t * depth, added.get(),
                 out + t * O, O},
                products, scratch, unpack);
     });

@@ -33,8 +33,13 @@ struct Products {
   // A group of inputs, the first `tokens` of x [tokens, I], as a block wants it; with zeros up to `depth`.
   void (*lay)(const uint16_t* x, int64_t tokens, int64_t I, int64_t depth, uint16_t* to);
   void (*multiply)(const Block& block);
-  // y [rows, y_stride] to the columns from `first` on of out [tokens, O], as bfloat16, with bias [rows] or null.
+  // y [rows, y_stride] to columns of out [tokens, O], with bias [rows] or null; as bfloat16, or as they are.
   void (*finish)(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, uint16_t* out, int64_t O);
+  void (*finish_floats)(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, float* out, int64_t O);
+  // GROUP columns of x [tokens, I] as inputs of a block, tokens being what is summed over; with zeros up to `depth`.
+  void (*lay_columns)(const uint16_t* x, int64_t tokens, int64_t I, int64_t depth, uint16_t* to);
+  // The same columns as rows of a block, from what `lay_columns` made of them.
+  void (*columns_as_rows)(const uint16_t* laid, int64_t depth, uint16_t* to);
 };
 
 // Null where they were not compiled, or this processor cannot run them.

@@ -98,7 +98,12 @@ const Products* amx_products() {
   const Products* const others = bf16_products();
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!others || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !may_use_tiles()) return nullptr;
-  static const Products products = {"AMX", others->lay, multiply, others->finish};
+  static const Products products = [&] {
+    Products same = *others;
+    same.name = "AMX";
+    same.multiply = multiply;
+    return same;
+  }();
   return &products;
 }
 }  // namespace secateur

@@ -83,7 +83,9 @@ void multiply(const Block& b) {
 
 #include "nearest_bf16.inl"
 
-void finish(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, uint16_t* out, int64_t O) {
+// `store(sums, some, t, r)` takes the sums of 16 rows for a token, of which `some` are there.
+template <class Store>
+inline void finish_with(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, const Store& store) {
   for (int64_t r = 0; r < rows; r += 16) {
     const __mmask16 some = rows - r >= 16 ? __mmask16(0xffff) : __mmask16((1u << (rows - r)) - 1);
     const __m512 added = bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps();
@@ -93,12 +95,41 @@ void finish(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, cons
         sums[j] = r + j < rows ? _mm512_loadu_si512(y + (r + j) * y_stride + t0) : _mm512_setzero_si512();
       transpose(sums);
       for (int64_t t = t0; t < tokens && t < t0 + GROUP; t++)
-        _mm256_mask_storeu_epi16(out + t * O + r, some, nearest_bf16(_mm512_add_ps(_mm512_castsi512_ps(sums[t - t0]), added)));
+        store(_mm512_add_ps(_mm512_castsi512_ps(sums[t - t0]), added), some, t, r);
     }
   }
 }
 
-const Products products = {"AVX-512 BF16", lay, multiply, finish};
+void finish(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, uint16_t* out, int64_t O) {
+  finish_with(y, y_stride, rows, tokens, bias, [=](__m512 sums, __mmask16 some, int64_t t, int64_t r) {
+    _mm256_mask_storeu_epi16(out + t * O + r, some, nearest_bf16(sums));
+  });
+}
+
+void finish_floats(const float* y, int64_t y_stride, int64_t rows, int64_t tokens, const float* bias, float* out, int64_t O) {
+  finish_with(y, y_stride, rows, tokens, bias, [=](__m512 sums, __mmask16 some, int64_t t, int64_t r) {
+    _mm512_mask_storeu_ps(out + t * O + r, some, sums);
+  });
+}
+
+void lay_columns(const uint16_t* x, int64_t tokens, int64_t I, int64_t depth, uint16_t* to) {
+  const auto row = [&](int64_t t) {
+    return t < tokens ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + t * I))) : _mm512_setzero_si512();
+  };
+  for (int64_t t = 0; t < depth; t += 2, to += 2 * GROUP)
+    _mm512_storeu_si512(to, _mm512_or_si512(row(t), _mm512_slli_epi32(row(t + 1), 16)));
+}
+
+void columns_as_rows(const uint16_t* laid, int64_t depth, uint16_t* to) {
+  for (int64_t t = 0; t < depth; t += STEP, laid += STEP * GROUP) {
+    __m512i pairs[16];
+    for (int64_t k = 0; k < 16; k++) pairs[k] = _mm512_loadu_si512(laid + 2 * k * GROUP);
+    transpose(pairs);
+    for (int64_t r = 0; r < GROUP; r++) _mm512_storeu_si512(to + r * ROW_STRIDE + t, pairs[r]);
+  }
+}
+
+const Products products = {"AVX-512 BF16", lay, multiply, finish, finish_floats, lay_columns, columns_as_rows};
 
 }  // namespace
 }  // namespace secateur

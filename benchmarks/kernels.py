@@ -1,6 +1,6 @@
 """One linear at a time on the CPU: how fast the compiled kernels multiply by each form of weight, against torch.
 
-    python -m benchmarks.kernels [--tokens 1,8] [--instructions avx2] [--only spqr]
+    python -m benchmarks.kernels [--tokens 1,8] [--instructions avx2] [--only spqr] [--shapes 576x576,1536x576]
 
 Weights are random, bfloat16, and made as kernels take them. Each case goes over copies of its weight, one call each, and all
 cases of a shape take turns, round after round: what slows the machine down slows all of them down, and by the time a copy is
@@ -175,12 +175,13 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="of our cases, those with this in their name")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", default=",".join(f"{O}x{I}" for O, I in SHAPES), help="outputs x inputs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{machine()}, kernels: {use(args.instructions, parser)}; {args.rounds} rounds")
     for T in map(int, args.tokens.split(",")):
-        for O, I in SHAPES:
+        for O, I in (map(int, shape.split("x")) for shape in args.shapes.split(",")):
             print(f"\n{O}×{I}, tokens: {T}\n")
             with torch.inference_mode():
                 cases = make_cases(O, I, T, args.only)

@@ -83,13 +83,6 @@ template <class Out = uint16_t, class Unpack>
 Tensor by_blocks(const Tensor& x, const int32_t* order, Maybe bias, int64_t O, int64_t scratch, const Unpack& unpack) {
   const Products& products = *multiplying();
   const int64_t T = x.size(0), I = x.size(1), depth = up_to(I, STEP), groups = up_to(T, GROUP) / GROUP;
-  const Tensor source = in_order(x, order, ScalarType::BFloat16);
-  const uint16_t* const from = static_cast<const uint16_t*>(source.data_ptr());
-  Lines<uint16_t> laid(groups * GROUP * depth);
-  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, WEIGHTS_PER_THREAD / (GROUP * depth)), [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; g++)
-      products.lay(from + g * GROUP * I, std::min(GROUP, T - g * GROUP), I, depth, laid.data() + g * GROUP * depth);
-  });
   std::unique_ptr<float[]> added;
   if (bias) {
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->numel() == O, "secateur: the bias is not [", O, "]");
@@ -100,12 +93,20 @@ Tensor by_blocks(const Tensor& x, const int32_t* order, Maybe bias, int64_t O, i
   Tensor y = empty(T, O, std::is_same_v<Out, float> ? ScalarType::Float : ScalarType::BFloat16);
   Out* const out = static_cast<Out*>(y.data_ptr());
   const int64_t pieces = up_to(O, ROWS_AT_ONCE) / ROWS_AT_ONCE;
-  for (int64_t g = 0; g < groups; g += GROUPS_AT_ONCE) {
-    const int64_t some = std::min(GROUPS_AT_ONCE, groups - g), t = g * GROUP, tokens = std::min(some * GROUP, T - t);
-    torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, PRODUCTS_PER_THREAD / (ROWS_AT_ONCE * depth * tokens)), [&](int64_t begin, int64_t end) {
-      do_share<Out>({begin * ROWS_AT_ONCE, std::min(end * ROWS_AT_ONCE, O), I, depth, some, tokens, laid.data() + t * depth, added.get(),
-                out + t * O, O},
-               products, scratch, unpack);
+  Lines<uint16_t> laid(std::min(GROUPS_AT_ONCE, groups) * GROUP * depth);
+  Tensor inputs = x;
+  for (int64_t first = 0; first < groups; first += GROUPS_AT_ONCE) {
+    const int64_t some = std::min(GROUPS_AT_ONCE, groups - first), t = first * GROUP, tokens = std::min(some * GROUP, T - t);
+    const Tensor source = in_order(narrow(inputs, 0, t, tokens), order, ScalarType::BFloat16);
+    const uint16_t* const from = static_cast<const uint16_t*>(source.data_ptr());
+    torch::stable::parallel_for(0, some, std::max<int64_t>(1, WEIGHTS_PER_THREAD / (GROUP * depth)), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; g++)
+        products.lay(from + g * GROUP * I, std::min(GROUP, tokens - g * GROUP), I, depth, laid.data() + g * GROUP * depth);
+    });
+    const int64_t least = std::max<int64_t>(1, PRODUCTS_PER_THREAD / (ROWS_AT_ONCE * depth * tokens));
+    torch::stable::parallel_for(0, pieces, least, [&](int64_t begin, int64_t end) {
+      do_share<Out>({begin * ROWS_AT_ONCE, std::min(end * ROWS_AT_ONCE, O), I, depth, some, tokens, laid.data(), added.get(), out + t * O, O},
+                    products, scratch, unpack);
     });
   }
   return y;

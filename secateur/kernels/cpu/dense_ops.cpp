@@ -45,21 +45,21 @@ bool add_gram(const Tensor& upper, const Tensor& x_any) {
   const int64_t T = x_any.size(0), I = x_any.size(1);
   STD_TORCH_CHECK(I % GROUP == 0 && upper.dim() == 2 && upper.size(0) == I && upper.size(1) == I, "secateur: the Gram matrix is not [", I, ", ", I, "], of whole groups of ", GROUP);
   check(upper, ScalarType::Float, I * I, "the Gram matrix");
-  const Tensor rounded = as_dtype(x_any, ScalarType::BFloat16);
-  const Tensor x = rounded.is_contiguous() ? rounded : torch::stable::contiguous(rounded);
-  const uint16_t* const from = static_cast<const uint16_t*>(x.data_ptr());
+  Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
   float* const sums = static_cast<float*>(upper.data_ptr());
   const int64_t groups = I / GROUP, most = std::min(DEPTH, up_to(T, STEP));
   Lines<uint16_t> laid(I * most);
   for (int64_t t = 0; t < T; t += DEPTH) {
     const int64_t tokens = std::min(DEPTH, T - t), depth = up_to(tokens, STEP);
+    const Tensor rounded = as_dtype(narrow(x, 0, t, tokens), ScalarType::BFloat16);
+    const uint16_t* const from = static_cast<const uint16_t*>(rounded.data_ptr());
     torch::stable::parallel_for(0, groups, std::max<int64_t>(1, WEIGHTS_PER_THREAD / (GROUP * depth)), [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; g++)
-        products.lay_columns(from + t * I + g * GROUP, tokens, I, depth, laid.data() + g * GROUP * depth);
+        products.lay_columns(from + g * GROUP, tokens, I, depth, laid.data() + g * GROUP * depth);
     });
     // Rows from above and from below in turn, so that every thread has as much of the triangle.
     const int64_t pieces = up_to(I, ROWS_AT_ONCE) / ROWS_AT_ONCE;
-    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, PRODUCTS_PER_THREAD / (ROWS_AT_ONCE * I * depth)), [&](int64_t begin, int64_t end) {
       Lines<uint16_t> rows(ROWS_AT_ONCE * ROW_STRIDE);
       for (int64_t number = begin; number < end; number++) {
         const int64_t piece = number % 2 ? pieces - 1 - number / 2 : number / 2, first = piece * ROWS_AT_ONCE, count = std::min(ROWS_AT_ONCE, I - first);

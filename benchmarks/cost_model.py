@@ -92,7 +92,8 @@ def seconds(model: Model, gpus: int) -> dict[str, float]:
     """Of one block by phase: windows split over the GPUs, linears dealt out to them."""
     flop = model.phases()
     link = WITHIN if gpus <= 8 else BETWEEN
-    exchanged = sum(g.count * 4 * g.inputs**2 for g in model.groups) * 2 * (gpus - 1) / gpus
+    # Of Gram matrices a triangle.
+    exchanged = sum(g.count * 2 * g.inputs**2 for g in model.groups) * 2 * (gpus - 1) / gpus
     exchanged += 2 * model.weights  # the solved weights go to all, dense at most
     solving = (flop["factorisation"] + flop["sweep"]) / SOLVING / gpus
     return {

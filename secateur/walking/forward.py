@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.core.stats import add_products
 from secateur.kernels.rounded import products_of_rounded, rounded_linears
+from secateur.pipeline.prepared import Prepared
 from secateur.walking.clock import Clock
 
 
@@ -22,7 +23,7 @@ def forward(clock: Clock, dtype: torch.dtype) -> Iterator[None]:
     more; on others nothing changes. Solvers are outside.
 
     Args:
-        dtype: the model's own.
+        dtype: see `precision`.
     """
     with clock("forward"), rounded_linears() if dtype is torch.bfloat16 else nullcontext():
         yield
@@ -32,6 +33,11 @@ def products(dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
     """What adds the inputs of linears to their Gram matrix: as they are multiplied, rounded where the model is in bfloat16.
 
     Args:
-        dtype: the model's own.
+        dtype: see `precision`.
     """
     return products_of_rounded() if dtype is torch.bfloat16 else add_products
+
+
+def precision(prepared: Prepared) -> torch.dtype:
+    """What a model is run in, as exactly as it is wanted: in its own dtype if it is written in that, too, else in float32."""
+    return prepared.source.dtype if prepared.written_dtype == prepared.source.dtype else torch.float32

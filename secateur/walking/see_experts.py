@@ -28,7 +28,7 @@ from secateur.pipeline.measure import measure
 from secateur.pipeline.prepared import Prepared
 from secateur.walking.capture import BodyCalls
 from secateur.walking.clock import Clock
-from secateur.walking.forward import forward
+from secateur.walking.forward import forward, precision
 from secateur.walking.walker import Journey, Walker
 
 #: Told the name of the experts' module of a layer and what was seen of it, while the router of its block is in memory.
@@ -74,7 +74,7 @@ def see_experts(
     if isinstance(catcher, BodyCalls):
         with _watching(catcher.body, prepared.blocks, window, each, groups) as seen:
             for i, calls in enumerate(journey.calls):
-                with forward(clock, prepared.source.dtype), torch.no_grad():
+                with forward(clock, precision(prepared)), torch.no_grad():
                     calls[0].run(catcher.body, journey.hiddens.take(i))
             _look(catcher.body, seen, look)
         for block in prepared.blocks:

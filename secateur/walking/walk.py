@@ -63,7 +63,7 @@ class Passage:
         outputs: takes the block's outputs; None where nobody reads them.
         ranks: the processes that have a part of the batches each.
         clock: measures the phases.
-        dtype: the model's own.
+        dtype: see `precision`.
         first: the number of the first window, among those of all processes.
     """
 

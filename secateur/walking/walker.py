@@ -25,7 +25,7 @@ from secateur.unfinished.kept_inputs import file_beside
 from secateur.walking.capture import BlockCall, BlockCalls, BodyCalls, NotInTurn, Stage, find_stages
 from secateur.walking.clock import Clock
 from secateur.walking.experts_in_turn import ExpertsInTurn, Turns
-from secateur.walking.forward import forward
+from secateur.walking.forward import forward, precision
 from secateur.walking.placing import keep_mapped, keep_rows, move_buffers, only_in_head, read_shared
 from secateur.walking.twin import Twin
 from secateur.walking.walk import Beside, Gathered, Passage, Solve, Target, Way, in_batches, walk
@@ -120,7 +120,7 @@ class Walker:
         stats = InputStats.empty(linear.get_parameter("weight").shape[1], Level.GRAM, device)
         first = 0
         for i in range(len(journey.hiddens)):
-            with forward(self.clock, self.prepared.source.dtype):
+            with forward(self.clock, precision(self.prepared)):
                 hidden = journey.hiddens.take(i)
                 ids_NS = journey.ids_NS[first : first + len(hidden)].to(device)
                 x = journey.catcher.before_head(model, linear, ids_NS, hidden)
@@ -274,7 +274,7 @@ class Journey:
         """Of one block, which is in place, or of a body that holds all."""
         module = self.walker.prepared.blocks[number] if body is None else body
         walker, calls = self.walker, [batch[number] for batch in self.calls]
-        dtype = walker.prepared.source.dtype
+        dtype = precision(walker.prepared)
         return Passage(module, calls, self.hiddens, outputs, walker.ranks, walker.clock, dtype, self.first)
 
     def pass_unsolved(self, number: int) -> None:

@@ -20,7 +20,7 @@ from secateur.model.source import open_source
 pytestmark = pytest.mark.slow
 
 OLD = "4.51.3"
-SCRIPT = Path(__file__).with_name("old_transformers.py")
+SCRIPT = Path(__file__).parents[1] / "old_transformers.py"
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,

@@ -50,3 +50,22 @@ def test_statistics_and_solvers_are_outside(method, model_of, text_file, tmp_pat
     assert "bf16" in seen["blocks"]  # beside those that are run to see what they take
     assert seen["statistics"] == {before}
     assert seen["solving"] == ({before} if method == "sparsegpt" else set())
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "rounded"),
+    [(torch.bfloat16, "auto", True), (torch.bfloat16, "float32", False), (torch.float32, "bfloat16", False)],
+)
+def test_only_models_that_are_and_stay_in_bfloat16_are_rounded(
+    stored, asked, rounded, model_of, text_file, tmp_path, monkeypatch
+):
+    seen, real = set(), BlockCall.run
+
+    def run(*args):
+        seen.add(PRECISION.fp32_precision)
+        return real(*args)
+
+    monkeypatch.setattr(BlockCall, "run", run)
+    recipe = secateur.Recipe("wanda", 0.5, dtype=asked, calibration=secateur.Calibration(str(text_file), 4, 16))
+    secateur.compress(model_of("llama", dtype=stored), tmp_path / "out", recipe)
+    assert ("bf16" in seen) == rounded

@@ -3,6 +3,8 @@
 T: tokens, I: input features, O: output features.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -16,22 +18,32 @@ FP32 = torch.float32
 pytestmark = pytest.mark.skipif(cpu_backend.missing() is not None, reason=str(cpu_backend.missing()))
 
 
+# What products are called where they are in use, and where they are chosen.
+NAMES = {"AMX": "amx", "AVX-512 BF16": "avx512bf16", "torch": "torch"}
+
+
+@contextmanager
+def multiplying_by(name):
+    """Within the context the kernels multiply by these instructions; whether this processor has them."""
+    before = torch.ops.secateur.products()
+    try:
+        yield torch.ops.secateur.use_products(NAMES[name])
+    finally:
+        torch.ops.secateur.use_products(NAMES[before])
+
+
 @pytest.fixture(params=("AMX", "AVX-512 BF16"))
 def instructions(request):
-    names = {"AMX": "amx", "AVX-512 BF16": "avx512bf16", "torch": "torch"}
-    use, before = torch.ops.secateur.use_products, torch.ops.secateur.products()
-    if not use(names[request.param]):
-        pytest.skip(f"this processor does not run {request.param}")
-    yield request.param
-    use(names[before])
+    with multiplying_by(request.param) as there:
+        if not there:
+            pytest.skip(f"this processor does not run {request.param}")
+        yield request.param
 
 
 @pytest.fixture
 def without_instructions():
-    before = torch.ops.secateur.products()
-    torch.ops.secateur.use_products("torch")
-    yield
-    torch.ops.secateur.use_products({"AMX": "amx", "AVX-512 BF16": "avx512bf16"}.get(before, "torch"))
+    with multiplying_by("torch"):
+        yield
 
 
 def random(*shape, seed=0):

@@ -1,4 +1,4 @@
-"""Products of blocks in bfloat16, where the model is in it; sums that solvers read are never rounded so."""
+"""Products of blocks in bfloat16, where the model is in it and stays in it; solvers, and sums over tokens, are outside."""
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ namespace {
 // Tokens of a Gram matrix that are summed at a time.
 constexpr int64_t DEPTH = 512;
 
+// x Wᵀ + bias of a weight [O, I].
 Tensor rounded_linear(const Tensor& x_any, const Tensor& weight, Maybe bias) {
   STD_TORCH_CHECK(multiplying(), "secateur: this processor has no products of bfloat16");
   check_input(x_any);
